@@ -1,0 +1,6 @@
+"""ACProp, written once against the Python array API standard. See `ACProp`."""
+
+from acprop_core._optimizer import ACProp, State
+
+__all__ = ["ACProp", "State"]
+__version__ = "0.1.0"

@@ -1,0 +1,115 @@
+"""What may come in: numbers, counts and arrays, with errors that name the culprit, the reason and the remedy."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from array_api_compat import array_namespace, is_numpy_array
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+REAL_OF = {"complex64": "float32", "complex128": "float64"}
+COMPLEX_OF = {real: name for name, real in REAL_OF.items()}
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the standard's name of a dtype of any library, ``"float32"``; of a name, the name itself."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return str(name).rpartition(".")[2].lower()
+
+
+def check_number(name: str, value: Any, below: float = math.inf) -> Any:
+    """Return a number as a float and a 0-d array as it is; refuse what is neither, and numbers outside [0, below)."""
+    if is_numpy_array(value) and value.ndim == 0 and value.dtype.kind in "fiu":
+        value = value.item()  # NumPy's arrays are never traced, and a float64 one would widen float32 state
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if not 0.0 <= number < below:
+            upper = "finite" if below == math.inf else f"below {below:g}"
+            raise ValueError(f"{name} is {value!r}; give a number that is at least 0 and {upper}")
+        return number
+    if getattr(value, "shape", None) == () and hasattr(value, "dtype") and dtype_name(value.dtype) in FLOATS:
+        return value
+    raise TypeError(f"{name} is {value!r}; give a number, or a 0-d floating-point array")
+
+
+def check_count(count: Any) -> Any:
+    """Return a step count as an int where its value is at hand, and as the array that it is elsewhere."""
+    if isinstance(count, numbers.Integral) and not isinstance(count, bool):
+        value = int(count)
+    elif getattr(count, "shape", None) == () and hasattr(count, "dtype") and "int" in dtype_name(count.dtype):
+        if not is_numpy_array(count):
+            return count
+        value = int(count)
+    else:
+        raise TypeError(f"the step count (state.count) is {count!r}; give an integer or a 0-d integer array")
+    if value < 0:
+        raise ValueError(f"the step count (state.count) is {value}; it cannot be negative")
+    return value
+
+
+def common_namespace(groups: dict[str, list[Any]], names: Sequence[str]) -> Any:
+    """Return the array namespace of all leaves (None where all are None); refuse two libraries, and what is no array.
+
+    `groups` maps "parameter", "gradient", … to as many leaves as there are names.
+    """
+    first, xp, seen = "", None, set()
+    for what, leaves in groups.items():
+        for name, x in zip(names, leaves, strict=True):
+            if x is None or type(x) in seen:
+                continue
+            seen.add(type(x))
+            try:
+                found = array_namespace(x)
+            except TypeError:
+                raise TypeError(
+                    f"{_of(what, name)} is a {type(x).__name__} ({x!r:.40}), not an array; "
+                    "make it one with the asarray of your array library"
+                ) from None
+            if xp is None:
+                first, xp = _of(what, name), found
+            elif found is not xp:
+                raise TypeError(
+                    f"{_of(what, name)} is an array of {library(found)}, {first} one of {library(xp)}; "
+                    "convert one of them"
+                )
+    return xp
+
+
+def check_leaves(groups: dict[str, list[Any]], names: Sequence[str]) -> None:
+    """Refuse leaves that are no floats, or that do not fit the leaves of the first group.
+
+    Gradients and updates may be None, and a complex parameter alone has complex ones.
+    """
+    owner, owners = next(iter(groups.items()))
+    for what, leaves in groups.items():
+        for name, x, own in zip(names, leaves, owners, strict=True):
+            if x is None and (own is None or what in ("gradient", "update")):
+                continue
+            if x is None or own is None:
+                have, want = ("None" if leaf is None else "an array" for leaf in (x, own))
+                raise ValueError(f"{_of(what, name)} is {have}, its {owner} {want}; give both or neither")
+            if tuple(x.shape) != tuple(own.shape):
+                raise ValueError(
+                    f"{_of(what, name)} has shape {tuple(x.shape)}, its {owner} {tuple(own.shape)}; give them one shape"
+                )
+            kind, own_kind = dtype_name(x.dtype), dtype_name(own.dtype)
+            real_only = what == "second moment" or (own_kind in FLOATS and what != owner)
+            if kind not in FLOATS and (real_only or kind not in REAL_OF):
+                remedy = f"give {'a real one: ' if kind in REAL_OF else ''}one of {', '.join(FLOATS)}"
+                raise TypeError(
+                    f"{_of(what, name)} has dtype {kind}, which ACProp cannot use"
+                    f"{f' for a {owner} of dtype {own_kind}' if kind in REAL_OF else ''}; {remedy}"
+                )
+
+
+def library(xp: Any) -> str:
+    """Return the name by which people know a namespace: torch for array_api_compat.torch."""
+    return str(xp.__name__).removeprefix("array_api_compat.")
+
+
+def _of(what: str, name: str) -> str:
+    # a bare array has no name; the first group is called by its own, "parameter 'w'", the others belong to it
+    if not name:
+        return what
+    return f"{what} {name!r}" if what == "parameter" else f"{what} of {name!r}"

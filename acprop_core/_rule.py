@@ -1,0 +1,162 @@
+"""The mathematics of ACProp, for one array and one step.
+
+Written once: NumPy, CuPy, PyTorch, JAX and every other array library run these very functions, eagerly or through
+their own compilers. Hence the style: operators and a few standard functions of the namespace ``xp``, nothing written
+in place, and no arithmetic between two numbers, because everything that is a number of the step stands ready in
+``Coefficients``.
+
+Read from the top: the two halves of the rule, the rule, what is added to the parameter, and the numbers of a step.
+Equations are those of Zhuang et al. 2021, arXiv:2110.05454, algorithm 2, with g the gradient, m = mu and s = nu.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+Array = Any  # an array of any library: the standard defines no common base class
+
+
+class Coefficients(NamedTuple):
+    """The numbers of one step: Python floats, or 0-d arrays where they are traced; made by `coefficients`."""
+
+    scale: Any  # shat = nu * scale + offset: bias correction, and shat_0 = 1 without a branch
+    offset: Any
+    eps: Any
+    limit: Any  # largest |d|, or None
+    weight1: Any  # the lighter weight of each average, and whether it is the older value's (b < 1/2)
+    old_is_lighter1: Any
+    weight2: Any
+    old_is_lighter2: Any
+    eps_root: Any
+    from_previous: bool  # centering="previous"
+    is_complex: bool
+    rate: Any  # -lr
+    weight_decay: Any
+
+
+def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
+    """Return d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped to ``|d_t| <= k.limit``; `nu` is s_{t-1}."""
+    d = grad / (xp.sqrt(nu * k.scale + k.offset) + k.eps)
+    if k.limit is None:
+        return d
+    if k.is_complex:
+        return d * (k.limit / xp.clip(xp.abs(d), k.limit, None))
+    return xp.clip(d, -k.limit, k.limit)
+
+
+def moments(grad: Array, mu: Array, nu: Array, k: Coefficients, xp: Any) -> tuple[Array, Array]:
+    """Return m_t = b1 m_{t-1} + (1 - b1) g_t and s_t = b2 s_{t-1} + (1 - b2) |g_t - m_t|^2 + eps_root."""
+    new_mu = _average(mu, grad, k.weight1, k.old_is_lighter1, xp)
+    residual = grad - (mu if k.from_previous else new_mu)
+    square = xp.real(xp.conj(residual) * residual) if k.is_complex else residual * residual
+    return new_mu, _average(nu, square, k.weight2, k.old_is_lighter2, xp) + k.eps_root
+
+
+def rule(grad: Array, mu: Array, nu: Array, k: Coefficients, xp: Any) -> tuple[Array, Array, Array]:
+    """Return (d_t, m_t, s_t) from g_t, m_{t-1} and s_{t-1}: one step of ACProp for one array."""
+    new_mu, new_nu = moments(grad, mu, nu, k, xp)
+    return direction(grad, nu, k, xp), new_mu, new_nu
+
+
+def displacement(d: Array, param: Array | None, k: Coefficients) -> Array:
+    """Return u_t = -lr_t (d_t + weight_decay x_{t-1}); without a parameter, no decay."""
+    return k.rate * (d if param is None else d + k.weight_decay * param)
+
+
+def _average(old: Array, new: Array, weight: Any, old_is_lighter: Any, xp: Any) -> Array:
+    # Start at the heavier end and go the lighter weight's way: the two weights then add to one exactly, whatever the
+    # rounding of `weight`. In b old + (1 - b) new with b2 = 0.999 rounded to float32 they miss one by 1.3e-8 a step,
+    # which the average collects for 1/(1 - b2) steps.
+    if isinstance(old_is_lighter, bool):
+        heavy, light = (new, old) if old_is_lighter else (old, new)
+    else:
+        heavy, light = xp.where(old_is_lighter, new, old), xp.where(old_is_lighter, old, new)
+    return heavy + weight * (light - heavy)
+
+
+def coefficients(optimizer: Any, count: Any, learning_rate: Any, xp: Any) -> Coefficients:
+    """Return the numbers of step ``count + 1`` of `optimizer`.
+
+    A Python `count` and Python hyperparameters give Python floats, computed in float64. An array `count` or array
+    hyperparameters give 0-d arrays in the widest float that `xp` has; `cast` fits them to an array's dtype.
+    """
+    scale, offset = _bias_correction(optimizer.b2, count, xp)
+    weight1, old_is_lighter1 = _lighter_weight(optimizer.b1, xp)
+    weight2, old_is_lighter2 = _lighter_weight(optimizer.b2, xp)
+    return Coefficients(
+        scale=scale,
+        offset=offset,
+        eps=optimizer.eps,
+        limit=_limit(optimizer.clip_exponent, count, xp),
+        weight1=weight1,
+        old_is_lighter1=old_is_lighter1,
+        weight2=weight2,
+        old_is_lighter2=old_is_lighter2,
+        eps_root=optimizer.eps_root,
+        from_previous=optimizer.centering == "previous",
+        is_complex=False,
+        rate=-learning_rate,
+        weight_decay=optimizer.weight_decay,
+    )
+
+
+def cast(k: Coefficients, real_dtype: Any, is_complex: bool, tiny: float, xp: Any) -> Coefficients:
+    """Return `k` for arrays of one dtype: its 0-d arrays become `real_dtype`, so that they never widen an array.
+
+    `tiny`, the smallest normal number, takes the place of eps = 0. It is invisible beside the square root of any
+    nonzero number, and makes 0 / (sqrt(0) + eps) be 0.
+    """
+    numbers = {
+        name: as_dtype(x, real_dtype, xp)
+        for name, x in k._asdict().items()
+        if hasattr(x, "dtype") and not name.startswith("old_is_lighter")
+    }
+    if isinstance(k.eps, float):
+        numbers["eps"] = max(k.eps, tiny)
+    return k._replace(is_complex=is_complex, **numbers)
+
+
+def as_dtype(x: Array, dtype: Any, xp: Any) -> Array:
+    """Return `x` with this dtype; `x` itself where it has it already."""
+    return x if x.dtype == dtype else xp.astype(x, dtype)
+
+
+def _lighter_weight(b: Any, xp: Any) -> tuple[Any, Any]:
+    old_is_lighter = b < 0.5
+    if isinstance(b, float):
+        return (b if old_is_lighter else 1.0 - b), old_is_lighter
+    return xp.where(old_is_lighter, b, 1.0 - b), old_is_lighter
+
+
+def _bias_correction(b2: Any, count: Any, xp: Any) -> tuple[Any, Any]:
+    # 1 - b2^count as -expm1(count log b2): the plain form cancels, by 1.4e-3 in float32 at b2 = 0.99999.
+    # Count 0 takes n = 1 and a numerator of 0, so that neither value nor derivative sees 1/0.
+    if isinstance(count, int):
+        first = float(count == 0)
+        n = count + first
+        if isinstance(b2, float):
+            return (first - 1.0) / (math.expm1(n * math.log(b2)) if b2 > 0.0 else -1.0), first
+    else:
+        first = xp.astype(count == 0, widest_float(xp))
+        n = xp.astype(count, widest_float(xp)) + first
+    return (first - 1.0) / xp.expm1(n * _log(b2, xp)), first
+
+
+def _log(b2: Any, xp: Any) -> Any:
+    if isinstance(b2, float):
+        return math.log(b2) if b2 > 0.0 else -math.inf
+    b2 = xp.astype(b2, widest_float(xp))
+    zero = b2 == 0  # log must not see it, nor its derivative
+    return xp.where(zero, xp.full_like(b2, -math.inf), xp.log(xp.where(zero, xp.ones_like(b2), b2)))
+
+
+def _limit(exponent: float | None, count: Any, xp: Any) -> Any:
+    if exponent is None:
+        return None
+    if isinstance(count, int):
+        return float(count + 1) ** exponent
+    return (xp.astype(count, widest_float(xp)) + 1.0) ** exponent
+
+
+def widest_float(xp: Any) -> Any:
+    """Return float64, or what the library makes of it (float32 in JAX without 64-bit mode)."""
+    return xp.result_type(xp.float64)

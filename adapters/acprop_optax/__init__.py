@@ -1,0 +1,132 @@
+"""ACProp as an optax gradient transformation: the rule of acprop_core, walked over pytrees.
+
+The states are optax's own classes, so whatever reads the state of ``optax.contrib.acprop`` reads these.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from acprop_core import ACProp
+
+__all__ = ["acprop", "scale_by_acprop"]
+
+
+def acprop(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-16,
+    eps_root: jax.typing.ArrayLike = 1e-16,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    clip_exponent: float | None = None,
+    centering: str = "current",
+    moment_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the ACProp optimizer, in the place of ``optax.contrib.acprop``.
+
+    Parameters
+    ----------
+    learning_rate : float, 0-d array, or schedule
+        A schedule is called with the count of updates done, 0 at the first step.
+    b1, b2, eps, eps_root, clip_exponent, centering, moment_dtype
+        As in `scale_by_acprop`.
+    weight_decay : float or 0-d array
+        Decoupled decay, multiplied by the learning rate; as in ``optax.add_decayed_weights``.
+    mask : pytree of bool, prefix of one, or callable, optional
+        Which parameters decay; as in ``optax.add_decayed_weights``.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        The chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and ``optax.scale_by_learning_rate``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `scale_by_acprop`, and for a learning rate or weight decay that is negative or not finite.
+
+    Examples
+    --------
+    >>> import optax
+    >>> params = {"w": jnp.ones(3)}
+    >>> optimizer = acprop(1e-3, clip_exponent=0.25)
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update({"w": jnp.array([0.5, 0.0, -2.0])}, state, params)
+    >>> optax.apply_updates(params, updates)["w"]
+    Array([0.999, 1.   , 1.001], dtype=float32)
+    """
+    ACProp(learning_rate=learning_rate, weight_decay=weight_decay)  # for its checks
+    return optax.chain(
+        scale_by_acprop(
+            b1, b2, eps, eps_root, clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def scale_by_acprop(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-16,
+    eps_root: jax.typing.ArrayLike = 1e-16,
+    *,
+    clip_exponent: float | None = None,
+    centering: str = "current",
+    moment_dtype: Any = None,
+) -> optax.GradientTransformation:
+    """Return the transformation of gradients g_t into d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped.
+
+    Parameters
+    ----------
+    b1, b2, eps, eps_root, clip_exponent, centering, moment_dtype
+        As in `acprop_core.ACProp`.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        Its state is an ``optax.ScaleByBeliefState``: `count`, 0-d int32; `mu` and `nu`, pytrees like the parameters.
+
+    Raises
+    ------
+    TypeError
+        If a hyperparameter is no number, or the array of parameters no floating-point array.
+    ValueError
+        If a hyperparameter is out of its range or not finite; arrays are not looked into.
+
+    Notes
+    -----
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2.
+    """
+    optimizer = ACProp(
+        learning_rate=1.0,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        clip_exponent=clip_exponent,
+        centering=centering,
+        moment_dtype=moment_dtype,
+    )
+
+    def init(params: optax.Params) -> optax.ScaleByBeliefState:
+        leaves, tree = jax.tree.flatten(params)
+        _, mu, nu = optimizer.init([jnp.asarray(x) for x in leaves])
+        return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), *(jax.tree.unflatten(tree, x) for x in (mu, nu)))
+
+    def update(
+        grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
+        step = optimizer.at(state.count, jnp)
+        like = grads if params is None else params
+        rows = jax.tree.map(step.direction, grads, state.mu, state.nu, like)
+        d, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), rows)
+        return d, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,152 @@
+"""ACProp as a torch.optim.Optimizer: the rule of acprop_core, run on parameter groups in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch.optim.optimizer import ParamsT
+
+import acprop_core
+
+__all__ = ["ACProp"]
+
+_MOMENTS = ("exp_avg", "exp_avg_var")
+
+
+class ACProp(torch.optim.Optimizer):
+    """ACProp (Zhuang et al. 2021, arXiv:2110.05454); the equations stand at `acprop_core.ACProp`.
+
+    Parameters
+    ----------
+    params : iterable of tensors, of (name, tensor) pairs, or of dicts that define parameter groups
+        Floating-point parameters. As everywhere in torch.optim, a complex one counts as two real ones.
+    lr : float
+        Learning rate, at least 0.
+    betas : tuple of two floats
+        Decay rates b1, b2 of the two moments, in [0, 1).
+    eps, eps_root : float
+        Added to the root of the second moment, and to the second moment at every step; at least 0.
+    weight_decay : float
+        Decoupled weight decay, multiplied by `lr`; at least 0.
+    clip_exponent : float, optional
+        No element moves by more than ``lr * t**clip_exponent`` at step t; None for no clip. 0.25 is recommended.
+    centering : {"current", "previous"}
+        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    moment_dtype : torch.dtype, optional
+        Dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of its range or not finite.
+    TypeError
+        If an option is of a wrong type.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = ACProp(model.parameters(), lr=1e-3, clip_exponent=0.25)
+    >>> model(torch.ones(5, 3)).square().sum().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-16,
+        eps_root: float = 1e-16,
+        weight_decay: float = 0.0,
+        *,
+        clip_exponent: float | None = None,
+        centering: str = "current",
+        moment_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "eps_root": eps_root,
+            "weight_decay": weight_decay,
+            "clip_exponent": clip_exponent,
+            "centering": centering,
+            "moment_dtype": moment_dtype,
+        }
+        _functional(defaults)  # for its checks
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, in place.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Reevaluates the model and returns the loss, which `step` then returns.
+
+        Raises
+        ------
+        RuntimeError
+            If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            optimizer = _functional(group)
+            steps: dict[int, Any] = {}  # parameters that joined late have a count of their own
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse:
+                    raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
+                state = self._state_of(param, optimizer)
+                count = int(state["step"])
+                if count not in steps:
+                    steps[count] = optimizer.at(count, xp)
+                x, grad, mu, nu = map(_real, (param, param.grad, *(state[key] for key in _MOMENTS)))
+                update, new_mu, new_nu = steps[count](grad, mu, nu, x, decay=group["weight_decay"] != 0)
+                x.add_(update)
+                mu.copy_(new_mu)
+                nu.copy_(new_nu)
+                state["step"] += 1
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; moments keep the dtype in which they were saved."""
+        super().load_state_dict(state_dict)
+        # The base class casts moments to their parameter's dtype, which would round those of 16-bit parameters.
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(saved, params, strict=True):
+            for key in _MOMENTS:
+                if number in state_dict["state"]:
+                    self.state[param][key] = state_dict["state"][number][key].to(param.device, copy=True)
+
+    def _state_of(self, param: torch.Tensor, optimizer: acprop_core.ACProp) -> dict[str, torch.Tensor]:
+        state = self.state[param]
+        if not state:
+            moments = optimizer.init(_real(param))
+            state["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
+            for key, moment in zip(_MOMENTS, (moments.mu, moments.nu), strict=True):
+                state[key] = torch.view_as_complex(moment) if param.is_complex() else moment
+        return state
+
+
+def _functional(group: dict[str, Any]) -> acprop_core.ACProp:
+    b1, b2 = group["betas"]
+    return acprop_core.ACProp(
+        learning_rate=group["lr"],
+        b1=b1,
+        b2=b2,
+        **{
+            key: group[key] for key in ("eps", "eps_root", "weight_decay", "clip_exponent", "centering", "moment_dtype")
+        },
+    )
+
+
+def _real(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
