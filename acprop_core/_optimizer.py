@@ -182,15 +182,17 @@ class ACProp:
         groups = {"parameter": leaves}
         xp = common_namespace(groups, names)
         check_leaves(groups, names)
-        dtypes = [None if x is None else self._moment_dtypes(x.dtype, xp) for x in leaves]
-        mu, nu = (
-            unflatten(
-                params,
-                [None if d is None else xp.zeros_like(x, dtype=d[i]) for x, d in zip(leaves, dtypes, strict=True)],
-            )
-            for i in range(2)
-        )
-        return State(0, mu, nu)
+        mu, nu = [], []
+        for x in leaves:
+            if x is None:
+                mu.append(None)
+                nu.append(None)
+                continue
+            mu_dtype, nu_dtype = self._moment_dtypes(x.dtype, xp)
+            real = x if mu_dtype == nu_dtype else xp.real(x)  # Dask warns of a real zeros_like of a complex array
+            mu.append(xp.zeros_like(x, dtype=mu_dtype))
+            nu.append(xp.zeros_like(real, dtype=nu_dtype))
+        return State(0, unflatten(params, mu), unflatten(params, nu))
 
     def update(self, grads: Container, state: State, params: Container | None = None) -> tuple[Container, State]:
         """Return what to add to the parameters, and the state after the step. Nothing is written to.

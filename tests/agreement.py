@@ -1,0 +1,153 @@
+"""How far a trajectory is from the oracle, in machine epsilons, and how far it may be."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from cases import DTYPES, Case
+from ml_dtypes import finfo
+from reference import Hyperparameters, mp, trajectory
+
+QUANTITIES = ("update", "param", "mu", "nu")
+
+# The published bounds (docs/guarantees.md), in machine epsilons over all backends, cases and steps, each at most twice
+# what was measured. The unit is the epsilon of the dtype in which the quantity is kept. `update` and `mu` count against
+# their largest magnitude so far, `nu` against itself, `param` against the parameter and the update; each with the
+# conditioning that the oracle carries along.
+BOUNDS = {
+    "float16": {"update": 1.2, "param": 0.7},
+    "bfloat16": {"update": 1.0, "param": 0.7},
+    "float32": {"update": 2.5, "param": 1.5, "mu": 2.5, "nu": 4.0},
+    "float64": {"update": 3.0, "param": 2.0, "mu": 2.5, "nu": 4.0},
+}
+# The same for random hyperparameters, of which `cases.WORST_SEEDS` pins the worst: an average whose rate is within 1e-6
+# of 1 loses half a unit in the last place at every step, in any arithmetic of this width.
+RANDOM_BOUNDS = {
+    "float32": {"update": 13.0, "param": 9.0, "mu": 22.0, "nu": 18.0},
+    "float64": {"update": 8.0, "param": 4.0, "mu": 8.0, "nu": 13.0},
+}
+
+
+class Record(NamedTuple):
+    """What one step did to one parameter: NumPy arrays; no update from a host that works in place."""
+
+    update: np.ndarray | None
+    param: np.ndarray
+    mu: np.ndarray
+    nu: np.ndarray
+
+
+Trajectory = Sequence[dict[str, Record]]
+
+
+class Exact(NamedTuple):
+    """One quantity by the oracle, (steps, *shape): value = high + low, exact to 100 bits, and its scale."""
+
+    high: np.ndarray
+    low: np.ndarray
+    scale: np.ndarray
+
+
+def violations(case: Case, steps: Trajectory, complex_as_real: bool = False) -> list[str]:
+    """Return a line for each bound that a trajectory breaks."""
+    bounds = RANDOM_BOUNDS if case.random else BOUNDS
+    return [
+        f"{quantity} is {error:.3g} epsilons of {dtype} from the oracle; the bound is {bounds[dtype][quantity]}"
+        for (quantity, dtype), error in errors(case, steps, complex_as_real).items()
+        if not error <= bounds[dtype][quantity]
+    ]
+
+
+def errors(case: Case, steps: Trajectory, complex_as_real: bool = False) -> dict[tuple[str, str], float]:
+    """Return the largest error of each (quantity, dtype) in machine epsilons.
+
+    With `complex_as_real` a complex parameter counts as two real ones, as in torch.optim.
+    """
+    assert len(steps) == case.steps
+    worst: dict[tuple[str, str], float] = {}
+    for leaf in case.leaves:
+        exact = oracle(case, leaf, complex_as_real)
+        dtypes = expected_dtypes(case, leaf)
+        for quantity in QUANTITIES:
+            records = [getattr(step[leaf], quantity) for step in steps]
+            if records[0] is None:
+                continue
+            for record in records:
+                assert record.dtype == DTYPES[dtypes[quantity]], (leaf, quantity, record.dtype)
+            got = np.stack([as_real(x) if complex_as_real else x for x in records])
+            assert got.shape == exact[quantity].high.shape, (leaf, quantity, got.shape)
+            unit = unit_of(dtypes, quantity)
+            error = _in_epsilons(got, exact[quantity], unit)
+            worst[quantity, unit] = max(worst.get((quantity, unit), 0.0), error)
+    return worst
+
+
+def _in_epsilons(got: np.ndarray, exact: Exact, unit: str) -> float:
+    wide = np.complex128 if got.dtype.kind == "c" else np.float64
+    info = finfo(DTYPES[unit])
+    with np.errstate(invalid="ignore"):
+        error = np.abs((got.astype(wide) - exact.high) - exact.low)
+    if not np.all(np.isfinite(error)):
+        return np.inf
+    scale = np.maximum(exact.scale, float(info.smallest_normal))
+    return float(np.max(error / scale, initial=0.0)) / float(info.eps)
+
+
+@functools.cache
+def oracle(case: Case, leaf: str, complex_as_real: bool) -> dict[str, Exact]:
+    grads, params = case.grads(leaf), case.params(leaf)
+    if complex_as_real:
+        grads, params = as_real(grads), as_real(params)
+    h = {k: v for k, v in case.hyper.items() if k not in ("weight_decay", "mask", "moment_dtype")}
+    hyper = Hyperparameters(**h, decay=case.hyper.get("weight_decay", 0.0) if case.decays(leaf) else 0.0)
+    arithmetic = unit_of(expected_dtypes(case, leaf), "nu")
+    epsilon = float(finfo(DTYPES[arithmetic]).eps)
+    wide = np.complex128 if grads.dtype.kind == "c" else np.float64
+    columns = [
+        trajectory(hyper, g.tolist(), x.tolist(), epsilon)
+        for g, x in zip(
+            grads.astype(wide).reshape(case.steps, -1).T, params.astype(wide).reshape(case.steps, -1).T, strict=True
+        )
+    ]
+
+    def table(pick: Any, dtype: Any) -> np.ndarray:
+        rows = [[pick(element) for element in column] for column in columns]
+        return np.array(rows, dtype=dtype).reshape(len(columns), case.steps).T.reshape(grads.shape)
+
+    result = {}
+    for quantity in QUANTITIES:
+        kind = np.float64 if quantity == "nu" else wide
+        number = complex if kind is np.complex128 else float
+        scale = f"{'update' if quantity == 'param' else quantity}_scale"
+        result[quantity] = Exact(
+            table(lambda e, q=quantity, n=number: n(getattr(e, q)), kind),
+            table(lambda e, q=quantity, n=number: n(getattr(e, q) - mp.mpmathify(n(getattr(e, q)))), kind),
+            table(lambda e, s=scale: float(getattr(e, s)), np.float64),
+        )
+    # a parameter is rounded after the update is added
+    param = result["param"]
+    result["param"] = param._replace(scale=param.scale + np.maximum(np.abs(param.high), np.abs(params.astype(wide))))
+    return result
+
+
+def expected_dtypes(case: Case, leaf: str) -> dict[str, str]:
+    """Return the dtype in which each quantity must arrive."""
+    dtype = case.leaves[leaf][0]
+    real = {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
+    nu = case.hyper.get("moment_dtype") or {"float16": "float32", "bfloat16": "float32"}.get(real, real)
+    mu = nu if dtype == real else dtype
+    return {"update": dtype, "param": dtype, "mu": mu, "nu": nu}
+
+
+def unit_of(dtypes: dict[str, str], quantity: str) -> str:
+    """Return the real dtype whose epsilon is the unit: an update is no better than the moments it comes from."""
+    coarse = ("bfloat16", "float16", "float32", "float64")
+    names = {dtypes["nu"]} if quantity in ("mu", "nu") else {dtypes["update"], dtypes["nu"]}
+    real = {{"complex64": "float32", "complex128": "float64"}.get(name, name) for name in names}
+    return min(real, key=coarse.index)
+
+
+def as_real(x: np.ndarray) -> np.ndarray:
+    """Return a real array with (real, imaginary) as its last axis, if `x` is complex."""
+    return np.stack([x.real, x.imag], axis=-1) if x.dtype.kind == "c" else x

@@ -1,0 +1,348 @@
+"""Every way to run ACProp, each as a function from a case to a trajectory.
+
+A backend that lacks a library, a device or a dtype says so with a reason, and its cases are skipped.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from agreement import Record, Trajectory
+from cases import Case
+
+from acprop_core import ACProp, State
+
+Convert = Callable[[np.ndarray], Any]
+
+
+def _functional(
+    case: Case, to: Convert, back: Convert, wrap: Callable[[Any], Any] = lambda f: f, count: Any = None
+) -> Trajectory:
+    """Run the functional core step by step; `count` starts it with an array in the place of the int."""
+    optimizer = ACProp(**case.hyper)
+    update, apply = wrap(optimizer.update), wrap(optimizer.apply)
+    grads = {leaf: case.grads(leaf) for leaf in case.leaves}
+    params = {leaf: case.params(leaf) for leaf in case.leaves}
+    state = optimizer.init({leaf: to(x[0]) for leaf, x in params.items()})
+    if count is not None:
+        state = state._replace(count=count)
+    steps = []
+    for t in range(case.steps):
+        x = {leaf: to(params[leaf][t]) for leaf in params}
+        updates, state = update({leaf: to(grads[leaf][t]) for leaf in grads}, state, x)
+        new = apply(x, updates)
+        steps.append(_records(case, back, updates, new, state.mu, state.nu))
+    assert int(back(state.count)) == case.steps
+    return steps
+
+
+def _records(case: Case, back: Convert, updates: Any, params: Any, mu: Any, nu: Any) -> dict[str, Record]:
+    return {
+        leaf: Record(None if updates is None else back(updates[leaf]), *(back(x[leaf]) for x in (params, mu, nu)))
+        for leaf in case.leaves
+    }
+
+
+def numpy(case: Case) -> Trajectory:
+    return _functional(case, np.array, np.array)
+
+
+def numpy_readonly(case: Case) -> Trajectory:
+    def frozen(x: np.ndarray) -> np.ndarray:
+        x = np.array(x)
+        x.flags.writeable = False
+        return x
+
+    def freeze(f: Any) -> Any:
+        def call(grads: Any, *rest: Any) -> Any:
+            for leaf in [x for tree in rest if isinstance(tree, State) for d in tree[1:] for x in d.values()]:
+                leaf.flags.writeable = False
+            return f(grads, *rest)
+
+        return call
+
+    return _functional(case, frozen, np.array, wrap=freeze)
+
+
+def numpy_array_count(case: Case) -> Trajectory:
+    return _functional(case, np.array, np.array, count=np.asarray(0, dtype=np.int32))
+
+
+def _strict(version: str) -> Callable[[Case], Trajectory]:
+    def run(case: Case) -> Trajectory:
+        import array_api_strict as xp
+
+        flags = xp.ArrayAPIStrictFlags(
+            api_version=version, boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
+        )
+        with flags:
+            # its arrays hand their memory to np.asarray only from 2024.12 on, hence the buffer beneath
+            return _functional(case, xp.asarray, lambda x: np.array(getattr(x, "_array", x)))
+
+    return run
+
+
+def strict_array_count(case: Case) -> Trajectory:
+    import array_api_strict as xp
+
+    count = xp.asarray(0, dtype=xp.int64)
+    return _functional(case, xp.asarray, lambda x: np.array(getattr(x, "_array", x)), count=count)
+
+
+def _to_torch(x: np.ndarray) -> Any:
+    import torch
+
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
+    return torch.from_numpy(np.array(x))
+
+
+def _from_torch(x: Any) -> np.ndarray:
+    import torch
+
+    if isinstance(x, int):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    if x.dtype == torch.bfloat16:
+        return x.to(torch.float32).numpy().astype(ml_dtypes.bfloat16)
+    return x.numpy().copy()
+
+
+def torch(case: Case) -> Trajectory:
+    return _functional(case, _to_torch, _from_torch)
+
+
+def torch_array_count(case: Case) -> Trajectory:
+    import torch
+
+    return _functional(case, _to_torch, _from_torch, count=torch.tensor(0))
+
+
+def torch_cuda(case: Case) -> Trajectory:
+    return _functional(case, lambda x: _to_torch(x).cuda(), _from_torch)
+
+
+@contextlib.contextmanager
+def _jax(case: Case) -> Iterator[Any]:
+    import jax
+
+    wide = {"float64", "complex128"}
+    with jax.enable_x64(bool(wide & case.dtypes) or case.hyper.get("moment_dtype") in wide):
+        yield jax
+
+
+def jax_eager(case: Case) -> Trajectory:
+    with _jax(case) as jax:
+        return _functional(case, jax.numpy.asarray, np.array)
+
+
+def jax_jit(case: Case) -> Trajectory:
+    with _jax(case) as jax:
+        return _functional(case, jax.numpy.asarray, np.array, wrap=jax.jit)
+
+
+def jax_scan(case: Case) -> Trajectory:
+    optimizer = ACProp(**case.hyper)
+    with _jax(case) as jax:
+        stream = {
+            leaf: (jax.numpy.asarray(case.grads(leaf)), jax.numpy.asarray(case.params(leaf))) for leaf in case.leaves
+        }
+
+        def step(state: State, now: Any) -> Any:
+            grads, params = ({leaf: now[leaf][i] for leaf in now} for i in range(2))
+            updates, state = optimizer.update(grads, state, params)
+            return state, (updates, optimizer.apply(params, updates), state.mu, state.nu)
+
+        state = optimizer.init({leaf: params[0] for leaf, (_, params) in stream.items()})
+        _, columns = jax.lax.scan(step, state, stream)
+        rows = [jax.tree.map(lambda x, t=t: x[t], columns) for t in range(case.steps)]
+        return [_records(case, np.array, *row) for row in rows]
+
+
+def dask(case: Case) -> Trajectory:
+    import dask.array as da
+    import dask.base
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the update computed something; it must stay lazy")
+
+    def lazy(f: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with dask.base.config.set(scheduler=never):
+                result = f(*args)
+            return dask.base.persist(result, scheduler="synchronous")[0]  # or the graph grows from step to step
+
+        return call
+
+    return _functional(
+        case,
+        lambda x: da.from_array(x, chunks=2),
+        lambda x: np.array(x.compute(scheduler="synchronous") if hasattr(x, "compute") else x),
+        wrap=lazy,
+    )
+
+
+def cupy(case: Case) -> Trajectory:
+    import cupy as cp
+
+    return _functional(case, cp.asarray, cp.asnumpy)
+
+
+def optax(case: Case) -> Trajectory:
+    import optax
+
+    import acprop_optax
+
+    with _jax(case) as jax:
+        transform = acprop_optax.acprop(**case.hyper)
+        update = jax.jit(transform.update)
+        grads = {leaf: case.grads(leaf) for leaf in case.leaves}
+        params = {leaf: case.params(leaf) for leaf in case.leaves}
+        state = transform.init({leaf: jax.numpy.asarray(x[0]) for leaf, x in params.items()})
+        steps = []
+        for t in range(case.steps):
+            g, x = ({leaf: jax.numpy.asarray(tree[leaf][t]) for leaf in tree} for tree in (grads, params))
+            updates, state = update(g, state, x)
+            new = optax.apply_updates(x, updates)
+            steps.append(_records(case, np.array, updates, new, state[0].mu, state[0].nu))
+        assert int(state[0].count) == case.steps
+        return steps
+
+
+def _torch_optimizer(case: Case, device: str) -> Trajectory:
+    import torch
+
+    import acprop_torch
+
+    options = {k: v for k, v in case.hyper.items() if k not in ("learning_rate", "b1", "b2", "weight_decay", "mask")}
+    if "moment_dtype" in options:
+        options["moment_dtype"] = getattr(torch, options["moment_dtype"])
+    lr = case.hyper["learning_rate"]
+    tensors = {leaf: _to_torch(case.params(leaf)[0]).to(device).requires_grad_() for leaf in case.leaves}
+    optimizer = acprop_torch.ACProp(
+        [
+            {"params": [x], "weight_decay": case.hyper["weight_decay"] if case.decays(leaf) else 0.0}
+            for leaf, x in tensors.items()
+        ],
+        lr=lr(0) if callable(lr) else lr,
+        betas=(case.hyper.get("b1", 0.9), case.hyper.get("b2", 0.999)),
+        **options,
+    )
+    steps = []
+    for t in range(case.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr(t) if callable(lr) else lr
+        for leaf, x in tensors.items():
+            with torch.no_grad():
+                x.copy_(_to_torch(case.params(leaf)[t]))
+            x.grad = _to_torch(case.grads(leaf)[t]).to(device)
+        optimizer.step()
+        mu = {leaf: optimizer.state[x]["exp_avg"] for leaf, x in tensors.items()}
+        nu = {leaf: _real_view(optimizer.state[x]["exp_avg_var"]) for leaf, x in tensors.items()}
+        steps.append(_records(case, _from_torch, None, tensors, mu, nu))
+    return steps
+
+
+def _real_view(x: Any) -> Any:
+    import torch
+
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def torch_optimizer(case: Case) -> Trajectory:
+    return _torch_optimizer(case, "cpu")
+
+
+def torch_optimizer_cuda(case: Case) -> Trajectory:
+    return _torch_optimizer(case, "cuda")
+
+
+def stepper(case: Case) -> Trajectory:
+    import acprop_stepper
+
+    params = {leaf: np.array(case.params(leaf)[0]) for leaf in case.leaves}
+    stepper = acprop_stepper.Stepper(params, **case.hyper)
+    steps = []
+    for t in range(case.steps):
+        for leaf, x in params.items():
+            x[...] = case.params(leaf)[t]
+        stepper.step({leaf: case.grads(leaf)[t] for leaf in params})
+        steps.append(_records(case, np.array, None, params, stepper.state.mu, stepper.state.nu))
+    assert stepper.state.count == case.steps
+    return steps
+
+
+class Backend(Enum):
+    """(how to run a case, what it needs, dtypes that it lacks)."""
+
+    NUMPY = numpy, "numpy", ()
+    NUMPY_READONLY = numpy_readonly, "numpy", ()
+    NUMPY_ARRAY_COUNT = numpy_array_count, "numpy", ()
+    STRICT_2022 = _strict("2022.12"), "array_api_strict", ("float16", "bfloat16")
+    STRICT_2023 = _strict("2023.12"), "array_api_strict", ("float16", "bfloat16")
+    STRICT_2024 = _strict("2024.12"), "array_api_strict", ("float16", "bfloat16")
+    STRICT_2025 = _strict("2025.12"), "array_api_strict", ("float16", "bfloat16")
+    STRICT_ARRAY_COUNT = strict_array_count, "array_api_strict", ("float16", "bfloat16")
+    TORCH = torch, "torch", ()
+    TORCH_ARRAY_COUNT = torch_array_count, "torch", ()
+    TORCH_CUDA = torch_cuda, "torch:cuda", ()
+    JAX_EAGER = jax_eager, "jax", ()
+    JAX_JIT = jax_jit, "jax", ()
+    JAX_SCAN = jax_scan, "jax", ()
+    DASK = dask, "dask", ()
+    CUPY = cupy, "cupy:cuda", ("bfloat16",)
+    OPTAX = optax, "optax", ()
+    TORCH_OPTIMIZER = torch_optimizer, "torch", ()
+    TORCH_OPTIMIZER_CUDA = torch_optimizer_cuda, "torch:cuda", ()
+    STEPPER = stepper, "numpy", ()
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+    def run(self, case: Case) -> Trajectory:
+        return self.value[0](case)
+
+    @property
+    def complex_as_real(self) -> bool:
+        """Whether a complex parameter counts as two real ones, the convention of torch.optim."""
+        return self in (Backend.TORCH_OPTIMIZER, Backend.TORCH_OPTIMIZER_CUDA)
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.value[1].endswith(":cuda")
+
+    def cannot_run(self) -> str | None:
+        """Return why this backend cannot run here, or None."""
+        module = self.value[1].partition(":")[0]
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+        if self.needs_gpu:
+            return _no_gpu(module)
+        return None
+
+    def cannot_take(self, case: Case) -> str | None:
+        """Return why this backend cannot take this case, or None."""
+        if self is Backend.STRICT_ARRAY_COUNT and callable(case.hyper["learning_rate"]):
+            return "array-api-strict refuses integer arrays beside floats, so a schedule must be written for it"
+        if self is Backend.TORCH_ARRAY_COUNT and callable(case.hyper["learning_rate"]) and "float64" in case.dtypes:
+            return "torch computes 0.1 / (integer tensor + 1.0), the schedule, in float32"
+        lacking = case.dtypes & set(self.value[2])
+        return f"{self} has no {', '.join(sorted(lacking))}" if lacking else None
+
+
+def _no_gpu(module: str) -> str | None:
+    if module == "torch":
+        import torch
+
+        return None if torch.cuda.is_available() else "torch finds no CUDA device"
+    import cupy
+
+    try:
+        found = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy finds no CUDA device: {error}"
+    return None if found else "CuPy finds no CUDA device"

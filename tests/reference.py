@@ -1,0 +1,93 @@
+"""The oracle: ACProp in 50-digit arithmetic, as literal as it can be written, element by element.
+
+It shares no code with acprop_core and follows the equations in their textbook form, which in 50 digits is exact enough
+to be called the truth. Beside each number it carries how ill-conditioned that number is: where g - m_t cancels, no
+arithmetic of the working precision could do better, and an error bound must say so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mpmath
+
+mp = mpmath.mp.clone()
+mp.dps = 50
+
+
+class Element(NamedTuple):
+    """One element after one step: exact numbers, and the scales against which errors count."""
+
+    update: Any
+    param: Any
+    mu: Any
+    nu: Any
+    update_scale: Any  # largest lr (|d| + |decay x|) so far, times the conditioning of the denominator
+    mu_scale: Any  # largest |mu| so far
+    nu_scale: Any  # nu, and what rounding g and m_t to machine epsilon makes of g - m_t
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The options of ACProp in plain numbers; `decay` is the weight decay of this very element."""
+
+    learning_rate: float | Callable[[int], float]
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-16
+    eps_root: float = 1e-16
+    decay: float = 0.0
+    clip_exponent: float | None = None
+    centering: str = "current"
+
+
+def trajectory(
+    h: Hyperparameters, grads: Sequence[complex], params: Sequence[complex], epsilon: float
+) -> list[Element]:
+    """Return what ACProp does to one element, step by step, given its gradients and its values before each step.
+
+    `epsilon` is the machine epsilon of the arithmetic under test; it enters the scales, not the numbers.
+    """
+    b1, b2, eps, eps_root, decay = map(mp.mpf, (h.b1, h.b2, h.eps, h.eps_root, h.decay))
+    m = mp.mpf(0)
+    s = mp.mpf(0)
+    largest_update = largest_m = largest_input = first_order = second_order = mp.mpf(0)
+    elements = []
+    for t, (g, x) in enumerate(zip(grads, params, strict=True), start=1):
+        g, x = mp.mpmathify(g), mp.mpmathify(x)
+
+        # the denominator uses the previous second moment
+        s_hat = mp.mpf(1) if t == 1 else s / (1 - b2 ** (t - 1))
+        d = g / (mp.sqrt(s_hat) + eps)
+        if h.clip_exponent is not None:
+            limit = mp.mpf(t) ** mp.mpf(h.clip_exponent)
+            if abs(d) > limit:
+                d = d / abs(d) * limit
+        lr = mp.mpf(h.learning_rate(t - 1) if callable(h.learning_rate) else h.learning_rate)
+        u = -lr * (d + decay * x)
+        conditioning = 1 if s == 0 else 1 + (first_order + second_order) / (2 * s)
+
+        # then the moments see the gradient
+        m_before = m
+        m = b1 * m + (1 - b1) * g
+        e = g - (m if h.centering == "current" else m_before)
+        s = b2 * s + (1 - b2) * abs(e) ** 2 + eps_root
+
+        largest_update = max(largest_update, lr * (abs(d) + abs(decay * x)))  # its two terms may cancel
+        largest_m = max(largest_m, abs(m))
+        largest_input = max(largest_input, abs(g), abs(m))
+        # an error of epsilon * largest_input in e changes |e|^2 by 2 |e| and by the square of that error
+        first_order = b2 * first_order + (1 - b2) * 2 * abs(e) * largest_input
+        second_order = b2 * second_order + (1 - b2) * 4 * mp.mpf(epsilon) * largest_input**2
+        elements.append(
+            Element(
+                update=u,
+                param=x + u,
+                mu=m,
+                nu=s,
+                update_scale=largest_update * conditioning,
+                mu_scale=largest_m,
+                nu_scale=s + first_order + second_order,
+            )
+        )
+    return elements

@@ -1,0 +1,29 @@
+"""The reference suite: every backend through every case, against the oracle."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from agreement import violations
+from backends import Backend
+from cases import CASES, Case
+
+
+def _runs() -> Iterator[Any]:
+    for backend in Backend:
+        marks = [pytest.mark.gpu] if backend.needs_gpu else []
+        if reason := backend.cannot_run():
+            yield pytest.param(backend, None, id=str(backend), marks=[*marks, pytest.mark.skip(reason=reason)])
+            continue
+        for case in CASES:
+            skip = [pytest.mark.skip(reason=reason)] if (reason := backend.cannot_take(case)) else []
+            yield pytest.param(backend, case, id=f"{backend}-{case}", marks=[*marks, *skip])
+
+
+@pytest.mark.parametrize(("backend", "case"), list(_runs()))
+def test_agrees_with_the_oracle(backend: Backend, case: Case) -> None:
+    assert not violations(case, backend.run(case), backend.complex_as_real)
+
+
+def test_case_names_are_unique() -> None:
+    assert len({str(case) for case in CASES}) == len(CASES)
