@@ -149,8 +149,8 @@ _HYPERS: dict[str, Hyper] = {
 }
 
 
-# Of 4,000 random cases, those that came out furthest from the oracle (NumPy): b1 or b2 within 1e-6 of 1, where the change
-# of an average falls below half a unit in its last place, or a constant gradient with a momentum that has caught up.
+# Of 4,000 random cases, those that came out furthest from the oracle (NumPy): b1 or b2 within 1e-6 of 1, where the
+# change of an average falls below half a unit in its last place, or a constant gradient that the momentum has reached.
 WORST_SEEDS = (1546, 1646, 2353, 2745, 3009, 3202)
 
 

@@ -1,0 +1,312 @@
+"""Train one network on handwritten digits with one optimizer in three frameworks, and hand a run from one to the next.
+
+    python docs/examples/digits.py [--steps 660] [--seed 1] [--out out]
+
+The same two-layer network (64-64-10, ReLU) starts from the same weights and sees the same batches of scikit-learn's
+digits: in NumPy with gradients written by hand, in JAX with optax, in PyTorch, and once more begun in NumPy, continued
+in JAX and finished in PyTorch, optimizer state included. All of it runs in float64, so that nothing but rounding
+separates the runs. A table and a picture show how far apart they end; the exit code is 1 if that is further than
+rounding explains. JAX and PyTorch are used if they are installed.
+
+A fifth run leaves out the clip. Pixels in the digits' margins are 0 for a while and then are not, which makes plain
+ACProp explode; this is why every example of ours sets clip_exponent=0.25.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import matplotlib as mpl
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+from acprop_core import State
+from acprop_stepper import Stepper
+
+Arrays = dict[str, np.ndarray]
+
+HYPER = {"learning_rate": 1e-3, "weight_decay": 1e-4, "clip_exponent": 0.25}
+BATCH = 64
+
+# The published bound on a parameter after one step in float64, in machine epsilons (docs/guarantees.md).
+PARAM_BOUND = 2.0
+
+
+class NumPy:
+    """Gradients by hand, parameters updated in place by Stepper."""
+
+    def __init__(self, params: Arrays, state: State | None = None, **hyper: float | None) -> None:
+        self._params = {name: x.copy() for name, x in params.items()}
+        self._stepper = Stepper(self._params, **{**HYPER, **hyper})
+        if state is not None:
+            self._stepper.state = state
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> float:
+        p = self._params
+        hidden = np.maximum(x @ p["w1"] + p["b1"], 0.0)
+        logits = hidden @ p["w2"] + p["b2"]
+        logits -= logits.max(axis=1, keepdims=True)
+        log_probability = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+        d_logits = (np.exp(log_probability) - np.eye(10)[y]) / len(y)
+        d_hidden = (d_logits @ p["w2"].T) * (hidden > 0.0)
+        self._stepper.step(
+            {
+                "w1": x.T @ d_hidden,
+                "b1": d_hidden.sum(axis=0),
+                "w2": hidden.T @ d_logits,
+                "b2": d_logits.sum(axis=0),
+            }
+        )
+        return float(-log_probability[np.arange(len(y)), y].mean())
+
+    def result(self) -> tuple[Arrays, State]:
+        return self._params, self._stepper.state
+
+
+class Jax:
+    """Gradients by jax.grad, updates by the optax transform, the whole step compiled."""
+
+    def __init__(self, params: Arrays, state: State | None = None) -> None:
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        from acprop_optax import acprop
+
+        jax.config.update("jax_enable_x64", True)
+        transform = acprop(**HYPER)
+        self._params = jax.tree.map(jnp.asarray, params)
+        self._state = transform.init(self._params)
+        if state is not None:
+            moments = optax.ScaleByBeliefState(jnp.asarray(state.count, jnp.int32), *map(_asarray(jnp), state[1:]))
+            self._state = (moments, *self._state[1:])
+
+        def loss(params: Arrays, x: np.ndarray, y: np.ndarray) -> float:
+            hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
+            logits = hidden @ params["w2"] + params["b2"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        @jax.jit
+        def step(params, state, x, y):
+            value, grads = jax.value_and_grad(loss)(params, x, y)
+            updates, state = transform.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        self._step = step
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> float:
+        self._params, self._state, loss = self._step(self._params, self._state, x, y)
+        return float(loss)
+
+    def result(self) -> tuple[Arrays, State]:
+        count, mu, nu = self._state[0]
+        return _asarray(np)(self._params), State(int(count), _asarray(np)(mu), _asarray(np)(nu))
+
+
+class Torch:
+    """Gradients by autograd, parameters updated in place by the torch optimizer."""
+
+    def __init__(self, params: Arrays, state: State | None = None) -> None:
+        import torch
+
+        from acprop_torch import ACProp
+
+        options = {**HYPER, "lr": HYPER["learning_rate"]}
+        del options["learning_rate"]
+        self._torch = torch
+        self._params = {name: torch.tensor(x, requires_grad=True) for name, x in params.items()}
+        self._optimizer = ACProp(self._params.values(), **options)
+        if state is not None:
+            saved = self._optimizer.state_dict()
+            saved["state"] = {
+                i: {
+                    "step": torch.tensor(float(state.count)),
+                    "exp_avg": torch.tensor(state.mu[name]),
+                    "exp_avg_var": torch.tensor(state.nu[name]),
+                }
+                for i, name in enumerate(params)
+            }
+            self._optimizer.load_state_dict(saved)
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> float:
+        p = self._params
+        hidden = self._torch.relu(self._torch.from_numpy(x) @ p["w1"] + p["b1"])
+        logits = hidden @ p["w2"] + p["b2"]
+        loss = self._torch.nn.functional.cross_entropy(logits, self._torch.from_numpy(y))
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return loss.item()
+
+    def result(self) -> tuple[Arrays, State]:
+        states = {name: self._optimizer.state[x] for name, x in self._params.items()}
+        mu, nu = ({name: s[key].numpy() for name, s in states.items()} for key in ("exp_avg", "exp_avg_var"))
+        count = int(next(iter(states.values()))["step"])
+        return {name: x.detach().numpy() for name, x in self._params.items()}, State(count, mu, nu)
+
+
+def _asarray(xp) -> Callable[[dict], dict]:
+    return lambda tree: {name: xp.asarray(x) for name, x in tree.items()}
+
+
+@dataclass
+class Run:
+    """What one training run left behind."""
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    params: Arrays = field(default_factory=dict)
+    accuracy: float = 0.0
+    seconds: float = 0.0
+    difference: float = 0.0  # largest difference of any parameter from the NumPy run
+
+
+class Digits:
+    """scikit-learn's digits, the initial weights and the batches: what all runs share."""
+
+    def __init__(self, steps: int, seed: int) -> None:
+        x, y = load_digits(return_X_y=True)
+        split = train_test_split(x / 16.0, y, test_size=360, random_state=0, stratify=y)
+        self.train_x, self.test_x, self.train_y, self.test_y = split
+        self._rng_seed, self.steps = seed, steps
+        rng = np.random.default_rng(seed)
+        self.weights = {
+            "w1": rng.normal(size=(64, 64)) * np.sqrt(2 / 64),
+            "b1": np.zeros(64),
+            "w2": rng.normal(size=(64, 10)) * np.sqrt(2 / 64),
+            "b2": np.zeros(10),
+        }
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        rng = np.random.default_rng(self._rng_seed + 1)
+        for _ in range(self.steps):
+            rows = rng.integers(len(self.train_y), size=BATCH)
+            yield self.train_x[rows], self.train_y[rows]
+
+    def predict(self, p: Arrays, x: np.ndarray) -> np.ndarray:
+        return np.maximum(x @ p["w1"] + p["b1"], 0.0) @ p["w2"] + p["b2"]
+
+    def accuracy(self, params: Arrays) -> float:
+        return float((self.predict(params, self.test_x).argmax(axis=1) == self.test_y).mean())
+
+
+def train(
+    name: str, data: Digits, hosts: list[Callable[..., NumPy | Jax | Torch]], weights: Arrays | None = None
+) -> Run:
+    """Train with the hosts in turn, each for an equal share of the steps, handing over parameters and state."""
+    run = Run(name)
+    start = time.perf_counter()
+    params, state, host = weights or data.weights, None, None
+    for i, (x, y) in enumerate(tqdm(data.batches(), total=data.steps, desc=f"{name:22}", unit="step", leave=True)):
+        if i % -(-data.steps // len(hosts)) == 0:
+            host = hosts[i // -(-data.steps // len(hosts))](params, state)
+        run.losses.append(host.step(x, y))
+        if (i + 1) % -(-data.steps // len(hosts)) == 0:
+            params, state = host.result()
+    run.params, _ = host.result()
+    run.seconds = time.perf_counter() - start
+    run.accuracy = data.accuracy(run.params)
+    return run
+
+
+def main() -> int:
+    """Run everything, print the table, save the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=660, help="training steps of each run (30 epochs: 660)")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the picture")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the initial weights and the batches")
+    arguments = parser.parse_args()
+    data = Digits(arguments.steps, arguments.seed)
+
+    hosts: dict[str, Callable[..., NumPy | Jax | Torch]] = {"NumPy": NumPy}
+    for name, host, modules in (("JAX + optax", Jax, ("jax", "optax")), ("PyTorch", Torch, ("torch",))):
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        if missing:
+            print(f"{name} is left out: install {' and '.join(missing)} to include it")
+        else:
+            hosts[name] = host
+
+    runs = [train(name, data, [host]) for name, host in hosts.items()]
+    if len(hosts) > 1:
+        runs.append(train(" > ".join(name.partition(" ")[0] for name in hosts), data, list(hosts.values())))
+    first = runs[0]
+    for run in runs:
+        run.difference = _distance(run.params, first.params)
+    allowed = _allowed(data, first)
+    exploded = train("without the clip", data, [lambda params, state: NumPy(params, state, clip_exponent=None)])
+
+    print(f"\n{'framework':24}{'train loss':>12}{'test accuracy':>15}{'largest difference':>20}{'seconds':>9}")
+    for run in [*runs, exploded]:
+        loss = np.mean(run.losses[-len(run.losses) // 10 :])
+        difference = "(exploded)" if run is exploded else f"{run.difference:.1e}"
+        print(f"{run.name:24}{loss:12.5f}{run.accuracy:15.4f}{difference:>20}{run.seconds:9.1f}")
+    print(f"\nRounding alone allows a difference of {allowed:.1e} after {data.steps} steps.")
+    picture = _draw(runs, exploded, arguments.out)
+    print(f"Loss curves: {picture}")
+
+    apart = [run.name for run in runs if not run.difference <= allowed]
+    if apart:
+        print(f"These runs are further from NumPy's than rounding explains: {', '.join(apart)}", file=sys.stderr)
+    return 1 if apart else 0
+
+
+def _allowed(data: Digits, first: Run) -> float:
+    """Return how far two runs may end apart if every step of both keeps the published bound.
+
+    A parameter's error in one step is at most PARAM_BOUND epsilons of parameter and update, and the clip holds updates
+    to lr t^p; two runs have one each. Training then amplifies what happened early. By how much is measured: the same
+    run, from weights that are off by 1e-9, far above rounding.
+    """
+    rng = np.random.default_rng(0)
+    weights = {name: x + 1e-9 * rng.choice([-1.0, 1.0], size=x.shape) for name, x in data.weights.items()}
+    nudged = train("(amplification)", data, [NumPy], weights)
+    amplification = max(1.0, _distance(nudged.params, first.params) / 1e-9)
+    updates = HYPER["learning_rate"] * np.arange(1.0, data.steps + 1) ** HYPER["clip_exponent"]
+    largest = max(float(np.abs(x).max()) for params in (data.weights, first.params) for x in params.values())
+    return float(2 * PARAM_BOUND * np.finfo(float).eps * amplification * (updates + largest).sum())
+
+
+def _distance(a: Arrays, b: Arrays) -> float:
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+def _draw(runs: list[Run], exploded: Run, folder: pathlib.Path) -> pathlib.Path:
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def smooth(losses: list[float]) -> np.ndarray:
+        window = min(20, len(losses))
+        return np.convolve(losses, np.ones(window) / window, mode="valid")
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(3, 2), layout="constrained")
+    widths = np.linspace(7.0, 1.5, len(runs))
+    for run, width in zip(runs, widths, strict=True):
+        top.semilogy(smooth(run.losses), linewidth=width, alpha=0.8, label=run.name)
+    top.semilogy(exploded.losses, color="0.6", linewidth=0.7, label="clip_exponent=None: explodes (each step)")
+    top.set_ylabel("training loss (mean of 20 steps)")
+    top.set_title("One optimizer, three frameworks: ACProp on handwritten digits, float64")
+    top.legend(loc="center right")
+    for i, run in enumerate(runs[1:], start=1):
+        difference = np.abs(np.array(run.losses) - np.array(runs[0].losses))
+        bottom.semilogy(np.maximum(difference, 1e-18), ".", color=f"C{i}", markersize=4, label=f"{run.name} - NumPy")
+    bottom.axhline(np.finfo(float).eps, color="0.6", linestyle=":", label="machine epsilon")
+    bottom.set_ylabel("difference of the losses (0 at 1e-18)")
+    bottom.set_xlabel("step")
+    if len(runs) > 1:
+        bottom.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "digits.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
