@@ -116,15 +116,18 @@ class ACProp(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; moments keep the dtype in which they were saved."""
+        """Load a copy of what `state_dict` returned; moments keep the dtype in which they were saved."""
         super().load_state_dict(state_dict)
         # The base class casts moments to their parameter's dtype, which would round those of 16-bit parameters.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(saved, params, strict=True):
+            if number not in state_dict["state"]:
+                continue
+            state = state_dict["state"][number]
             for key in _MOMENTS:
-                if number in state_dict["state"]:
-                    self.state[param][key] = state_dict["state"][number][key].to(param.device, copy=True)
+                self.state[param][key] = state[key].to(param.device, copy=True)
+            self.state[param]["step"] = state["step"].clone()
 
     def _state_of(self, param: torch.Tensor, optimizer: acprop_core.ACProp) -> dict[str, torch.Tensor]:
         state = self.state[param]

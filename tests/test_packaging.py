@@ -1,0 +1,74 @@
+"""The wheel, the imports, and who may import whom."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import acprop_core
+import acprop_optax
+import acprop_stepper
+import acprop_torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("acprop_core", "acprop_optax", "acprop_torch", "acprop_stepper")
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_public_names() -> None:
+    assert acprop_core.__all__ == ["ACProp", "State"]
+    assert acprop_optax.__all__ == ["acprop", "scale_by_acprop"]
+    assert acprop_torch.__all__ == ["ACProp"]
+    assert acprop_stepper.__all__ == ["Stepper"]
+
+
+def test_import_of_the_core_imports_no_framework() -> None:
+    loaded = python("import sys, acprop_core; print(*sys.modules)").split()
+    frameworks = {"numpy", "jax", "torch", "cupy", "dask", "optax", "numba", "safetensors", "scipy"}
+    assert not frameworks & set(loaded)
+    # and of the rest of the world, only the standard library and array_api_compat
+    outside = {m.partition(".")[0] for m in loaded} - set(sys.stdlib_module_names) - {"acprop_core", "array_api_compat"}
+    baseline = {m.partition(".")[0] for m in python("import sys; print(*sys.modules)").split()}
+    assert not outside - baseline
+
+
+@pytest.mark.parametrize(
+    ("package", "framework", "others"),
+    [
+        ("acprop_optax", "optax", {"torch", "cupy", "dask"}),
+        ("acprop_torch", "torch", {"jax", "optax", "cupy", "dask"}),
+        ("acprop_stepper", "numpy", {"jax", "torch", "optax", "dask"}),
+    ],
+)
+def test_import_of_an_adapter_imports_its_own_framework(package: str, framework: str, others: set[str]) -> None:
+    loaded = set(python(f"import sys, {package}; print(*sys.modules)").split())
+    assert framework in loaded
+    assert not others & loaded
+
+
+def test_arrows_point_to_the_core() -> None:
+    result = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_wheel_holds_the_four_packages(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names} == {*PACKAGES, f"acprop_core-{acprop_core.__version__}.dist-info"}
+    for package in PACKAGES:
+        assert f"{package}/__init__.py" in names
+        assert f"{package}/py.typed" in names
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "acprop_core").rglob("*.py")}
+    assert sources <= set(names)
