@@ -182,7 +182,8 @@ class ACProp:
         groups = {"parameter": leaves}
         xp = common_namespace(groups, names)
         check_leaves(groups, names)
-        mu, nu = [], []
+        mu: list[Any] = []
+        nu: list[Any] = []
         for x in leaves:
             if x is None:
                 mu.append(None)

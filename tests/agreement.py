@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from cases import DTYPES, Case
 from ml_dtypes import finfo
+
+from cases import DTYPES, Case
 from reference import Hyperparameters, mp, trajectory
 
 QUANTITIES = ("update", "param", "mu", "nu")

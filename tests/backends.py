@@ -11,10 +11,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from agreement import Record, Trajectory
-from cases import Case
 
 from acprop_core import ACProp, State
+from agreement import Record, Trajectory
+from cases import Case
 
 Convert = Callable[[np.ndarray], Any]
 
@@ -131,8 +131,12 @@ def _jax(case: Case) -> Iterator[Any]:
     import jax
 
     wide = {"float64", "complex128"}
-    with jax.enable_x64(bool(wide & case.dtypes) or case.hyper.get("moment_dtype") in wide):
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", bool(wide & case.dtypes) or case.hyper.get("moment_dtype") in wide)
+    try:
         yield jax
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def jax_eager(case: Case) -> Trajectory:

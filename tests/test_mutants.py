@@ -5,13 +5,13 @@ import pathlib
 import shutil
 import sys
 
-import backends
 import pytest
+
+import acprop_core
+import backends
 from agreement import violations
 from backends import Backend
 from cases import CASES
-
-import acprop_core
 
 CORE = pathlib.Path(acprop_core.__file__).parent
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import mp
 
 from acprop_core import ACProp, State, _rule
+from reference import mp
 
 DECAY_RATES = (0.0, 0.5, 0.9, 0.999, 0.99999, 1.0 - 2.0**-24)
 COUNTS = (1, 2, 3, 10, 1_000, 65_537, 16_777_216, 2**31 - 1)

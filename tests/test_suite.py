@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from agreement import violations
 from backends import Backend
 from cases import CASES, Case

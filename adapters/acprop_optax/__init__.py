@@ -57,9 +57,9 @@ def acprop(
     >>> params = {"w": jnp.ones(3)}
     >>> optimizer = acprop(1e-3, clip_exponent=0.25)
     >>> state = optimizer.init(params)
-    >>> updates, state = optimizer.update({"w": jnp.array([0.5, 0.0, -2.0])}, state, params)
+    >>> updates, state = optimizer.update({"w": jnp.array([0.5, 0.0, -1.0])}, state, params)
     >>> optax.apply_updates(params, updates)["w"]
-    Array([0.999, 1.   , 1.001], dtype=float32)
+    Array([0.9995, 1.    , 1.001 ], dtype=float32)
     """
     ACProp(learning_rate=learning_rate, weight_decay=weight_decay)  # for its checks
     return optax.chain(

@@ -1,0 +1,93 @@
+"""The project's tasks. `python -m nox -l` lists them; each makes its own environment with pip."""
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["demo", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install the project with the dependency groups of pyproject.toml."""
+    session.install(*nox.project.dependency_groups(PROJECT, *groups), "-e", ".")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train on real data in every framework, compare, hand a run over: docs/examples/digits.py."""
+    install(session, "demo")
+    session.run("python", "docs/examples/digits.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the whole suite on every CPU backend."""
+    install(session, "tests")
+    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def tests_python(session: nox.Session) -> None:
+    """Run the suite with NumPy, array-api-strict, Dask and JAX on each Python."""
+    install(session, "suite", "jax")
+    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *FRAMEWORK_FREE, *session.posargs)
+
+
+FRAMEWORK_FREE = [f"tests/test_{name}.py" for name in ("containers", "mutants", "optax", "rule", "stepper", "suite")]
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the suite on the oldest versions that pyproject.toml promises."""
+    install(session, "suite", "minimums")
+    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *FRAMEWORK_FREE, *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run exactly the part of the suite that needs a CUDA device."""
+    install(session, "tests")
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check types, strictly."""
+    install(session, "typecheck", "torch", "jax")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site, warnings being errors, and run every snippet of README, docs and docstrings."""
+    install(session, "docs", "tests")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    session.run("python", "-m", "pytest", "tests/test_docs.py")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Install the built wheel, not the tree, in a fresh environment and use it from outside."""
+    session.install(".", "numpy")
+    with session.chdir(session.create_tmp()):
+        session.run("python", "-c", "import acprop_core, acprop_stepper; print(acprop_core.__file__)")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Print the benchmarks; `-- quick` for a short run."""
+    install(session, "demo")
+    for name in ("import_time", "speed", "accuracy"):
+        session.run("python", f"tests/benchmarks/{name}.py", *(session.posargs if name == "speed" else []))

@@ -1,0 +1,127 @@
+"""Time of one step, as ratios in one process, interleaved: medians.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/speed.py [quick]
+
+NumPy counts against the time that np.add(a, b, out=a) takes to move the bytes of one step (28 a parameter in float32:
+read parameter, gradient and two moments, write parameter and moments); torch and JAX against their AdamW, with one
+thread if you ask for it as above.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+Step = Callable[[], object]
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each, run in turns."""
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(rounds), desc=" | ".join(steps), leave=False):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def numpy_steps(arrays: int, size: int) -> dict[str, Step]:
+    from sklearn.neural_network._stochastic_optimizers import AdamOptimizer
+
+    from acprop_core import ACProp
+    from acprop_stepper import Stepper
+
+    rng = np.random.default_rng(0)
+    grads = [rng.normal(size=size).astype(np.float32) for _ in range(arrays)]
+
+    def fresh() -> list[np.ndarray]:
+        return [np.ones(size, np.float32) for _ in range(arrays)]
+
+    a, b = np.ones(arrays * size * 28 // 12, np.float32), np.ones(arrays * size * 28 // 12, np.float32)
+    stepper = Stepper(fresh(), clip_exponent=0.25)
+    sklearn_params = fresh()
+    sklearn = AdamOptimizer(sklearn_params)
+    optimizer, params = ACProp(clip_exponent=0.25), fresh()
+    held = [optimizer.init(params)]
+
+    def functional() -> None:
+        updates, held[0] = optimizer.update(grads, held[0])
+        optimizer.apply(params, updates)
+
+    return {
+        "limit": lambda: np.add(a, b, out=a),
+        "Stepper": lambda: stepper.step(grads),
+        "functional core": functional,
+        "scikit-learn Adam": lambda: sklearn.update_params(sklearn_params, grads),
+    }
+
+
+def torch_steps(arrays: int, size: int) -> dict[str, Step]:
+    import torch
+
+    from acprop_torch import ACProp
+
+    def optimizer(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> Step:
+        params = [torch.ones(size, requires_grad=True) for _ in range(arrays)]
+        for p in params:
+            p.grad = torch.randn(size)
+        return make(params).step
+
+    return {
+        "AdamW(foreach=False)": optimizer(lambda p: torch.optim.AdamW(p, foreach=False)),
+        "AdamW(fused=True)": optimizer(lambda p: torch.optim.AdamW(p, fused=True)),
+        "ACProp": optimizer(lambda p: ACProp(p, clip_exponent=0.25)),
+    }
+
+
+def jax_steps(arrays: int, size: int) -> dict[str, Step]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import acprop_optax
+
+    def transform(tx: optax.GradientTransformation) -> Step:
+        params = [jnp.ones(size) for _ in range(arrays)]
+        grads = [jnp.linspace(-1.0, 1.0, size) for _ in range(arrays)]
+
+        def step(params, state):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        held = [(params, tx.init(params))]
+        compiled = jax.jit(step, donate_argnums=(0, 1))
+
+        def run() -> None:
+            held[0] = jax.block_until_ready(compiled(*held[0]))
+
+        return run
+
+    return {
+        "optax.adamw": transform(optax.adamw(1e-3)),
+        "optax.contrib.acprop": transform(optax.contrib.acprop(1e-3)),
+        "acprop_optax": transform(acprop_optax.acprop(1e-3, clip_exponent=0.25)),
+    }
+
+
+def main() -> None:
+    """Print one line a host, size and contender; the first of each is the unit."""
+    quick = "quick" in sys.argv[1:]
+    shapes = [(1, 1_000_000)] if quick else [(1, 1_000_000), (1, 16_000_000), (1_000, 1_000)]
+    for host, make in (("NumPy", numpy_steps), ("torch", torch_steps), ("JAX", jax_steps)):
+        for arrays, size in shapes:
+            medians = measure(make(arrays, size), rounds=5 if quick else 15)
+            unit, seconds = next(iter(medians.items()))
+            print(f"{host}, {arrays:,} x {size:,} float32; {unit} = {1e3 * seconds:.2f} ms")
+            for name, s in list(medians.items())[1:]:
+                print(f"    {name:24}{s / seconds:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
