@@ -23,7 +23,10 @@ def check_number(name: str, value: Any, below: float = math.inf) -> Any:
     if is_numpy_array(value) and value.ndim == 0 and value.dtype.kind in "fiu":
         value = value.item()  # NumPy's arrays are never traced, and a float64 one would widen float32 state
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
         if not 0.0 <= number < below:
             upper = "finite" if below == math.inf else f"below {below:g}"
             raise ValueError(f"{name} is {value!r}; give a number that is at least 0 and {upper}")
@@ -48,6 +51,15 @@ def check_count(count: Any) -> Any:
     return value
 
 
+def check_library(name: str, value: Any, xp: Any) -> None:
+    """Refuse an array that is of another library than the parameters; numbers are of none."""
+    if hasattr(value, "dtype") and library(own := array_namespace(value)) != library(xp):
+        raise TypeError(
+            f"{name} is an array of {library(own)}, the parameters are arrays of {library(xp)}; "
+            "convert it, with float() or int() if it is not traced"
+        )
+
+
 def common_namespace(groups: dict[str, list[Any]], names: Sequence[str]) -> Any:
     """Return the array namespace of all leaves (None where all are None); refuse two libraries, and what is no array.
 
@@ -63,14 +75,19 @@ def common_namespace(groups: dict[str, list[Any]], names: Sequence[str]) -> Any:
                 found = array_namespace(x)
             except TypeError:
                 raise TypeError(
-                    f"{_of(what, name)} is a {type(x).__name__} ({x!r:.40}), not an array; "
+                    f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}), not an array; "
                     "make it one with the asarray of your array library"
                 ) from None
+            if is_numpy_array(x) and x.__array_priority__ > 0.0:
+                raise TypeError(
+                    f"{called(what, name)} is a {type(x).__name__}, whose arithmetic is not that of arrays; "
+                    "convert it with np.asarray"
+                )
             if xp is None:
-                first, xp = _of(what, name), found
+                first, xp = called(what, name), found
             elif found is not xp:
                 raise TypeError(
-                    f"{_of(what, name)} is an array of {library(found)}, {first} one of {library(xp)}; "
+                    f"{called(what, name)} is an array of {library(found)}, {first} one of {library(xp)}; "
                     "convert one of them"
                 )
     return xp
@@ -79,7 +96,8 @@ def common_namespace(groups: dict[str, list[Any]], names: Sequence[str]) -> Any:
 def check_leaves(groups: dict[str, list[Any]], names: Sequence[str]) -> None:
     """Refuse leaves that are no floats, or that do not fit the leaves of the first group.
 
-    Gradients and updates may be None, and a complex parameter alone has complex ones.
+    Gradients and updates may be None. A complex parameter has a complex first moment and may have complex gradients; no
+    other may.
     """
     owner, owners = next(iter(groups.items()))
     for what, leaves in groups.items():
@@ -88,19 +106,21 @@ def check_leaves(groups: dict[str, list[Any]], names: Sequence[str]) -> None:
                 continue
             if x is None or own is None:
                 have, want = ("None" if leaf is None else "an array" for leaf in (x, own))
-                raise ValueError(f"{_of(what, name)} is {have}, its {owner} {want}; give both or neither")
+                raise ValueError(f"{called(what, name)} is {have}, its {owner} {want}; give both or neither")
             if tuple(x.shape) != tuple(own.shape):
                 raise ValueError(
-                    f"{_of(what, name)} has shape {tuple(x.shape)}, its {owner} {tuple(own.shape)}; give them one shape"
+                    f"{called(what, name)} has shape {tuple(x.shape)}, its {owner} {tuple(own.shape)}; make them equal"
                 )
             kind, own_kind = dtype_name(x.dtype), dtype_name(own.dtype)
             real_only = what == "second moment" or (own_kind in FLOATS and what != owner)
             if kind not in FLOATS and (real_only or kind not in REAL_OF):
                 remedy = f"give {'a real one: ' if kind in REAL_OF else ''}one of {', '.join(FLOATS)}"
                 raise TypeError(
-                    f"{_of(what, name)} has dtype {kind}, which ACProp cannot use"
+                    f"{called(what, name)} has dtype {kind}, which ACProp cannot use"
                     f"{f' for a {owner} of dtype {own_kind}' if kind in REAL_OF else ''}; {remedy}"
                 )
+            if what == "first moment" and kind in FLOATS and own_kind in REAL_OF:
+                raise TypeError(f"{called(what, name)} has dtype {kind}, its {owner} {own_kind}; give a complex one")
 
 
 def library(xp: Any) -> str:
@@ -108,8 +128,8 @@ def library(xp: Any) -> str:
     return str(xp.__name__).removeprefix("array_api_compat.")
 
 
-def _of(what: str, name: str) -> str:
-    # a bare array has no name; the first group is called by its own, "parameter 'w'", the others belong to it
+def called(what: str, name: str) -> str:
+    """Return "parameter 'w'", "gradient of 'w'"; a bare array has no name."""
     if not name:
         return what
     return f"{what} {name!r}" if what == "parameter" else f"{what} of {name!r}"

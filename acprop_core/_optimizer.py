@@ -5,22 +5,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from array_api_compat import is_numpy_array
+from array_api_compat import array_namespace, is_numpy_array
 
 from acprop_core import _rule
 from acprop_core._checks import (
     COMPLEX_OF,
     FLOATS,
     REAL_OF,
+    called,
     check_count,
     check_leaves,
+    check_library,
     check_number,
     common_namespace,
     dtype_name,
     library,
 )
 from acprop_core._containers import align, flatten, unflatten
-from acprop_core._rule import Array, as_dtype
+from acprop_core._rule import as_dtype
+from acprop_core._step import Step, restore
 
 Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of arrays and None
 
@@ -44,7 +47,7 @@ class State(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One parameter (or None) with all that a step needs for it."""
+    """One parameter, or None, with all that a step needs for it."""
 
     name: str
     grad: Any
@@ -226,16 +229,13 @@ class ACProp:
             value is out of range.
         """
         xp, leaves = self.match(grads, state, params)
-        step = self.at(check_count(state.count), xp)
-        results = [
-            (None, leaf.mu, leaf.nu)
-            if leaf.grad is None
-            else step(leaf.grad, leaf.mu, leaf.nu, leaf.grad if params is None else leaf.param, leaf.decay)
-            for leaf in leaves
-        ]
         like = state.mu if params is None else params
+        if xp is None:  # no arrays at all
+            return like, state._replace(count=_next(state.count))
+        step = self.at(check_count(state.count), xp)
+        results = [(None, x.mu, x.nu) if x.grad is None else step(*x[1:]) for x in leaves]
         updates, mu, nu = (unflatten(like, [result[i] for result in results]) for i in range(3))
-        return updates, State(_next(state.count, xp), mu, nu)
+        return updates, State(_next(state.count), mu, nu)
 
     def apply(self, params: Container, updates: Container) -> Container:
         """Return the parameters after the step, ``params + updates``, in the dtypes of the parameters.
@@ -244,6 +244,11 @@ class ACProp:
         ----------
         params, updates : container of arrays
             The parameters before the step, and what `update` returned. An update of None leaves its parameter.
+
+        Returns
+        -------
+        container of arrays
+            New arrays, in the structure of `params`.
 
         Raises
         ------
@@ -259,35 +264,54 @@ class ACProp:
         return unflatten(
             params,
             [
-                x if u is None else _like(x + as_dtype(u, x.dtype, xp), x, xp)
+                x if u is None else restore(x + as_dtype(u, x.dtype, xp), x, xp)
                 for x, u in zip(*groups.values(), strict=True)
             ],
         )
 
-    def match(self, grads: Container, state: State, params: Container | None) -> tuple[Any, list["Leaf"]]:
-        """Return the namespace of all arrays, and the leaves side by side: the checks of `update`, see there."""
+    def at(self, count: Any, xp: Any) -> Step:
+        """Return step ``count + 1``, for one array of the namespace `xp` at a time: what adapters build their loops on.
+
+        Raises
+        ------
+        TypeError
+            If the schedule returns no number, or a hyperparameter is an array of another library.
+        ValueError
+            If the schedule returns a number out of range.
+        """
+        learning_rate = self.learning_rate
+        if callable(learning_rate):
+            learning_rate = check_number(f"learning_rate({count})", learning_rate(count))
+        check_library("learning_rate", learning_rate, xp)
+        check_library("the step count (state.count)", count, xp)
+        for name in ("b1", "b2", "eps", "eps_root", "weight_decay"):
+            check_library(name, getattr(self, name), xp)
+        return Step(_rule.coefficients(self, count, learning_rate, xp), xp)
+
+    def match(self, grads: Container, state: State, params: Container | None) -> tuple[Any, list[Leaf]]:
+        """Return the namespace of all arrays (None if there is none), and the leaves side by side.
+
+        Parameters, returned leaves and errors are those of `update`, of which these are the checks.
+        """
+        if not isinstance(state, State):
+            raise TypeError(f"the state is a {type(state).__name__}; give the State that init or update returned")
         decays = not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
         if decays and params is None:
             raise ValueError(
                 f"weight_decay is {self.weight_decay!r}, which needs the parameters: call update(grads, state, params)"
             )
         like, owner = (state.mu, "first moment") if params is None else (params, "parameter")
-        names, params_ = _unzip(like)
-        groups = {owner: params_}
+        names, owners = _unzip(like)
+        groups = {owner: owners}
         for what, tree in (("gradient", grads), ("first moment", state.mu), ("second moment", state.nu)):
             groups[what] = list(align(tree, like, f"the container of {what}s"))
         xp = common_namespace(groups, names)
         check_leaves(groups, names)
         decay = self._decay(params, names) if decays else [False] * len(names)
-        columns = (names, groups["gradient"], groups["first moment"], groups["second moment"], params_, decay)
-        return xp, [Leaf(*row) for row in zip(*columns, strict=True)]
-
-    def at(self, count: Any, xp: Any) -> "Step":
-        """Return step ``count + 1``, for one array at a time: what the adapters build their loops on."""
-        learning_rate = self.learning_rate
-        if callable(learning_rate):
-            learning_rate = check_number(f"learning_rate({count})", learning_rate(count))
-        return Step(_rule.coefficients(self, count, learning_rate, xp), xp)
+        # without parameters the gradients stand in for them: only their dtypes matter then
+        columns = [groups[what] for what in ("gradient", "first moment", "second moment")]
+        columns.append(groups["gradient" if params is None else owner])
+        return xp, [Leaf(*row) for row in zip(names, *columns, decay, strict=True)]
 
     def _moment_dtypes(self, dtype: Any, xp: Any) -> tuple[Any, Any]:
         kind = dtype_name(dtype)
@@ -306,74 +330,9 @@ class ACProp:
         mask = self.mask(params) if callable(self.mask) else self.mask
         leaves = list(align(mask, params, "the mask", prefix=True))
         for name, leaf in zip(names, leaves, strict=True):
-            if type(leaf).__name__ not in ("bool", "bool_"):
-                raise TypeError(f"the mask of {name!r} is {leaf!r}; give True (decay) or False")
-        return leaves
-
-
-class Step:
-    """One step of an optimizer, for one array at a time: the casts around the rule.
-
-    The rule runs in float32, or in float64 where parameter or moments have it; each result goes back to the dtype
-    that it came from.
-    """
-
-    def __init__(self, k: _rule.Coefficients, xp: Any) -> None:
-        self._k = k
-        self._xp = _Standard2022(xp) if getattr(xp, "__array_api_version__", "2025") < "2023.12" else xp
-        self._cast: dict[tuple[str, bool], tuple[_rule.Coefficients, Any, Any]] = {}
-
-    def __call__(self, grad: Array, mu: Array, nu: Array, param: Array, decay: bool) -> tuple[Array, Array, Array]:
-        """Return (u_t, m_t, s_t); the update has the dtype of `param`, whose values matter only with `decay`."""
-        d, new_mu, new_nu = self._run(grad, mu, nu, param)
-        k, dtype, _ = self.coefficients(mu.dtype, param.dtype)
-        update = _rule.displacement(d, as_dtype(param, dtype, self._xp) if decay else None, k)
-        return _like(update, param, self._xp), new_mu, new_nu
-
-    def direction(self, grad: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array]:
-        """Return (d_t, m_t, s_t), the step before learning rate and decay, for hosts that bring their own."""
-        d, new_mu, new_nu = self._run(grad, mu, nu, param)
-        return _like(d, param, self._xp), new_mu, new_nu
-
-    def coefficients(self, *dtypes: Any) -> tuple[_rule.Coefficients, Any, Any]:
-        """Return the numbers, and the dtype and its real dtype, with which to run the rule on these dtypes."""
-        kinds = [dtype_name(dtype) for dtype in dtypes]
-        real = "float64" if any(kind in ("float64", "complex128") for kind in kinds) else "float32"
-        is_complex = any(kind in REAL_OF for kind in kinds)
-        if (real, is_complex) not in self._cast:
-            real_dtype = getattr(self._xp, real)
-            dtype = getattr(self._xp, COMPLEX_OF[real]) if is_complex else real_dtype
-            k = _rule.cast(self._k, real_dtype, is_complex, _SMALLEST_NORMAL[real], self._xp)
-            self._cast[real, is_complex] = k, dtype, real_dtype
-        return self._cast[real, is_complex]
-
-    def _run(self, grad: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array]:
-        xp = self._xp
-        k, dtype, real_dtype = self.coefficients(mu.dtype, param.dtype)
-        d, new_mu, new_nu = _rule.rule(
-            as_dtype(grad, dtype, xp), as_dtype(mu, dtype, xp), as_dtype(nu, real_dtype, xp), k, xp
-        )
-        return d, _like(new_mu, mu, xp), _like(new_nu, nu, xp)
-
-
-class _Standard2022:
-    """A namespace of the standard 2022.12, with the `clip` that it lacks."""
-
-    def __init__(self, xp: Any) -> None:
-        self._xp = xp
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._xp, name)
-
-    def clip(self, x: Array, low: Any, high: Any) -> Array:
-        if low is not None:
-            x = self._xp.where(x < low, self._xp.asarray(low, dtype=x.dtype), x)
-        if high is not None:
-            x = self._xp.where(x > high, self._xp.asarray(high, dtype=x.dtype), x)
-        return x
-
-
-_SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
+            if type(leaf).__name__ not in ("bool", "bool_", "NoneType"):
+                raise TypeError(f"{called('mask', name)} is {leaf!r}; give True (decay) or False")
+        return [bool(leaf) for leaf in leaves]
 
 
 def _unzip(tree: Container) -> tuple[list[str], list[Any]]:
@@ -381,14 +340,10 @@ def _unzip(tree: Container) -> tuple[list[str], list[Any]]:
     return [name for name, _ in pairs], [leaf for _, leaf in pairs]
 
 
-def _like(x: Array, like: Array, xp: Any) -> Array:
-    x = as_dtype(x, like.dtype, xp)
-    return x if x.shape else xp.asarray(x)  # NumPy's operators make scalars of 0-d arrays
-
-
-def _next(count: Any, xp: Any) -> Any:
+def _next(count: Any) -> Any:
     if isinstance(count, numbers.Integral):
         return int(count) + 1
+    xp = array_namespace(count)
     last = xp.iinfo(count.dtype).max
     if is_numpy_array(count):
         return xp.asarray(min(int(count) + 1, last), dtype=count.dtype)

@@ -1,9 +1,9 @@
 """The mathematics of ACProp, for one array and one step.
 
 Written once: NumPy, CuPy, PyTorch, JAX and every other array library run these very functions, eagerly or through
-their own compilers. Hence the style: operators and a few standard functions of the namespace ``xp``, nothing written
-in place, and no arithmetic between two numbers, because everything that is a number of the step stands ready in
-``Coefficients``.
+their own compilers. (Learning rate and decay alone are left to optax, whose own transformations bring them.) Hence the
+style: operators and a few standard functions of the namespace ``xp``, nothing written in place, and no arithmetic
+between two numbers, because everything that is a number of the step stands ready in ``Coefficients``.
 
 Read from the top: the two halves of the rule, the rule, what is added to the parameter, and the numbers of a step.
 Equations are those of Zhuang et al. 2021, arXiv:2110.05454, algorithm 2, with g the gradient, m = mu and s = nu.
@@ -33,13 +33,17 @@ class Coefficients(NamedTuple):
     weight_decay: Any
 
 
+NUMBERS = ("scale", "offset", "eps", "limit", "weight1", "weight2", "eps_root", "rate", "weight_decay")
+
+
 def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
     """Return d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped to ``|d_t| <= k.limit``; `nu` is s_{t-1}."""
     d = grad / (xp.sqrt(nu * k.scale + k.offset) + k.eps)
     if k.limit is None:
         return d
     if k.is_complex:
-        return d * (k.limit / xp.clip(xp.abs(d), k.limit, None))
+        modulus = xp.abs(d)
+        return d * (k.limit / xp.clip(modulus, k.limit, modulus + k.limit))  # 1 where |d| is below the limit
     return xp.clip(d, -k.limit, k.limit)
 
 
@@ -102,15 +106,14 @@ def coefficients(optimizer: Any, count: Any, learning_rate: Any, xp: Any) -> Coe
 def cast(k: Coefficients, real_dtype: Any, is_complex: bool, tiny: float, xp: Any) -> Coefficients:
     """Return `k` for arrays of one dtype: its 0-d arrays become `real_dtype`, so that they never widen an array.
 
-    `tiny`, the smallest normal number, takes the place of eps = 0. It is invisible beside the square root of any
+    `tiny`, the smallest normal number, takes the place of a smaller eps. It is invisible beside the square root of any
     nonzero number, and makes 0 / (sqrt(0) + eps) be 0.
     """
-    numbers = {
-        name: as_dtype(x, real_dtype, xp)
-        for name, x in k._asdict().items()
-        if hasattr(x, "dtype") and not name.startswith("old_is_lighter")
-    }
-    if isinstance(k.eps, float):
+    numbers = {name: x for name in NUMBERS if hasattr(x := getattr(k, name), "dtype")}
+    numbers = {name: as_dtype(x, real_dtype, xp) for name, x in numbers.items()}
+    if "eps" in numbers:
+        numbers["eps"] = xp.where(numbers["eps"] < tiny, xp.full_like(numbers["eps"], tiny), numbers["eps"])
+    else:
         numbers["eps"] = max(k.eps, tiny)
     return k._replace(is_complex=is_complex, **numbers)
 
@@ -134,17 +137,17 @@ def _bias_correction(b2: Any, count: Any, xp: Any) -> tuple[Any, Any]:
         first = float(count == 0)
         n = count + first
         if isinstance(b2, float):
-            return (first - 1.0) / (math.expm1(n * math.log(b2)) if b2 > 0.0 else -1.0), first
+            return (first - 1.0) / math.expm1(n * _log(b2, xp)), first
     else:
-        first = xp.astype(count == 0, widest_float(xp))
-        n = xp.astype(count, widest_float(xp)) + first
+        first = xp.astype(count == 0, _widest_float(xp))
+        n = xp.astype(count, _widest_float(xp)) + first
     return (first - 1.0) / xp.expm1(n * _log(b2, xp)), first
 
 
 def _log(b2: Any, xp: Any) -> Any:
     if isinstance(b2, float):
         return math.log(b2) if b2 > 0.0 else -math.inf
-    b2 = xp.astype(b2, widest_float(xp))
+    b2 = xp.astype(b2, _widest_float(xp))
     zero = b2 == 0  # log must not see it, nor its derivative
     return xp.where(zero, xp.full_like(b2, -math.inf), xp.log(xp.where(zero, xp.ones_like(b2), b2)))
 
@@ -153,10 +156,11 @@ def _limit(exponent: float | None, count: Any, xp: Any) -> Any:
     if exponent is None:
         return None
     if isinstance(count, int):
-        return float(count + 1) ** exponent
-    return (xp.astype(count, widest_float(xp)) + 1.0) ** exponent
+        # more than float32 can hold is no limit any more
+        return float(count + 1) ** exponent if exponent * math.log2(count + 1) < 127.0 else 2.0**127
+    return (xp.astype(count, _widest_float(xp)) + 1.0) ** exponent
 
 
-def widest_float(xp: Any) -> Any:
+def _widest_float(xp: Any) -> Any:
     """Return float64, or what the library makes of it (float32 in JAX without 64-bit mode)."""
     return xp.result_type(xp.float64)

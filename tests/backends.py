@@ -265,19 +265,28 @@ def torch_optimizer_cuda(case: Case) -> Trajectory:
     return _torch_optimizer(case, "cuda")
 
 
-def stepper(case: Case) -> Trajectory:
-    import acprop_stepper
+def _stepper(engine: str | None, **options: Any) -> Callable[[Case], Trajectory]:
+    def run(case: Case) -> Trajectory:
+        import acprop_stepper
 
-    params = {leaf: np.array(case.params(leaf)[0]) for leaf in case.leaves}
-    stepper = acprop_stepper.Stepper(params, **case.hyper)
-    steps = []
-    for t in range(case.steps):
-        for leaf, x in params.items():
-            x[...] = case.params(leaf)[t]
-        stepper.step({leaf: case.grads(leaf)[t] for leaf in params})
-        steps.append(_records(case, np.array, None, params, stepper.state.mu, stepper.state.nu))
-    assert stepper.state.count == case.steps
-    return steps
+        to, back = (np.array, np.array)
+        if engine == "cupy":
+            import cupy as cp
+
+            to, back = cp.asarray, cp.asnumpy
+        params = {leaf: to(case.params(leaf)[0]) for leaf in case.leaves}
+        stepper = acprop_stepper.Stepper(params, **case.hyper, engine=engine, **options)
+        steps = []
+        for t in range(case.steps):
+            for leaf, x in params.items():
+                x[...] = to(case.params(leaf)[t])
+            stepper.step({leaf: to(case.grads(leaf)[t]) for leaf in params})
+            state = stepper.state
+            steps.append(_records(case, back, None, params, state.mu, state.nu))
+        assert state.count == case.steps
+        return steps
+
+    return run
 
 
 class Backend(Enum):
@@ -302,7 +311,10 @@ class Backend(Enum):
     OPTAX = optax, "optax", ()
     TORCH_OPTIMIZER = torch_optimizer, "torch", ()
     TORCH_OPTIMIZER_CUDA = torch_optimizer_cuda, "torch:cuda", ()
-    STEPPER = stepper, "numpy", ()
+    STEPPER_TILES = _stepper("tiles"), "numpy", ()
+    STEPPER_NUMBA = _stepper("numba"), "numba", ()
+    STEPPER_THREADS = _stepper(None, threads=2, nonfinite="raise", clip_norm=1e300), "numpy", ()
+    STEPPER_CUPY = _stepper("cupy"), "cupy:cuda", ("bfloat16",)
 
     def __str__(self) -> str:
         return self.name.lower()

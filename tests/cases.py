@@ -56,7 +56,7 @@ class Case:
 
     def _draw(self, leaf: str, stream: Callable[..., np.ndarray], salt: int) -> np.ndarray:
         dtype, shape = self.leaves[leaf]
-        rng = np.random.default_rng([len(self.name), *map(ord, leaf), salt])
+        rng = np.random.default_rng([*self.name.encode(), *leaf.encode(), salt])
         x = stream(rng, (self.steps, *shape))
         if dtype.startswith("complex"):
             x = x + 1j * stream(rng, (self.steps, *shape))
@@ -119,7 +119,7 @@ MASKS = {
 _TWO_LEAVES = {"w": ("float32", (2, 3)), "b": ("float32", (3,))}
 
 
-def _decay_matrices(params: dict[str, Any]) -> dict[str, bool]:
+def _decay_vectors(params: dict[str, Any]) -> dict[str, bool]:
     return {name: x.ndim == 1 for name, x in params.items()}
 
 
@@ -149,12 +149,13 @@ _HYPERS: dict[str, Hyper] = {
 }
 
 
-# Of 4,000 random cases, those that came out furthest from the oracle (NumPy): b1 or b2 within 1e-6 of 1, where the
-# change of an average falls below half a unit in its last place, or a constant gradient that the momentum has reached.
-WORST_SEEDS = (1546, 1646, 2353, 2745, 3009, 3202)
+# Of 4,000 random cases those that came out furthest from the oracle (tests/benchmarks/bounds.py --random 4000):
+# b1 or b2 so close to 1 that an average changes by less than half a unit in its last place, or a constant gradient.
+WORST_SEEDS = (846, 1887, 2745, 3202, 3498)
 
 
-def _random_case(seed: int) -> Case:
+def random_case(seed: int) -> Case:
+    """Return a case with hyperparameters, stream and dtype drawn at random."""
     rng = np.random.default_rng(seed)
 
     def decay_rate() -> float:
@@ -212,11 +213,11 @@ def _cases() -> list[Case]:
             case(f"zeros_then_noise-{dtype}", _HYPERS["clip"], leaves=leaf(dtype, 2, 3), stream="zeros_then_noise")
         )
         cases.append(case(f"moment-dtype-{dtype}", {"moment_dtype": "float64"}, leaves=leaf(dtype, 2, 3)))
-    cases += [_random_case(seed) for seed in (*range(40), *WORST_SEEDS)]
+    cases += [random_case(seed) for seed in (*range(40), *WORST_SEEDS)]
     masked = {"weight_decay": 0.1, "clip_exponent": 0.25}
     cases += [
         case("mask-container", {**masked, "mask": MASKS["mask-container"]}, leaves=_TWO_LEAVES),
-        case("mask-callable", {**masked, "mask": _decay_matrices}, leaves=_TWO_LEAVES),
+        case("mask-callable", {**masked, "mask": _decay_vectors}, leaves=_TWO_LEAVES),
         case("mask-prefix", {**masked, "mask": True}, leaves=_TWO_LEAVES),
         case("moment-dtype-wide", {"moment_dtype": "float64"}),
         case("moment-dtype-narrow", {"moment_dtype": "float32"}, leaves=leaf("float64", 2, 3)),

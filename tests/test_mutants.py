@@ -54,7 +54,7 @@ MUTANTS = {
         Backend.NUMPY,
     ),
     "decay before the step (in the gradient)": (
-        "_optimizer.py",
+        "_step.py",
         "d, new_mu, new_nu = self._run(grad, mu, nu, param)\n        k,",
         "d, new_mu, new_nu = self._run(grad + self._k.weight_decay * param, mu, nu, param)\n        k,",
         Backend.NUMPY,

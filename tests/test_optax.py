@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -71,7 +72,69 @@ def test_scan_keeps_its_types(dtype: str) -> None:
     assert state[0].mu.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("options", [{"b1": 1.5}, {"b2": 1.0}, {"eps": -1.0}, {"learning_rate": float("nan")}])
+def test_subtrees_may_be_empty() -> None:
+    for transform in (
+        optax.masked(acprop(0.1), {"w": False, "b": [False]}),
+        optax.multi_transform({"all": acprop(0.1), "none": acprop(0.2)}, {"w": "all", "b": ["all"]}),
+    ):
+        run(transform)
+    updates, _ = acprop(0.1).update({}, acprop(0.1).init({}), {})
+    assert updates == {}
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        (
+            {"w": jnp.ones((3, 1)), "b": [jnp.zeros(3)]},
+            ValueError,
+            r"gradient of 'w' has shape \(3, 1\), its parameter",
+        ),
+        ({"w": jnp.ones((2, 3), int), "b": [jnp.zeros(3)]}, TypeError, "gradient of 'w' has dtype int32"),
+        ({"w": jnp.ones((2, 3)), "b": [jnp.zeros(3, "complex64")]}, TypeError, "gradient of 'b.0' has dtype complex64"),
+    ],
+)
+def test_gradients_that_do_not_fit_are_named(grads: Any, error: type[Exception], message: str) -> None:
+    transform = scale_by_acprop()
+    state = transform.init(PARAMS)
+    with pytest.raises(error, match=message):
+        transform.update(grads, state, PARAMS)
+    with pytest.raises(TypeError, match="parameter 'layer.w' has dtype int32"):
+        transform.init({"layer": {"w": jnp.ones(2, int)}})
+
+
+@pytest.mark.parametrize("with_params", [True, False])
+def test_the_update_has_the_dtype_of_the_parameter(with_params: bool) -> None:
+    params, grads = jnp.ones(3, "bfloat16"), jnp.ones(3, "float32")
+    transform = scale_by_acprop()
+    updates, state = transform.update(grads, transform.init(params), params if with_params else None)
+    assert updates.dtype == (params if with_params else grads).dtype
+    assert state.mu.dtype == jnp.float32
+
+
+def test_the_count_saturates() -> None:
+    transform = scale_by_acprop(clip_exponent=0.25)
+    state = transform.init(jnp.ones(3))._replace(count=jnp.int32(2**31 - 1))
+    updates, state = transform.update(jnp.ones(3), state)
+    assert int(state.count) == 2**31 - 1
+    assert jnp.isfinite(updates).all()
+
+
+def test_a_wide_number_does_not_widen_in_64_bit_mode() -> None:
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        params = jnp.ones(3, "float32")
+        transform = acprop(np.float64(1e-3), b1=np.float64(0.9), weight_decay=np.float64(0.1))
+        updates, _ = transform.update(params, transform.init(params), params)
+    finally:
+        jax.config.update("jax_enable_x64", before)
+    assert updates.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "options", [{"weight_decay": -1.0}, {"b1": 1.5}, {"b2": 1.0}, {"eps": -1.0}, {"learning_rate": float("nan")}]
+)
 def test_impossible_hyperparameters_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} is .*; give a number"):
         acprop(**{"learning_rate": 1e-3, **options})

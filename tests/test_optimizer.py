@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
 def test_optimizers_compare_hash_and_pickle() -> None:
     a = ACProp(1e-3, clip_exponent=0.25)
-    b = ACProp(learning_rate=np.float32(1e-3).item() * 0 + 1e-3, clip_exponent=np.float64(0.25))
+    b = ACProp(learning_rate=np.float64(1e-3), clip_exponent=np.float64(0.25))
     assert a == b
     assert hash(a) == hash(b)
     assert pickle.loads(pickle.dumps(a)) == a
@@ -234,6 +234,13 @@ def test_arrays_stay_arrays(shape: tuple[int, ...]) -> None:
             assert (result.shape, result.dtype) == (shape, np.float32)
 
 
+@pytest.mark.parametrize("optimizer", [ACProp(), ACProp(b2=jnp.float32(0.9))])
+def test_nothing_to_do_while_traced(optimizer: ACProp) -> None:
+    updates, state = jax.jit(optimizer.update)({}, optimizer.init({}), {})
+    assert updates == {}
+    assert int(state.count) == 1
+
+
 def test_masks_are_read_as_prefixes() -> None:
     params = {"a": [np.ones(2), np.ones(2)], "b": np.ones(2)}
     zeros = {"a": [np.zeros(2), np.zeros(2)], "b": np.zeros(2)}
@@ -249,19 +256,24 @@ def test_masks_are_read_as_prefixes() -> None:
     [
         ({"a": True}, ValueError, "the mask lacks 'b'"),
         ({"a": True, "b": True, "c": True}, ValueError, "the mask has 'c', which the parameters lack"),
-        ({"a": 1, "b": True}, TypeError, r"the mask of 'a' is 1; give True \(decay\) or False"),
-        (None, ValueError, None),
+        ({"a": 1, "b": True}, TypeError, r"mask of 'a' is 1; give True \(decay\) or False"),
+        ({"a": np.int8(1), "b": True}, TypeError, r"mask of 'a' is .*; give True \(decay\) or False"),
+        (lambda params: 1, TypeError, r"mask of 'a' is 1"),
     ],
 )
-def test_bad_masks(mask: Any, error: type[Exception], message: str | None) -> None:
+def test_bad_masks(mask: Any, error: type[Exception], message: str) -> None:
     params = {"a": np.ones(2), "b": np.ones(2)}
     optimizer = ACProp(weight_decay=0.1, mask=mask)
     state = optimizer.init(params)
-    if message is None:
-        optimizer.update(params, state, params)
-        return
     with pytest.raises(error, match=message):
         optimizer.update(params, state, params)
+
+
+def test_a_mask_may_be_none_where_there_is_no_parameter() -> None:
+    params = {"a": np.ones(1), "b": None}
+    optimizer = ACProp(0.5, weight_decay=1.0, mask=lambda p: {"a": True, "b": None})
+    updates, _ = optimizer.update({"a": np.zeros(1), "b": None}, optimizer.init(params), params)
+    assert updates["a"].tolist() == [-0.5]
 
 
 # bad input
@@ -294,7 +306,9 @@ BAD_LEAVES = [
     ("list", [[1.0] * 3] * 4, ValueError, r"the container of {what}s at 'layer1.weight' is a container \(list\)"),
     ("float", 1.0, TypeError, r"{what} of 'layer1.weight' is a float \(1.0\), not an array"),
     ("string", "x", TypeError, r"{what} of 'layer1.weight' is a str \('x'\), not an array"),
-    ("missing", {"x": np.ones(1)}, ValueError, r"the container of {what}s at 'layer1.weight' is a container \(dict\)"),
+    ("matrix", np.ones((4, 3)).view(np.matrix), TypeError, r"{what} of 'layer1.weight' is a matrix, whose arithmetic"),
+    ("masked", np.ma.ones((4, 3)), TypeError, r"{what} of 'layer1.weight' is a MaskedArray, whose arithmetic"),
+    ("dict", {"x": np.ones(1)}, ValueError, r"the container of {what}s at 'layer1.weight' is a container \(dict\)"),
 ]
 
 
@@ -339,6 +353,63 @@ def test_a_gradient_for_no_parameter() -> None:
     params = {"a": np.ones(2), "b": None}
     with pytest.raises(ValueError, match="gradient of 'b' is an array, its parameter None; give both or neither"):
         optimizer.update({"a": np.ones(2), "b": np.ones(2)}, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        ("mu", "first moment of 'a' has dtype float64, its parameter complex128; give a complex one"),
+        ("nu", "second moment of 'a' has dtype complex128"),
+    ],
+)
+def test_moments_of_a_complex_parameter(moment: str, message: str) -> None:
+    params = {"a": np.ones(2, complex)}
+    state = ACProp().init(params)
+    wrong = {"a": np.zeros(2, float if moment == "mu" else complex)}
+    with pytest.raises(TypeError, match=message):
+        ACProp().update(params, state._replace(**{moment: wrong}), params)
+
+
+@pytest.mark.parametrize("state", [None, (0, {}, {}), {"count": 0}, {"layer1": {}}])
+def test_what_is_no_state(state: Any) -> None:
+    grads, _, params = good()
+    with pytest.raises(TypeError, match=r"the state is a \w+; give the State that init or update returned"):
+        ACProp().update(grads, state, params)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "name"),
+    [
+        ({"learning_rate": jnp.float32(0.1)}, "learning_rate"),
+        ({"learning_rate": lambda count: jnp.float32(0.1)}, "learning_rate"),
+        ({"learning_rate": torch.tensor(0.1)}, "learning_rate"),
+        ({"b2": jnp.float32(0.9)}, "b2"),
+        ({"weight_decay": strict.asarray(0.1)}, "weight_decay"),
+    ],
+)
+def test_hyperparameters_of_another_library_are_refused(hyper: dict[str, Any], name: str) -> None:
+    grads, state, params = good()
+    with pytest.raises(TypeError, match=rf"^{name} is an array of .*, the parameters are arrays of numpy; convert it"):
+        ACProp(**hyper).update(grads, state, params)
+
+
+def test_a_count_of_another_library_is_refused() -> None:
+    grads, state, params = good()
+    with pytest.raises(TypeError, match=r"\(state.count\) is an array of jax.numpy, the parameters are array"):
+        ACProp().update(grads, state._replace(count=jnp.int32(0)), params)
+
+
+def test_numbers_too_large_for_a_float() -> None:
+    with pytest.raises(ValueError, match="eps is 1000.*; give a number that is at least 0 and finite"):
+        ACProp(eps=10**400)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64])
+def test_a_limit_that_no_float_holds_is_none(dtype: Any) -> None:
+    grad = np.full(2, 3.0, dtype)
+    state = State(10_000, np.zeros(2, dtype), np.ones(2, np.zeros(1, dtype).real.dtype))
+    updates, _ = ACProp(clip_exponent=100.0).update(grad, state)
+    np.testing.assert_array_equal(updates, ACProp().update(grad, state)[0])
 
 
 def test_decay_needs_the_parameters() -> None:

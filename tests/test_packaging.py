@@ -24,7 +24,7 @@ def test_public_names() -> None:
     assert acprop_core.__all__ == ["ACProp", "State"]
     assert acprop_optax.__all__ == ["acprop", "scale_by_acprop"]
     assert acprop_torch.__all__ == ["ACProp"]
-    assert acprop_stepper.__all__ == ["Stepper"]
+    assert acprop_stepper.__all__ == ["StepRecord", "Stepper"]
 
 
 def test_import_of_the_core_imports_no_framework() -> None:

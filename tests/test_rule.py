@@ -44,7 +44,7 @@ def test_bias_correction_of_a_traced_count(b2: float, count: int) -> None:
     assert offset == 0
 
 
-@pytest.mark.parametrize("b2", [x for x in DECAY_RATES if float(np.float32(x)) == x or x in (0.9, 0.999)])
+@pytest.mark.parametrize("b2", DECAY_RATES)
 @pytest.mark.parametrize("count", COUNTS)
 def test_bias_correction_of_a_traced_rate(b2: float, count: int) -> None:
     b2 = float(np.float32(b2))
@@ -52,9 +52,9 @@ def test_bias_correction_of_a_traced_rate(b2: float, count: int) -> None:
     assert abs(mp.mpf(float(scale)) / exact_scale(b2, count) - 1) / 2 <= 2e-7
 
 
-@pytest.mark.parametrize("count", [0, jnp.int32(0), np.int64(0), np.asarray(0)])
+@pytest.mark.parametrize("count", [0, jnp.int32(0), jnp.uint8(0)])
 def test_first_step_has_a_denominator_of_one(count: Any) -> None:
-    k = numbers_of(count if not isinstance(count, np.generic | np.ndarray) else int(count), jnp)
+    k = numbers_of(count, jnp)
     assert float(k.scale) == 0.0
     assert float(k.offset) == 1.0
 
@@ -101,6 +101,22 @@ def test_zero_gradient_with_both_eps_zero_gives_a_zero_update() -> None:
         for _ in range(3):
             updates, state = optimizer.update(grad, state)
             np.testing.assert_array_equal(updates, grad)
+
+
+def test_an_array_eps_of_zero_is_like_a_number() -> None:
+    grad = jnp.zeros(2)
+    optimizer = ACProp(eps=jnp.float32(0.0), eps_root=jnp.float32(0.0))
+    state = optimizer.init(grad)
+    for _ in range(3):
+        updates, state = optimizer.update(grad, state)
+        np.testing.assert_array_equal(updates, grad)
+
+
+def test_the_floor_of_eps_is_invisible() -> None:
+    # the smallest second moments that float64 holds; a floor of float32's smallest number would show here
+    state = State(1, np.zeros(1), np.full(1, 1e-300))
+    updates, _ = ACProp(1.0, b2=0.0, eps=0.0).update(np.full(1, 1e-150), state)
+    assert updates[0] == pytest.approx(-1.0, rel=1e-15)
 
 
 def test_rule_sees_only_numbers_and_arrays() -> None:

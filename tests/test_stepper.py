@@ -1,19 +1,32 @@
-"""The stepper: parameters of any memory layout are stepped in place, tile by tile, and bad input changes nothing."""
+"""The stepper: every layout and engine, nothing half applied whatever happens, bad input, options."""
 
+import gc
+import math
+import os
+import signal
+import sys
+import threading
+import time
 from typing import Any
 
+import cupy
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
-import acprop_stepper
-from acprop_core import ACProp
-from acprop_stepper import Stepper
+import acprop_stepper._engines as engines
+import acprop_stepper._stepper as module
+from acprop_core import ACProp, State
+from acprop_stepper import Stepper, StepRecord
+from acprop_stepper._memory import first_overlap
 
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
+ENGINES = ["tiles", "numba"]
 
 
-def functional(params: Any, grads: list[Any]) -> Any:
-    optimizer = ACProp(**HYPER)
+def functional(params: Any, grads: list[Any], **hyper: Any) -> Any:
+    optimizer = ACProp(**{**HYPER, **hyper})
     state = optimizer.init(params)
     for g in grads:
         updates, state = optimizer.update(g, state, params)
@@ -21,70 +34,573 @@ def functional(params: Any, grads: list[Any]) -> Any:
     return params, state
 
 
+def assert_same(stepper: Stepper, expected: tuple[Any, State]) -> None:
+    params, state = expected
+    got = stepper.state
+    assert got.count == state.count
+    pairs = [(stepper.params, params), (got.mu, state.mu), (got.nu, state.nu)]
+    for a, b in pairs:
+        for x, y in zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else [(a, b)]:
+            np.testing.assert_array_equal(x, y)
+
+
+# layouts, dtypes, engines
+
 LAYOUTS = {
     "contiguous": lambda x: x.copy(),
     "fortran": lambda x: np.asfortranarray(x),
     "transposed": lambda x: np.ascontiguousarray(x.T).T,
     "strided": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
     "reversed": lambda x: x[::-1].copy()[::-1],
-    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tile", [7, 32768])
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("tile", [64, 2**17])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_layout_gives_the_bits_of_the_functional_core(
-    layout: str, tile: int, monkeypatch: pytest.MonkeyPatch
+    layout: str, grad_layout: str, tile: int, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acprop_stepper, "_TILE", tile)
+    monkeypatch.setattr(engines, "TILE", tile)
+    monkeypatch.setattr(engines, "RUN", tile // 8)
     rng = np.random.default_rng(0)
     start, grads = rng.normal(size=(5, 9)), list(rng.normal(size=(4, 5, 9)))
-    expected, state = functional(start, grads)
-    x = LAYOUTS[layout](start)
-    stepper = Stepper(x, **HYPER)
+    stepper = Stepper(LAYOUTS[layout](start), **HYPER, engine=engine)
     for g in grads:
-        stepper.step(LAYOUTS[layout](g))
-    np.testing.assert_array_equal(x, expected)
-    np.testing.assert_array_equal(stepper.state.mu, state.mu)
-    np.testing.assert_array_equal(stepper.state.nu, state.nu)
-    assert stepper.state.count == 4
+        stepper.step(LAYOUTS[grad_layout](g))
+    assert_same(stepper, functional(start, grads))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex64])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("tile", [64, 2**17])
+def test_many_parameters_give_the_bits_of_the_functional_core(
+    dtype: Any, engine: str, threads: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "TILE", tile)
+    monkeypatch.setattr(engines, "RUN", tile // 8)
+    rng = np.random.default_rng(0)
+    shapes = [(), (0,), (3,), (2, 5), (40,), (1, 1, 2), (7, 9)]
+
+    def draw() -> dict[str, Any]:
+        return {
+            f"p{i}": np.asarray(rng.normal(size=shape) * (1 + 1j)).real.astype(dtype) for i, shape in enumerate(shapes)
+        }
+
+    start, grads = draw(), [draw() for _ in range(4)]
+    grads[2]["p2"] = None  # a gradient that is missing once
+    mask = {name: i % 2 == 0 for i, name in enumerate(start)}
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, mask=mask, engine=engine, threads=threads)
+    for g in grads:
+        stepper.step(g)
+    assert_same(stepper, functional(start, grads, mask=mask))
+
+
+def test_buffers_are_shared_by_dtype_and_decay() -> None:
+    params = {"a": np.ones(3, np.float32), "b": np.ones(2), "c": np.ones(4, np.float32)}
+    stepper = Stepper(params, weight_decay=0.1, mask={"a": True, "b": True, "c": True})
+    assert [buffer.mu.size for buffer in stepper._buffers] == [7, 2]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_makes_nothing_parameter_sized(engine: str) -> None:
+    import tracemalloc
+
+    params, grads = np.ones(4_000_000, np.float32), np.ones(4_000_000, np.float32)
+    stepper = Stepper(params, **HYPER, engine=engine)
+    stepper.step(grads)
+    gc.collect()
+    tracemalloc.start()
+    stepper.step(grads)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22
 
 
 def test_parameters_stay_the_callers_arrays() -> None:
     params = {"a": np.ones(3), "b": [np.ones(2), None]}
     arrays = params["a"], params["b"][0]
-    stepper = Stepper(params, learning_rate=0.5)
-    stepper.step({"a": np.ones(3), "b": [None, None]})
+    Stepper(params, learning_rate=0.5).step({"a": np.ones(3), "b": [None, None]})
     assert params["a"] is arrays[0]
     assert params["b"][0] is arrays[1]
     assert params["a"].tolist() == [0.5] * 3
     assert params["b"][0].tolist() == [1.0, 1.0]
 
 
-def test_gradients_may_be_read_only() -> None:
-    g = np.ones(3)
-    g.flags.writeable = False
-    Stepper(np.ones(3)).step(g)
+# options
 
 
-@pytest.mark.parametrize("bad", ["read-only", "scalar"])
-def test_parameters_must_be_writeable(bad: str) -> None:
-    x = np.ones(3)
-    x.flags.writeable = False
-    with pytest.raises(ValueError, match=r"parameter 'w' is read-only or not a NumPy array; .* writeable copy"):
-        Stepper({"w": x if bad == "read-only" else np.float64(1.0)})
+def test_the_record() -> None:
+    stepper = Stepper(np.ones(2), lambda count: 1.0 / (count + 1), clip_norm=1.0)
+    assert stepper.step(np.array([3.0, 4.0])) == StepRecord(1, 1.0, 5.0, skipped=False)
+    assert stepper.step(np.array([0.0, 0.5])) == StepRecord(2, 0.5, 0.5, skipped=False)
 
 
-def test_bad_gradients_change_nothing() -> None:
-    params = {"a": np.ones(3), "b": np.ones(2)}
-    stepper = Stepper(params, learning_rate=0.5)
-    for grads in ({"a": np.ones(3), "b": np.ones(3)}, {"a": np.ones(3)}, {"a": np.ones(3), "b": np.ones(2, int)}):
-        with pytest.raises((TypeError, ValueError), match="'b'"):
-            stepper.step(grads)
-        assert stepper.state.count == 0
-        assert params["a"].tolist() == [1.0] * 3
-        assert not stepper.state.mu["a"].any()
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128, np.float16])
+def test_clip_norm_scales_gradients_and_does_not_write_them(engine: str, dtype: Any) -> None:
+    grads = {"a": np.array([3.0, 0.0], dtype), "b": np.array([4.0], dtype)}
+    stepper = Stepper({"a": np.zeros(2, dtype), "b": np.zeros(1, dtype)}, 1.0, clip_norm=1.25, engine=engine)
+    assert stepper.step(grads).grad_norm == 5.0
+    np.testing.assert_array_equal(stepper.params["a"], np.array([-0.75, 0.0], dtype))
+    np.testing.assert_array_equal(stepper.params["b"], np.array([-1.0], dtype))
+    np.testing.assert_array_equal(grads["b"], np.array([4.0], dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_the_norm_neither_overflows_nor_vanishes(scale: float) -> None:
+    record = Stepper(np.zeros(2), clip_norm=1.0).step(np.array([3.0, 4.0]) * scale)
+    assert record.grad_norm == pytest.approx(5.0 * scale, rel=1e-15)
 
 
 def test_the_equivalent_functional_optimizer() -> None:
     assert Stepper(np.ones(1), **HYPER).functional == ACProp(**HYPER)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_can_be_taken_up_from_its_state(engine: str) -> None:
+    rng = np.random.default_rng(0)
+    start, grads = {"a": rng.normal(size=3)}, [{"a": g} for g in rng.normal(size=(6, 3))]
+    first = Stepper({"a": start["a"].copy()}, **HYPER, engine=engine)
+    for g in grads[:3]:
+        first.step(g)
+    state = first.state
+    second = Stepper({"a": first.params["a"].copy()}, **HYPER, engine=engine)
+    second.load_state(state)
+    for g in grads[3:]:
+        first.step(g)  # which must not show in the state taken
+        second.step(g)
+    assert state.count == 3
+    assert_same(second, functional(start, grads))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"count": -1}, ValueError, "the step count"),
+        ({"count": 1.5}, TypeError, "the step count"),
+        ({"mu": {"a": np.zeros(2)}}, ValueError, "first moment of 'a' has shape"),
+        (
+            {"nu": {"a": np.zeros(3, np.float32)}},
+            TypeError,
+            "second moment of 'a' has dtype float32, this stepper keeps",
+        ),
+        ({"nu": {}}, ValueError, "second moments lacks 'a'"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    stepper = Stepper({"a": np.ones(3)})
+    stepper.step({"a": np.ones(3)})
+    before = stepper.state
+    with pytest.raises(error, match=message):
+        stepper.load_state(before._replace(**change))
+    assert_same(stepper, (stepper.params, before))
+
+
+# bad input
+
+BAD_OPTIONS = [
+    ({"engine": "fast"}, ValueError, "engine is 'fast'; for NumPy arrays give 'tiles' or 'numba'"),
+    ({"engine": "cupy"}, ValueError, "engine is 'cupy'; for NumPy arrays"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite is 'ignore'; give 'allow', 'skip' or 'raise'"),
+    ({"clip_norm": 0.0}, ValueError, "clip_norm is 0.0; give a number above 0"),
+    ({"clip_norm": math.nan}, ValueError, "clip_norm is nan"),
+    ({"clip_norm": "1"}, TypeError, "clip_norm is '1'"),
+    ({"threads": 0}, ValueError, "threads is 0; give a whole number of at least 1"),
+    ({"threads": 1.5}, ValueError, "threads is 1.5"),
+    ({"b1": 1.0}, ValueError, "b1 is 1.0"),
+    ({"learning_rate": torch.tensor(0.1)}, TypeError, "learning_rate is .*; a stepper takes numbers"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Stepper(np.ones(2), **options)
+
+
+def test_numba_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"engine is 'numba', which needs Numba: .*acprop-core\[fast\]"):
+        Stepper(np.ones(2), engine="numba")
+    assert type(Stepper(np.ones(2))._engines[0]) is engines.Tiles
+
+
+def readonly(x: np.ndarray) -> np.ndarray:
+    x.flags.writeable = False
+    return x
+
+
+_X = np.ones(6)
+BAD_PARAMETERS = [
+    ({"w": readonly(np.ones(3))}, ValueError, "parameter 'w' is read-only"),
+    ({"w": np.float64(1.0)}, ValueError, "parameter 'w' is read-only"),
+    (readonly(np.ones(3)), ValueError, "parameter is read-only"),
+    ({"w": np.ones(3, ">f8")}, ValueError, "parameter 'w' has dtype >f8, not in native byte order"),
+    ({"w": np.ones(3, int)}, TypeError, "parameter 'w' has dtype int64"),
+    ({"w": np.ones(3, object)}, TypeError, "parameter 'w' has dtype object"),
+    ({"w": torch.ones(3)}, TypeError, "the parameters are arrays of torch; a Stepper takes NumPy or CuPy arrays"),
+    ({"w": np.ma.ones(3)}, TypeError, "parameter 'w' is a MaskedArray, whose arithmetic is not that of arrays"),
+    ({"w": np.ones((1, 3)).view(np.matrix)}, TypeError, "parameter 'w' is a matrix"),
+    ({"a": _X[:4], "b": _X[3:]}, ValueError, "parameter 'a' and parameter 'b' share memory"),
+    ({"a": _X, "b": _X}, ValueError, "parameter 'a' and parameter 'b' share memory"),
+    ({"a": np.lib.stride_tricks.as_strided(_X, (3, 2), (0, 8))}, ValueError, "'a' holds the same memory several times"),
+]
+
+
+@pytest.mark.parametrize(("params", "error", "message"), BAD_PARAMETERS)
+def test_bad_parameters(params: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Stepper(params)
+
+
+def test_interleaved_views_do_not_overlap() -> None:
+    x = np.ones(6)
+    Stepper({"even": x[::2], "odd": x[1::2]}, 0.5).step({"even": np.ones(3), "odd": np.zeros(3)})
+    assert x.tolist() == [0.5, 1.0] * 3
+
+
+def test_overlap_is_found_among_many() -> None:
+    x = np.ones(100)
+    views = [(str(i), x[3 * i : 3 * i + 3], True) for i in range(30)]
+    assert first_overlap(views, np) is None
+    assert first_overlap([*views, ("late", x[50:52], False)], np) == ("16", "late")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        (lambda p: {"a": np.ones(3)}, ValueError, "the container of gradients lacks 'b'"),
+        (lambda p: {"a": np.ones(3), "b": np.ones(3)}, ValueError, r"gradient of 'b' has shape \(3,\), its parameter"),
+        (lambda p: {"a": np.ones(3), "b": np.ones(2, int)}, TypeError, "gradient of 'b' has dtype int64"),
+        (lambda p: {"a": np.ones(3), "b": np.ones(2, "f4")}, TypeError, "gradient of 'b' has dtype float32, its param"),
+        (lambda p: {"a": np.ones(3), "b": np.ones(2, ">f8")}, TypeError, "gradient of 'b' has dtype >f8, its param"),
+        (lambda p: {"a": np.ones(3), "b": torch.ones(2)}, TypeError, "gradient of 'b' is an array of torch"),
+        (lambda p: {"a": np.ones(3), "b": [1.0, 1.0]}, TypeError, "gradient of 'b' is a list"),
+        (lambda p: {"a": np.ones(3), "b": np.ma.ones(2)}, TypeError, "gradient of 'b' is a MaskedArray"),
+        (
+            lambda p: {"a": p["a"], "b": np.ones(2)},
+            ValueError,
+            "gradient of 'a' and parameter 'a' share memory|parameter 'a' and gradient",
+        ),
+        (
+            lambda p: {"a": np.ones(3), "b": p["a"][:2]},
+            ValueError,
+            "gradient of 'b' and parameter 'a' share memory|parameter 'a' and gradient",
+        ),
+        (
+            lambda p: {"a": p["a"][::-1], "b": np.ones(2)},
+            ValueError,
+            "gradient of 'a' and parameter 'a' share memory|parameter 'a' and gradient",
+        ),
+    ],
+)
+def test_bad_gradients_change_nothing(engine: str, grads: Any, error: type[Exception], message: str) -> None:
+    params = {"a": np.full(3, 2.0), "b": np.ones(2)}
+    stepper = Stepper(params, **HYPER, engine=engine)
+    stepper.step({"a": np.ones(3), "b": np.ones(2)})
+    before = {name: x.copy() for name, x in params.items()}, stepper.state
+    with pytest.raises(error, match=message):
+        stepper.step(grads(params))
+    assert_same(stepper, before)
+
+
+def test_gradients_may_be_read_only_and_shared() -> None:
+    g = readonly(np.ones(3))
+    params = [np.ones(3), np.ones(3)]
+    Stepper(params, learning_rate=0.5).step([g, g])
+    assert params[1].tolist() == [0.5] * 3
+
+
+# what is not finite
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "overflow"])
+@pytest.mark.parametrize("where", [0, -1])
+def test_what_is_not_finite_is_kept_out(engine: str, dtype: Any, bad: Any, where: int) -> None:
+    if bad == "overflow":
+        if dtype == np.float16:
+            pytest.skip("squares of float16 numbers are finite in float32")
+        bad = {np.float32: 1e20, np.float64: 1e200}[dtype]  # finite, but not its square
+    params = {"a": np.ones(40_000, dtype), "b": np.ones(3, dtype)}
+    good = {"a": np.ones(40_000, dtype), "b": np.ones(3, dtype)}
+    poisoned = {"a": good["a"].copy(), "b": good["b"]}
+    poisoned["a"][where] = bad
+    skipping = Stepper(params, **HYPER, engine=engine, nonfinite="skip")
+    skipping.step(good)
+    before = {name: x.copy() for name, x in params.items()}, skipping.state
+    assert skipping.step(poisoned) == StepRecord(1, 0.1, None, skipped=True)
+    assert_same(skipping, before)
+    assert skipping.step(good).count == 2
+
+    raising = Stepper(params, **HYPER, engine=engine, nonfinite="raise")
+    before = {name: x.copy() for name, x in params.items()}, raising.state
+    with pytest.raises(FloatingPointError, match=r"'a'.*; nothing was changed"):
+        raising.step(poisoned)
+    assert_same(raising, before)
+
+
+def test_large_but_harmless_gradients_pass() -> None:
+    # beyond what is known to be safe, the step is computed before it is judged
+    stepper = Stepper(np.ones(3, np.float32), 1e-30, nonfinite="raise", clip_exponent=0.25)
+    assert not stepper.step(np.full(3, 1e19, np.float32)).skipped
+    assert not stepper.step(np.full(3, 1.0, np.float32)).skipped
+
+
+def test_allow_goes_on_as_the_rule_does() -> None:
+    x = np.ones(2)
+    assert Stepper(x).step(np.array([math.nan, 1.0])).count == 1
+    assert math.isnan(x[0])
+    assert x[1] == 0.999
+
+
+# interruptions
+
+
+class Interrupt(BaseException):
+    """What a signal handler might raise."""
+
+
+def stepper_and_outcomes(engine: str, threads: int) -> tuple[Stepper, Any, tuple[Any, State], tuple[Any, State]]:
+    """Return a stepper of several tiles and runs, its gradients, and what it is before and after a step of them."""
+    rng = np.random.default_rng(0)
+    start = {f"p{i}": rng.normal(size=n) for i, n in enumerate((3, 50, 2, 17))}
+    start["half"] = rng.normal(size=9).astype(np.float16)
+    grads = [{name: rng.normal(size=x.shape).astype(x.dtype) for name, x in start.items()} for _ in range(2)]
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine=engine, threads=threads)
+    stepper.step(grads[0])
+    return stepper, grads[1], functional(start, grads[:1]), functional(start, grads)
+
+
+def assert_one_of(stepper: Stepper, before: tuple[Any, State], after: tuple[Any, State]) -> bool:
+    """Check that parameters and state are those before or those after; return whether after."""
+    moved = not np.array_equal(stepper.params["p0"], before[0]["p0"])
+    assert_same(stepper, after if moved else before)
+    return moved
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_exception_at_any_line_leaves_the_old_or_the_new(
+    engine: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "TILE", 64)
+    monkeypatch.setattr(engines, "RUN", 8)
+    ours = ("acprop_stepper", "acprop_core")
+    outcomes = []
+    for point in range(1, 100_000):
+        stepper, grads, before, after = stepper_and_outcomes(engine, threads)
+        lines = 0
+
+        def trace(frame: Any, event: str, argument: Any, point: int = point) -> Any:
+            nonlocal lines
+            if not any(f"/{name}/" in frame.f_code.co_filename for name in ours):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == point:
+                    raise Interrupt
+            return trace
+
+        old = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            stepper.step(grads)
+        except Interrupt:
+            interrupted = True
+        else:
+            interrupted = False
+        finally:
+            sys.settrace(old)
+        outcomes.append(assert_one_of(stepper, before, after))
+        if not interrupted:
+            break
+    assert not interrupted
+    assert not outcomes[0]
+    assert outcomes[-1]
+    assert outcomes == sorted(outcomes)  # once begun, it is always finished
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("failing", ["rule", "scatter"])
+def test_a_failure_that_passes_is_made_good(engine: str, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "TILE", 64)
+    whole = getattr(engines, failing)
+    for call in range(1, 8):
+        monkeypatch.setattr(engines, failing, whole)
+        stepper, grads, before, after = stepper_and_outcomes(engine, 1)
+        calls = 0
+
+        def flaky(*arguments: Any, call: int = call) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise MemoryError
+            return whole(*arguments)
+
+        monkeypatch.setattr(engines, failing, flaky)
+        try:
+            stepper.step(grads)
+        except MemoryError:
+            assert_same(stepper, after)
+        assert_one_of(stepper, before, after)
+
+
+def test_a_failure_that_lasts_is_raised_and_made_good_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "TILE", 64)
+    stepper, grads, _, after = stepper_and_outcomes("tiles", 1)
+    whole, calls = engines.rule, 0
+
+    def broken(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise MemoryError
+        return whole(*arguments)
+
+    monkeypatch.setattr(engines, "rule", broken)
+    with pytest.raises(MemoryError):
+        stepper.step(grads)
+    monkeypatch.setattr(engines, "rule", whole)
+    assert_same(stepper, after)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_real_signal_leaves_the_old_or_the_new(engine: str) -> None:
+    rng = np.random.default_rng(0)
+    n = 400_000
+    start, grads = {"a": rng.normal(size=n), "b": rng.normal(size=5)}, {"a": rng.normal(size=n), "b": np.ones(5)}
+    before, after = functional(start, []), functional(start, [grads])
+    warm = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine=engine)
+    warm.step(grads)
+    begin = time.perf_counter()
+    warm.step(grads)
+    duration = time.perf_counter() - begin
+
+    def handler(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, handler)
+    interrupted = finished = 0
+    try:
+        for i in range(60):
+            stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine=engine)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-5, duration * 1.2 * i / 60))
+                stepper.step(grads)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            moved = not np.array_equal(stepper.params["b"], before[0]["b"])
+            assert_same(stepper, after if moved else before)
+            finished += moved
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert interrupted > 5
+    assert finished > 5
+
+
+def test_a_handler_that_looks_in_the_middle_sees_the_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "TILE", 64)
+    stepper, grads, _before, after = stepper_and_outcomes("tiles", 1)
+    whole, seen = engines.scatter, []
+
+    def looking(*arguments: Any) -> Any:
+        whole(*arguments)
+        if not seen:
+            seen.append(None)
+            seen[0] = stepper.state
+
+    monkeypatch.setattr(engines, "scatter", looking)
+    stepper.step(grads)
+    assert seen[0].count == after[1].count
+    np.testing.assert_array_equal(seen[0].mu["p3"], after[1].mu["p3"])
+    assert_same(stepper, after)
+
+
+# threads, processes
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_threads_on_one_stepper_wait_for_each_other(engine: str) -> None:
+    start = {"a": np.ones(50_000)}
+    stepper = Stepper({"a": start["a"].copy()}, **HYPER, engine=engine)
+    g = {"a": np.full(50_000, 0.5)}
+    threads = [threading.Thread(target=lambda: [stepper.step(g) for _ in range(10)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same(stepper, functional(start, [g] * 40))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # of forking beside JAX's threads
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fork_after_use(engine: str, threads: int) -> None:
+    stepper = Stepper({"a": np.ones(100_000)}, 0.5, engine=engine, threads=threads)
+    stepper.step({"a": np.ones(100_000)})
+    child = os.fork()
+    if child == 0:
+        stepper.step({"a": np.zeros(100_000)})
+        os._exit(0 if stepper.state.count == 2 else 1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert stepper.state.count == 1
+
+
+# CuPy without a device: the rule through its fusion
+
+
+def device_array(dtype: Any) -> Any:
+    """Return a CuPy array of memory that is not there: enough to trace with."""
+    memory = cupy.cuda.UnownedMemory(1 << 20, 1 << 10, None, device_id=0)
+    return cupy.ndarray((16,), dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("hyper", [{}, {"clip_exponent": 0.25}, {"b1": 0.1, "b2": 0.0, "centering": "previous"}])
+@pytest.mark.parametrize("decay", [False, True])
+def test_cupy_fuses_the_rule_into_one_kernel(dtype: Any, hyper: dict[str, Any], decay: bool) -> None:
+    thread_local = pytest.importorskip("cupy._core._fusion_thread_local").thread_local
+    k, _, _ = ACProp(**hyper).at(3, np).numbers_for(dtype)
+    traced = []
+
+    class Recording:
+        """CuPy, but for `fuse`, which keeps the operations of the traced function."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(cupy, name)
+
+        def fuse(self, kernel_name: str) -> Any:
+            def decorate(function: Any) -> Any:
+                def record(*arguments: Any) -> Any:
+                    function(*arguments)
+                    traced.append(str(thread_local.history))
+
+                return cupy.fuse(kernel_name=kernel_name)(record)
+
+            return decorate
+
+    kernel = engines.fused_step(k, decay, Recording())
+    try:
+        kernel(*(device_array(dtype) for _ in range(4)), *engines.scalars_of(k, 1.0, dtype))
+    except cupy.cuda.runtime.CUDARuntimeError:
+        assert not cupy.is_available()  # the launch, which only a device can do
+    (operations,) = traced
+    assert operations.count("cupy_copy") == 3  # parameter and two moments, in the one kernel
+    name = np.dtype(dtype).name
+    assert name in operations
+    assert not {"float16", "float32", "float64"} - {name} & {
+        other for other in ("float16", "float32", "float64") if other in operations
+    } - {name}

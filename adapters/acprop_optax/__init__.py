@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from acprop_core import ACProp
+from acprop_core._checks import check_leaves
 
 __all__ = ["acprop", "scale_by_acprop"]
 
@@ -61,13 +62,14 @@ def acprop(
     >>> optax.apply_updates(params, updates)["w"]
     Array([0.9995, 1.    , 1.001 ], dtype=float32)
     """
-    ACProp(learning_rate=learning_rate, weight_decay=weight_decay)  # for its checks
+    # checked, and made Python floats: a NumPy float64 would widen float32 updates in 64-bit mode
+    checked = ACProp(learning_rate=learning_rate, weight_decay=weight_decay)
     return optax.chain(
         scale_by_acprop(
             b1, b2, eps, eps_root, clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.add_decayed_weights(checked.weight_decay, mask),
+        optax.scale_by_learning_rate(checked.learning_rate),
     )
 
 
@@ -96,9 +98,10 @@ def scale_by_acprop(
     Raises
     ------
     TypeError
-        If a hyperparameter is no number, or the array of parameters no floating-point array.
+        If a hyperparameter is no number; from `init` and `update`, if a leaf is of a dtype that does not fit.
     ValueError
-        If a hyperparameter is out of its range or not finite; arrays are not looked into.
+        If a hyperparameter is out of its range or not finite (arrays are not looked into); from `update`, if shapes
+        differ.
 
     Notes
     -----
@@ -116,17 +119,28 @@ def scale_by_acprop(
     )
 
     def init(params: optax.Params) -> optax.ScaleByBeliefState:
-        leaves, tree = jax.tree.flatten(params)
-        _, mu, nu = optimizer.init([jnp.asarray(x) for x in leaves])
-        return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), *(jax.tree.unflatten(tree, x) for x in (mu, nu)))
+        names, leaves, tree = _flatten(params)
+        check_leaves({"parameter": leaves}, names)
+        _, mu, nu = optimizer.init(leaves)
+        return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), tree.unflatten(mu), tree.unflatten(nu))
 
     def update(
         grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
+        names, g, tree = _flatten(grads)
+        mu, nu = (tree.flatten_up_to(x) for x in (state.mu, state.nu))
+        x = g if params is None else [jnp.asarray(x) for x in tree.flatten_up_to(params)]
+        owner = "gradient" if params is None else "parameter"
+        check_leaves({owner: x, "gradient": g, "first moment": mu, "second moment": nu}, names)
         step = optimizer.at(state.count, jnp)
-        like = grads if params is None else params
-        rows = jax.tree.map(step.direction, grads, state.mu, state.nu, like)
-        d, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), rows)
+        rows = [step.without_rate(*row) for row in zip(g, mu, nu, x, strict=True)]
+        d, mu, nu = (tree.unflatten([row[i] for row in rows]) for i in range(3))
         return d, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _flatten(tree: Any) -> tuple[list[str], list[jax.Array], Any]:
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in pairs]
+    return names, [jnp.asarray(x) for _, x in pairs], structure

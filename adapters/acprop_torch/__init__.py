@@ -74,8 +74,23 @@ class ACProp(torch.optim.Optimizer):
             "centering": centering,
             "moment_dtype": moment_dtype,
         }
-        _functional(defaults)  # for its checks
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, whose options default to those of the constructor.
+
+        Parameters
+        ----------
+        param_group : dict
+            "params", and the options in which the group differs.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an option is out of its range or of a wrong type.
+        """
+        _functional({**self.defaults, **param_group})  # for its checks
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -84,18 +99,24 @@ class ACProp(torch.optim.Optimizer):
         Parameters
         ----------
         closure : callable, optional
-            Reevaluates the model and returns the loss, which `step` then returns.
+            Reevaluates the model and returns the loss.
+
+        Returns
+        -------
+        tensor or None
+            What the closure returned.
 
         Raises
         ------
         RuntimeError
-            If a gradient is sparse.
+            If a gradient is sparse; nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        ready = []
+        for group in self.param_groups:  # whatever can be refused is refused before anything is written
             optimizer = _functional(group)
             steps: dict[int, Any] = {}  # parameters that joined late have a count of their own
             for param in group["params"]:
@@ -107,36 +128,56 @@ class ACProp(torch.optim.Optimizer):
                 count = int(state["step"])
                 if count not in steps:
                     steps[count] = optimizer.at(count, xp)
-                x, grad, mu, nu = map(_real, (param, param.grad, *(state[key] for key in _MOMENTS)))
-                update, new_mu, new_nu = steps[count](grad, mu, nu, x, decay=group["weight_decay"] != 0)
-                x.add_(update)
-                mu.copy_(new_mu)
-                nu.copy_(new_nu)
-                state["step"] += 1
+                ready.append((param, state, steps[count], group["weight_decay"] != 0))
+        for param, state, step, decay in ready:
+            x, grad, mu, nu = map(_real, (param, param.grad, *(state[key] for key in _MOMENTS)))
+            update, new_mu, new_nu = step(grad, mu, nu, x, decay)
+            x.add_(update)
+            mu.copy_(new_mu)
+            nu.copy_(new_nu)
+            state["step"] += 1
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of what `state_dict` returned; moments keep the dtype in which they were saved."""
+        """Load a copy of what `state_dict` returned; moments keep the dtype in which they were saved.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From `state_dict` of an optimizer of this class, with as many parameters.
+
+        Raises
+        ------
+        ValueError
+            If it is of another optimizer, or its parameter groups differ in size; nothing has changed then.
+        """
+        for number, state in state_dict["state"].items():
+            if missing := [key for key in ("step", *_MOMENTS) if key not in state]:
+                raise ValueError(
+                    f"the state of parameter {number} lacks {', '.join(map(repr, missing))}: it is that of another "
+                    "optimizer; load one that ACProp saved"
+                )
         super().load_state_dict(state_dict)
         # The base class casts moments to their parameter's dtype, which would round those of 16-bit parameters.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(saved, params, strict=True):
-            if number not in state_dict["state"]:
-                continue
-            state = state_dict["state"][number]
-            for key in _MOMENTS:
-                self.state[param][key] = state[key].to(param.device, copy=True)
-            self.state[param]["step"] = state["step"].clone()
+            if number in state_dict["state"]:
+                state = state_dict["state"][number]
+                for key in _MOMENTS:
+                    self.state[param][key] = state[key].to(param.device, copy=True)
+                self.state[param]["step"] = state["step"].clone()
 
     def _state_of(self, param: torch.Tensor, optimizer: acprop_core.ACProp) -> dict[str, torch.Tensor]:
-        state = self.state[param]
-        if not state:
+        if not self.state[param]:
             moments = optimizer.init(_real(param))
-            state["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
+            # as in all of torch.optim: in a 16-bit default dtype counting would end at 256
+            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+            state = {"step": torch.tensor(0.0, dtype=dtype)}
             for key, moment in zip(_MOMENTS, (moments.mu, moments.nu), strict=True):
                 state[key] = torch.view_as_complex(moment) if param.is_complex() else moment
-        return state
+            self.state[param] = state
+        return self.state[param]
 
 
 def _functional(group: dict[str, Any]) -> acprop_core.ACProp:

@@ -44,7 +44,8 @@ def numpy_steps(arrays: int, size: int) -> dict[str, Step]:
         return [np.ones(size, np.float32) for _ in range(arrays)]
 
     a, b = np.ones(arrays * size * 28 // 12, np.float32), np.ones(arrays * size * 28 // 12, np.float32)
-    stepper = Stepper(fresh(), clip_exponent=0.25)
+    numba = Stepper(fresh(), clip_exponent=0.25, engine="numba")
+    tiles = Stepper(fresh(), clip_exponent=0.25, engine="tiles")
     sklearn_params = fresh()
     sklearn = AdamOptimizer(sklearn_params)
     optimizer, params = ACProp(clip_exponent=0.25), fresh()
@@ -56,7 +57,8 @@ def numpy_steps(arrays: int, size: int) -> dict[str, Step]:
 
     return {
         "limit": lambda: np.add(a, b, out=a),
-        "Stepper": lambda: stepper.step(grads),
+        "Stepper, Numba": lambda: numba.step(grads),
+        "Stepper, tiles": lambda: tiles.step(grads),
         "functional core": functional,
         "scikit-learn Adam": lambda: sklearn.update_params(sklearn_params, grads),
     }

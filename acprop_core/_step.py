@@ -1,0 +1,78 @@
+"""One step, for one array at a time: the casts around the rule."""
+
+from typing import Any
+
+from acprop_core import _rule
+from acprop_core._checks import COMPLEX_OF, REAL_OF, dtype_name
+from acprop_core._rule import Array, as_dtype
+
+
+class Step:
+    """One step of an optimizer, for one array at a time: the casts around the rule.
+
+    The rule runs in float32, or in float64 where parameter or moments have it; each result goes back to the dtype
+    that it came from.
+    """
+
+    def __init__(self, k: _rule.Coefficients, xp: Any) -> None:
+        self._k = k
+        self._xp = _Standard2022(xp) if getattr(xp, "__array_api_version__", "2025") < "2023.12" else xp
+        self._cast: dict[tuple[str, bool], tuple[_rule.Coefficients, Any, Any]] = {}
+
+    def __call__(self, grad: Array, mu: Array, nu: Array, param: Array, decay: bool) -> tuple[Array, Array, Array]:
+        """Return (u_t, m_t, s_t); the update has the dtype of `param`, whose values matter only with `decay`."""
+        d, new_mu, new_nu = self._run(grad, mu, nu, param)
+        k, dtype, _ = self.numbers_for(mu.dtype, param.dtype)
+        update = _rule.displacement(d, as_dtype(param, dtype, self._xp) if decay else None, k)
+        return restore(update, param, self._xp), new_mu, new_nu
+
+    def without_rate(self, grad: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array]:
+        """Return (d_t, m_t, s_t), the step before learning rate and decay, for hosts that bring their own."""
+        d, new_mu, new_nu = self._run(grad, mu, nu, param)
+        return restore(d, param, self._xp), new_mu, new_nu
+
+    def numbers_for(self, *dtypes: Any) -> tuple[_rule.Coefficients, Any, Any]:
+        """Return the numbers, and the dtype and its real dtype, with which to run the rule on these dtypes."""
+        kinds = [dtype_name(dtype) for dtype in dtypes]
+        real = "float64" if any(kind in ("float64", "complex128") for kind in kinds) else "float32"
+        is_complex = any(kind in REAL_OF for kind in kinds)
+        if (real, is_complex) not in self._cast:
+            real_dtype = getattr(self._xp, real)
+            dtype = getattr(self._xp, COMPLEX_OF[real]) if is_complex else real_dtype
+            k = _rule.cast(self._k, real_dtype, is_complex, _SMALLEST_NORMAL[real], self._xp)
+            self._cast[real, is_complex] = k, dtype, real_dtype
+        return self._cast[real, is_complex]
+
+    def _run(self, grad: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array]:
+        xp = self._xp
+        k, dtype, real_dtype = self.numbers_for(mu.dtype, param.dtype)
+        d, new_mu, new_nu = _rule.rule(
+            as_dtype(grad, dtype, xp), as_dtype(mu, dtype, xp), as_dtype(nu, real_dtype, xp), k, xp
+        )
+        return d, restore(new_mu, mu, xp), restore(new_nu, nu, xp)
+
+
+_SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
+
+
+def restore(x: Array, other: Array, xp: Any) -> Array:
+    """Return `x` as an array of the dtype of `other`: NumPy's operators make scalars of 0-d arrays."""
+    x = as_dtype(x, other.dtype, xp)
+    return x if x.shape else xp.asarray(x)
+
+
+class _Standard2022:
+    """A namespace of the standard 2022.12, with the `clip` that it lacks."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._xp, name)
+
+    def clip(self, x: Array, low: Any, high: Any) -> Array:
+        if low is not None:
+            x = self._xp.where(x < low, self._xp.asarray(low, dtype=x.dtype), x)
+        if high is not None:
+            x = self._xp.where(x > high, self._xp.asarray(high, dtype=x.dtype), x)
+        return x

@@ -1,0 +1,352 @@
+"""Three ways to run the rule over a buffer of parameters: NumPy in tiles, Numba in one pass, CuPy in one kernel."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from acprop_core._rule import Array, Coefficients, displacement, rule
+
+# Bytes of one operand of a tile: the rule's temporaries, six or so, must stay in the second-level cache. Smaller tiles
+# pay for the interpreter, larger ones for memory.
+TILE = 2**17
+
+# Elements of one call of the compiled step: many enough to hide the call, few enough to share among threads.
+RUN = 2**20
+
+# Elements up to which small CuPy parameters are gathered for one launch; a larger one has a launch of its own.
+PACK = 2**17
+
+
+class Numbers(NamedTuple):
+    """What a step needs beside arrays."""
+
+    k: Coefficients
+    dtype: Any  # in which to run the rule
+    real_dtype: Any
+    grad_scale: float  # what gradients are multiplied by first
+    contiguous: bool  # whether all gradients are known to be there, and contiguous
+
+
+class Buffer:
+    """Parameters of one dtype and device that decay alike, and their moments, one behind the other in flat arrays."""
+
+    def __init__(
+        self, leaves: Sequence[int], params: Sequence[Array], mu: Array, nu: Array, decay: bool, xp: Any
+    ) -> None:
+        self.leaves = leaves  # which of all the parameters these are
+        self.xp = xp
+        self.params = params
+        self.ends = list(itertools.accumulate(x.size for x in params))
+        self.mu = mu
+        self.nu = nu
+        self.decay = decay
+
+    def moments(self, i: int) -> tuple[Array, Array]:
+        """Return the moments of the i-th parameter, as views."""
+        part = slice(self.ends[i] - self.params[i].size, self.ends[i])
+        return tuple(x[part].reshape(self.params[i].shape) for x in (self.mu, self.nu))
+
+
+class Tile(NamedTuple):
+    """A block of one parameter, or several small ones: [first, last) of a buffer, [start, stop) of its moments."""
+
+    first: int
+    last: int
+    block: tuple[Any, ...]
+    start: int
+    stop: int
+
+
+def tiles_of(buffer: Buffer, cut: int, pack: int) -> list[Tile]:
+    """Cut a buffer into tiles of at most `cut` elements; small neighbours share one of at most `pack`."""
+    tiles: list[Tile] = []
+    start = 0
+    for i, x in enumerate(buffer.params):
+        last = tiles[-1] if tiles else None
+        if last is not None and last.block == (...,) and start + x.size - last.start <= pack:
+            tiles[-1] = last._replace(last=i + 1, stop=start + x.size)
+            start += x.size
+            continue
+        for block, elements in blocks_of(x.shape, cut):
+            tiles.append(Tile(i, i + 1, block, start, start + elements))
+            start += elements
+    return tiles
+
+
+def blocks_of(shape: tuple[int, ...], size: int) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Yield (index, elements) of blocks of at most `size` elements that make up an array, in its order."""
+    if math.prod(shape) <= size:
+        yield (...,), math.prod(shape)
+        return
+    row = math.prod(shape[1:])
+    rows = size // row
+    if rows == 0:
+        for i in range(shape[0]):
+            yield from (((i, *block), elements) for block, elements in blocks_of(shape[1:], size))
+        return
+    for i in range(0, shape[0], rows):
+        j = min(i + rows, shape[0])
+        yield (slice(i, j), ...), (j - i) * row
+
+
+class TileTask:
+    """One tile by NumPy: compute into temporaries, which may be repeated, then copy, which may be repeated too."""
+
+    def __init__(self, buffer: Buffer, tile: Tile, grads: Sequence[Array], numbers: Numbers) -> None:
+        self.done = False
+        self._buffer = buffer
+        self._tile = tile
+        self._grads = grads
+        self._numbers = numbers
+        self._result: tuple[Array, Array, Array] | None = None
+
+    def run(self) -> None:
+        """Step the tile."""
+        if self.done:
+            return
+        if self._result is None:
+            self._result = self.compute()
+        param, mu, nu = self._result
+        buffer, tile = self._buffer, self._tile
+        scatter(param, buffer.params, tile)
+        buffer.mu[tile.start : tile.stop] = mu.reshape(-1)
+        buffer.nu[tile.start : tile.stop] = nu.reshape(-1)
+        self.done = True
+        self._result = None
+
+    def compute(self) -> tuple[Array, Array, Array]:
+        """Return what parameter and moments become; nothing is written."""
+        k, dtype, real_dtype, grad_scale, _ = self._numbers
+        buffer, tile = self._buffer, self._tile
+        param, grad = (gather(arrays, tile, buffer.xp) for arrays in (buffer.params, self._grads))
+        grad = grad.astype(dtype, copy=False)
+        mu, nu = (
+            x[tile.start : tile.stop].reshape(param.shape).astype(kind, copy=False)
+            for x, kind in ((buffer.mu, dtype), (buffer.nu, real_dtype))
+        )
+        # overflow is the business of `nonfinite`, not of warnings
+        with np.errstate(all="ignore"):
+            if grad_scale != 1.0:
+                grad = grad * grad_scale
+            d, mu, nu = rule(grad, mu, nu, k, buffer.xp)
+            update = displacement(d, param.astype(dtype, copy=False) if buffer.decay else None, k)
+            # rounded to 16 bits before it is added, where parameters are: to the bits what the functional core does
+            return param + update.astype(param.dtype, copy=False), mu, nu
+
+    def stays_finite(self) -> bool:
+        """Return whether parameters and moments would be finite after the step."""
+        buffer, (param, mu, nu) = self._buffer, self.compute()
+        with np.errstate(all="ignore"):
+            param = param.astype(buffer.params[0].dtype, copy=False)
+            return all(bool(buffer.xp.isfinite(x).all()) for x in (param, mu, nu))
+
+    @property
+    def members(self) -> range:
+        """Which parameters of the buffer the tile is of."""
+        return range(self._tile.first, self._tile.last)
+
+
+def gather(arrays: Sequence[Array], tile: Tile, xp: Any) -> Array:
+    """Return the elements of a tile as one array: a view, if they are in one array."""
+    if tile.last - tile.first == 1:
+        return arrays[tile.first][tile.block]
+    return xp.concatenate(arrays[tile.first : tile.last], axis=None)
+
+
+def scatter(values: Array, arrays: Sequence[Array], tile: Tile) -> None:
+    """Write what `gather` would read."""
+    if tile.last - tile.first == 1:
+        arrays[tile.first][tile.block] = values
+        return
+    start = 0
+    for x in arrays[tile.first : tile.last]:
+        x[...] = values[start : start + x.size].reshape(x.shape)
+        start += x.size
+
+
+class Tiles:
+    """NumPy, in tiles that stay in the processor's cache: arrays of any layout and dtype."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._buffer = buffer
+        size = TILE // buffer.mu.dtype.itemsize
+        self._tiles = tiles_of(buffer, size, size)
+
+    def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> list[TileTask]:
+        """Return the tasks of one step; a gradient of None leaves its parameter out."""
+        tiles = present(self._tiles, self._buffer, grads)
+        return [TileTask(self._buffer, tile, grads, numbers) for tile in tiles]
+
+
+def present(tiles: list[Tile], buffer: Buffer, grads: Sequence[Array | None]) -> list[Tile]:
+    """Return the tiles whose gradients are there, with those taken apart of which some are."""
+    if not any(g is None for g in grads):
+        return tiles
+    result = []
+    for tile in tiles:
+        stops = [*buffer.ends[tile.first : tile.last - 1], tile.stop]
+        starts = [tile.start, *stops[:-1]]
+        for i, start, stop in zip(range(tile.first, tile.last), starts, stops, strict=True):
+            if grads[i] is not None:
+                result.append(Tile(i, i + 1, tile.block, start, stop))
+    return result
+
+
+class NumbaTask:
+    """A run of parameters by the compiled step, which Python cannot interrupt."""
+
+    def __init__(self, step: Callable[[Array], None]) -> None:
+        self._done = np.zeros(1, np.bool_)
+        self._step = step
+
+    @property
+    def done(self) -> bool:
+        """Whether the compiled step has come to its end."""
+        return bool(self._done[0])
+
+    def run(self) -> None:
+        """Step the run."""
+        if not self.done:
+            self._step(self._done)
+
+
+class Numba:
+    """Numba, one pass over memory: contiguous float32 or float64 parameters with moments of the same dtype."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        from acprop_core import _numba
+
+        self._compiled = _numba
+        self._buffer = buffer
+        self._tiles = Tiles(buffer)
+        self._params = _numba.addresses(buffer.params)
+        self._ends = np.asarray(buffer.ends)
+        self._runs = tiles_of(buffer, RUN, RUN)
+
+    @staticmethod
+    def fits(buffer: Buffer) -> bool:
+        """Return whether the compiled step can take all parameters of this buffer."""
+        dtypes = {buffer.mu.dtype, buffer.nu.dtype, *(x.dtype for x in buffer.params)}
+        contiguous = all(x.flags.carray for x in buffer.params)
+        return contiguous and dtypes in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
+
+    def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> Sequence[Any]:
+        """Return the tasks of one step; gradients of another layout than the parameters' are left to tiles."""
+        if not numbers.contiguous and not all(
+            g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads
+        ):
+            return self._tiles.tasks(grads, numbers)
+        buffer, dtype = self._buffer, self._buffer.mu.dtype
+        k, scale = self._compiled.scalars_of(numbers.k, dtype), dtype.type(numbers.grad_scale)
+        grad_addresses = self._compiled.addresses(grads)
+        tasks = []
+        for run in self._runs:
+            whole = run.start - (buffer.ends[run.first - 1] if run.first else 0)  # elements before, of a cut parameter
+            leaves, part = slice(run.first, run.last), slice(run.start, run.stop)
+            ends = np.minimum(self._ends[leaves], run.stop) - run.start
+            arguments = (
+                self._params[leaves] + whole * dtype.itemsize,
+                grad_addresses[leaves] + whole * dtype.itemsize,
+                ends,
+                buffer.mu[part],
+                buffer.nu[part],
+                k,
+                buffer.decay,
+                scale,
+            )
+            tasks.append(NumbaTask(functools.partial(self._compiled.step, *arguments)))
+        return tasks
+
+
+class CupyTask:
+    """A tile by the fused kernel. It must run where no signal interrupts it, between launch and `done`."""
+
+    def __init__(self, buffer: Buffer, tile: Tile, grads: Sequence[Array], numbers: Numbers) -> None:
+        self.done = False
+        self._buffer = buffer
+        self._tile = tile
+        self._grads = grads
+        self._numbers = numbers
+        self._stream = buffer.xp.cuda.get_current_stream()  # the caller's, in whatever thread this runs
+
+    def run(self) -> None:
+        """Launch the kernel, on the device of the arrays."""
+        buffer, tile = self._buffer, self._tile
+        k, dtype, _, grad_scale, _ = self._numbers
+        with buffer.mu.device, self._stream:
+            param, grad = (gather(arrays, tile, buffer.xp) for arrays in (buffer.params, self._grads))
+            mu, nu = (x[tile.start : tile.stop].reshape(param.shape) for x in (buffer.mu, buffer.nu))
+            fused_step(k, buffer.decay, buffer.xp)(param, grad, mu, nu, *scalars_of(k, grad_scale, dtype))
+            if tile.last - tile.first > 1:
+                scatter(param, buffer.params, tile)
+        self.done = True
+
+
+class Cupy:
+    """CuPy, one fused kernel: float32 or float64 parameters with moments of the same dtype, in any layout."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._buffer = buffer
+        self._tiles = tiles_of(buffer, max((x.size for x in buffer.params), default=1) or 1, PACK)
+
+    @staticmethod
+    def fits(buffer: Buffer) -> bool:
+        """Return whether the kernel can take all parameters of this buffer."""
+        dtypes = {buffer.mu.dtype, buffer.nu.dtype, *(x.dtype for x in buffer.params)}
+        return dtypes in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
+
+    def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> list[CupyTask]:
+        """Return the tasks of one step; a gradient of None leaves its parameter out."""
+        tiles = present(self._tiles, self._buffer, grads)
+        return [CupyTask(self._buffer, tile, grads, numbers) for tile in tiles if tile.stop > tile.start]
+
+
+_NUMBERS = ("scale", "offset", "eps", "limit", "weight1", "weight2", "eps_root", "rate", "weight_decay")
+
+
+def scalars_of(k: Coefficients, grad_scale: float, dtype: Any) -> list[Any]:
+    """Return the arguments of `fused_step` behind its arrays: scalars of `dtype`, so that nothing is computed wider."""
+    numbers = [0.0 if x is None else x for x in (getattr(k, name) for name in _NUMBERS)]
+    return [np.dtype(dtype).type(x) for x in (*numbers, grad_scale)]
+
+
+def fused_step(k: Coefficients, decay: bool, xp: Any) -> Callable[..., None]:
+    """Return the rule as one CUDA kernel with three outputs, in place; only the flags of `k` matter."""
+    flags = (k.old_is_lighter1, k.old_is_lighter2, k.from_previous, k.limit is not None)
+    return _fused_step(flags, decay, xp)
+
+
+@functools.cache
+def _fused_step(flags: tuple[bool, bool, bool, bool], decay: bool, xp: Any) -> Callable[..., None]:
+    old_is_lighter1, old_is_lighter2, from_previous, clipped = flags
+
+    def acprop(
+        param: Array, grad: Array, mu: Array, nu: Array,
+        scale: Any, offset: Any, eps: Any, limit: Any, weight1: Any, weight2: Any, eps_root: Any, rate: Any,
+        weight_decay: Any, grad_scale: Any,
+    ) -> None:  # fmt: skip
+        k = Coefficients(
+            scale=scale,
+            offset=offset,
+            eps=eps,
+            limit=limit if clipped else None,
+            weight1=weight1,
+            old_is_lighter1=old_is_lighter1,
+            weight2=weight2,
+            old_is_lighter2=old_is_lighter2,
+            eps_root=eps_root,
+            from_previous=from_previous,
+            is_complex=False,
+            rate=rate,
+            weight_decay=weight_decay,
+        )
+        d, new_mu, new_nu = rule(grad * grad_scale, mu, nu, k, xp)
+        param[...] = param + displacement(d, param if decay else None, k)
+        mu[...] = new_mu
+        nu[...] = new_nu
+
+    return xp.fuse(kernel_name="acprop")(acprop)

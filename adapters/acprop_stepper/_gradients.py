@@ -1,0 +1,39 @@
+"""Numbers about all gradients at once, read block by block so that nothing parameter-sized is made."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from acprop_core._rule import Array
+from acprop_stepper._engines import blocks_of
+
+_BLOCK = 2**15
+
+
+def largest(grad: Array, xp: Any) -> float:
+    """Return the largest magnitude in a gradient; NaN if it holds one."""
+    with np.errstate(all="ignore"):
+        return float(np.max([float(xp.max(x)) for x in _magnitudes(grad, xp)], initial=0.0))
+
+
+def global_norm(grads: Iterable[Array | None], xp: Any) -> float:
+    """Return the Euclidean norm of all elements of all gradients, without overflow on the way."""
+    total = 0.0
+    with np.errstate(all="ignore"):
+        for grad in grads:
+            for x in () if grad is None else _magnitudes(grad, xp):
+                scale = float(xp.max(x))
+                if scale != 0.0:
+                    x = x.astype(np.float64) / scale if math.isfinite(scale) else x
+                    total = math.hypot(total, scale * math.sqrt(float(xp.sum(x * x))))
+    return total
+
+
+def _magnitudes(grad: Array, xp: Any) -> Iterator[Array]:
+    size = _BLOCK if xp is np else 64 * _BLOCK
+    for block, elements in blocks_of(grad.shape, size):
+        if elements:
+            x = grad[block]
+            yield xp.abs(x if x.dtype.kind in "fc" else x.astype(np.float32))  # ml_dtypes' kinds are "V"

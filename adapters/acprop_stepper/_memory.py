@@ -1,0 +1,41 @@
+"""Which arrays share memory: writing into one of two that do would change the other."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from acprop_core._rule import Array
+
+
+def first_overlap(named: Iterable[tuple[str, Array, bool]], xp: Any) -> tuple[str, str] | None:
+    """Return the names of the first two arrays that share memory and of which one is written to, or None.
+
+    `named` yields (name, array, whether it is written to).
+    """
+    bounds = np.lib.array_utils.byte_bounds if xp is np else xp.byte_bounds
+    extents = sorted((*bounds(x), name, x, written) for name, x, written in named if x.size)
+    open_: list[Any] = []  # those whose extent is not over where the next begins
+    for low, high, name, x, written in extents:
+        open_ = [other for other in open_ if other[0] > low]
+        for _, other_name, other, other_written in open_:
+            if (written or other_written) and _share(other, x, xp):
+                return other_name, name
+        if written and any(s == 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True)):
+            return name, name
+        open_.append((high, name, x, written))
+    return None
+
+
+def _share(a: Array, b: Array, xp: Any) -> bool:
+    try:
+        return bool(xp.shares_memory(a, b, max_work=10_000) if xp is np else xp.shares_memory(a, b))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def owner(x: Array) -> Any:
+    """Return the object that owns the memory of a NumPy array."""
+    while isinstance(x, np.ndarray) and x.base is not None:
+        x = x.base
+    return x

@@ -1,0 +1,44 @@
+"""Measure what the published bounds promise: the largest error of every backend over all cases, beside the bound.
+
+    python tests/benchmarks/bounds.py [--random 4000]
+
+With `--random N`, search N random cases on NumPy instead for those furthest from the oracle: the seeds to pin in
+cases.WORST_SEEDS.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from agreement import BOUNDS, RANDOM_BOUNDS, errors
+from backends import Backend
+from cases import CASES, random_case
+
+
+def main() -> None:
+    """Print one line for each (dtype, quantity): largest error in epsilons, bound, and which case it was."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="search N random cases on NumPy")
+    number = parser.parse_args().random
+    if number:
+        runs = [(Backend.NUMPY, random_case(seed)) for seed in range(number)]
+    else:
+        runs = [(b, c) for b in Backend if not b.cannot_run() for c in CASES if not b.cannot_take(c)]
+    worst: dict[tuple[bool, str, str], tuple[float, str]] = {}
+    for backend, case in tqdm(runs, unit="run"):
+        for (quantity, dtype), error in errors(case, backend.run(case), backend.complex_as_real).items():
+            key = (case.random, dtype, quantity)
+            worst[key] = max(worst.get(key, (0.0, "")), (error, f"{backend} {case}"))
+    for (random, dtype, quantity), (error, name) in sorted(worst.items()):
+        bound = (RANDOM_BOUNDS if random else BOUNDS)[dtype][quantity]
+        kind = "random" if random else "cases"
+        print(
+            f"{kind:7} {dtype:9} {quantity:7} {error:7.3f} epsilons, bound {bound:5.1f} = {bound / error:.2f} x  {name}"
+        )
+
+
+if __name__ == "__main__":
+    main()
