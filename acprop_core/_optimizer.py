@@ -112,6 +112,9 @@ class ACProp:
     Methods", NeurIPS 2021, arXiv:2110.05454, algorithm 2. The clip is ours, not the paper's; optax issue #1132
     describes what it cures.
 
+    With PyTorch, call `update` and `apply` under ``torch.no_grad()``, unless you want to differentiate through them:
+    PyTorch records what is done with parameters that require gradients.
+
     Optimizers with equal hyperparameters are equal. They can be hashed if their hyperparameters can (an array or a
     dict cannot) and pickled if these can.
 

@@ -19,6 +19,11 @@ class Step:
         self._xp = _Standard2022(xp) if getattr(xp, "__array_api_version__", "2025") < "2023.12" else xp
         self._cast: dict[tuple[str, bool], tuple[_rule.Coefficients, Any, Any]] = {}
 
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of this step: a number or a 0-d array."""
+        return -self._k.rate
+
     def __call__(self, grad: Array, mu: Array, nu: Array, param: Array, decay: bool) -> tuple[Array, Array, Array]:
         """Return (u_t, m_t, s_t); the update has the dtype of `param`, whose values matter only with `decay`."""
         d, new_mu, new_nu = self._run(grad, mu, nu, param)

@@ -238,7 +238,7 @@ class Stepper:
             self._settle()
             leaves, contiguous = self._match(grads)
             step = self.functional.at(self._count, self._xp)
-            learning_rate = -step.numbers_for(np.float64)[0].rate
+            learning_rate = step.learning_rate
             norm, scale = None, 1.0
             if self._clip_norm is not None:
                 norm = global_norm(leaves, self._xp)
