@@ -63,7 +63,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "typecheck", "torch", "jax")
+    install(session, "typecheck", "torch", "jax", "fast")
     session.run("mypy")
 
 
