@@ -112,6 +112,17 @@ def test_the_update_has_the_dtype_of_the_parameter(with_params: bool) -> None:
     assert state.mu.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_array_hyperparameters_do_not_widen_updates(dtype: str) -> None:
+    params = jnp.ones(3, dtype)
+    for transform in (
+        acprop(jnp.float32(1e-2), weight_decay=jnp.float32(0.1)),
+        optax.inject_hyperparams(acprop)(1e-2, weight_decay=0.1),
+    ):
+        updates, _ = transform.update(params, transform.init(params), params)
+        assert updates.dtype == dtype
+
+
 def test_the_count_saturates() -> None:
     transform = scale_by_acprop(clip_exponent=0.25)
     state = transform.init(jnp.ones(3))._replace(count=jnp.int32(2**31 - 1))

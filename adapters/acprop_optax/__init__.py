@@ -64,13 +64,22 @@ def acprop(
     """
     # checked, and made Python floats: a NumPy float64 would widen float32 updates in 64-bit mode
     checked = ACProp(learning_rate=learning_rate, weight_decay=weight_decay)
-    return optax.chain(
+    chain = optax.chain(
         scale_by_acprop(
             b1, b2, eps, eps_root, clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype
         ),
         optax.add_decayed_weights(checked.weight_decay, mask),
         optax.scale_by_learning_rate(checked.learning_rate),
     )
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = chain.update(grads, state, params, **extra_args)
+        # a learning rate or decay that is an array, as from inject_hyperparams, would widen 16-bit updates
+        return optax.tree_utils.tree_cast_like(updates, grads if params is None else params), state
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def scale_by_acprop(

@@ -262,15 +262,11 @@ class Numba:
         return tasks
 
 
-class CupyTask:
+class CupyTask(TileTask):
     """A tile by the fused kernel. It must run where no signal interrupts it, between launch and `done`."""
 
     def __init__(self, buffer: Buffer, tile: Tile, grads: Sequence[Array], numbers: Numbers) -> None:
-        self.done = False
-        self._buffer = buffer
-        self._tile = tile
-        self._grads = grads
-        self._numbers = numbers
+        super().__init__(buffer, tile, grads, numbers)
         self._stream = buffer.xp.cuda.get_current_stream()  # the caller's, in whatever thread this runs
 
     def run(self) -> None:
