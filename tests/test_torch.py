@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import acprop_torch
 from acprop_torch import ACProp
 
 
@@ -36,6 +37,25 @@ def test_it_trains() -> None:
     model, x, y = model_and_data()
     losses = train(model, ACProp(model.parameters(), lr=1e-2, clip_exponent=0.25), x, y, 200)
     assert losses[-1] < losses[0] / 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_tiles_give_the_bits_of_the_whole(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, *grads = (torch.randn(7, 9, generator=generator).to(dtype) for _ in range(4))
+    results = []
+    for tile in (10, 1000):
+        monkeypatch.setattr(acprop_torch, "_TILE", tile)
+        p = x.clone() if layout == "contiguous" else x.t().contiguous().t()
+        p.requires_grad_()
+        optimizer = ACProp([p], lr=0.1, weight_decay=0.1, clip_exponent=0.25)
+        for g in grads:
+            p.grad = g.clone()
+            optimizer.step()
+        results.append((p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_var"]))
+    for tiled, whole in zip(*results, strict=True):
+        assert torch.equal(tiled, whole)
 
 
 def test_groups_have_their_own_options() -> None:

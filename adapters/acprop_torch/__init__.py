@@ -1,6 +1,6 @@
 """ACProp as a torch.optim.Optimizer: the rule of acprop_core, run on parameter groups in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -12,6 +12,7 @@ import acprop_core
 __all__ = ["ACProp"]
 
 _MOMENTS = ("exp_avg", "exp_avg_var")
+_TILE = 2**16  # elements
 
 
 class ACProp(torch.optim.Optimizer):
@@ -130,11 +131,12 @@ class ACProp(torch.optim.Optimizer):
                     steps[count] = optimizer.at(count, xp)
                 ready.append((param, state, steps[count], group["weight_decay"] != 0))
         for param, state, step, decay in ready:
-            x, grad, mu, nu = map(_real, (param, param.grad, *(state[key] for key in _MOMENTS)))
-            update, new_mu, new_nu = step(grad, mu, nu, x, decay)
-            x.add_(update)
-            mu.copy_(new_mu)
-            nu.copy_(new_nu)
+            whole = map(_real, (param, param.grad, *(state[key] for key in _MOMENTS)))
+            for x, grad, mu, nu in _tiles(*whole):
+                update, new_mu, new_nu = step(grad, mu, nu, x, decay)
+                x.add_(update)
+                mu.copy_(new_mu)
+                nu.copy_(new_nu)
             state["step"] += 1
         return loss
 
@@ -190,6 +192,13 @@ def _functional(group: dict[str, Any]) -> acprop_core.ACProp:
             key: group[key] for key in ("eps", "eps_root", "weight_decay", "clip_exponent", "centering", "moment_dtype")
         },
     )
+
+
+def _tiles(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    # temporaries of a large tensor are new memory at every operation, whose page faults cost more than the arithmetic
+    if tensors[0].is_cpu and tensors[0].numel() > _TILE and all(x.is_contiguous() for x in tensors):
+        return zip(*(torch.split(x.view(-1), _TILE) for x in tensors), strict=True)
+    return [tensors]
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
