@@ -49,9 +49,11 @@ def step(params: Any, grads: Any, ends: Any, mu: Any, nu: Any, k: Any, decay: bo
     grad_scale : float
         What the gradients are multiplied by first.
     done : bool array
-        Its first element is set at the end. Python raises nothing while this runs, so that it is set if and only if all
-        is written.
+        If its first element is set, nothing happens; it is set at the end. No Python code runs in between, so that it
+        says whether all is written, whatever interrupts the caller.
     """
+    if done[0]:
+        return
     start = 0
     for i in range(params.size):
         size = ends[i] - start

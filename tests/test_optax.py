@@ -123,6 +123,13 @@ def test_array_hyperparameters_do_not_widen_updates(dtype: str) -> None:
         assert updates.dtype == dtype
 
 
+def test_a_state_may_be_of_numpy_arrays() -> None:
+    transform = acprop(0.1)
+    state = jax.device_get(transform.init(PARAMS))
+    _, state = transform.update(PARAMS, state, PARAMS)
+    assert int(state[0].count) == 1
+
+
 def test_the_count_saturates() -> None:
     transform = scale_by_acprop(clip_exponent=0.25)
     state = transform.init(jnp.ones(3))._replace(count=jnp.int32(2**31 - 1))

@@ -187,6 +187,7 @@ def test_a_run_can_be_taken_up_from_its_state(engine: str) -> None:
             "second moment of 'a' has dtype float32, this stepper keeps",
         ),
         ({"nu": {}}, ValueError, "second moments lacks 'a'"),
+        (None, TypeError, "the state is a NoneType; give a State"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(
@@ -196,7 +197,7 @@ def test_a_state_that_does_not_fit_changes_nothing(
     stepper.step({"a": np.ones(3)})
     before = stepper.state
     with pytest.raises(error, match=message):
-        stepper.load_state(before._replace(**change))
+        stepper.load_state(None if change is None else before._replace(**change))
     assert_same(stepper, (stepper.params, before))
 
 
@@ -259,6 +260,25 @@ BAD_PARAMETERS = [
 def test_bad_parameters(params: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Stepper(params)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameters_that_change_under_the_stepper(engine: str) -> None:
+    params = {"a": np.ones(3), "b": np.ones(2)}
+    grads = {"a": np.ones(3), "b": np.ones(2)}
+    stepper = Stepper(params, engine=engine)
+    params["b"].flags.writeable = False
+    with pytest.raises(ValueError, match="parameter 'b' is read-only"):
+        stepper.step(grads)
+    params["b"].flags.writeable = True
+    own, params["b"] = params["b"], params["b"] * 2
+    with pytest.raises(ValueError, match="parameter 'b' is not the array that the stepper was made for"):
+        stepper.step(grads)
+    params["b"], params["c"] = own, np.ones(1)
+    with pytest.raises(ValueError, match="params has 'c', which the parameters lack"):
+        stepper.step(grads)
+    assert params["a"].tolist() == [1.0] * 3
+    assert stepper.state.count == 0
 
 
 def test_interleaved_views_do_not_overlap() -> None:
@@ -352,6 +372,17 @@ def test_what_is_not_finite_is_kept_out(engine: str, dtype: Any, bad: Any, where
     with pytest.raises(FloatingPointError, match=r"'a'.*; nothing was changed"):
         raising.step(poisoned)
     assert_same(raising, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("dtype", "moment_dtype", "bad"), [("f4", "float16", 1e5), ("f8", "float32", 1e25)])
+def test_moments_that_are_narrow_are_kept_finite(engine: str, dtype: str, moment_dtype: str, bad: float) -> None:
+    stepper = Stepper(np.zeros(3, dtype), moment_dtype=moment_dtype, nonfinite="raise", engine=engine)
+    with pytest.raises(FloatingPointError, match="infinite or NaN; nothing was changed"):
+        stepper.step(np.full(3, bad, dtype))
+    assert stepper.state.count == 0
+    with np.errstate(all="raise"):
+        Stepper(np.zeros(3, dtype), moment_dtype=moment_dtype, engine=engine).step(np.full(3, bad, dtype))
 
 
 def test_large_but_harmless_gradients_pass() -> None:
@@ -531,6 +562,62 @@ def test_a_handler_that_looks_in_the_middle_sees_the_new(monkeypatch: pytest.Mon
     stepper.step(grads)
     assert seen[0].count == after[1].count
     np.testing.assert_array_equal(seen[0].mu["p3"], after[1].mu["p3"])
+    assert_same(stepper, after)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_handler_that_saves_the_state_at_any_moment(engine: str) -> None:
+    rng = np.random.default_rng(0)
+    n = 300_000
+    start, grads = {"a": rng.normal(size=n), "b": rng.normal(size=5)}, {"a": rng.normal(size=n), "b": np.ones(5)}
+    after = functional(start, [grads])
+    seen = []
+    old = signal.signal(signal.SIGALRM, lambda number, frame: seen.append(stepper.state))
+    try:
+        for i in range(40):
+            stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine=engine)
+            signal.setitimer(signal.ITIMER_REAL, 1e-4 * (i + 1))
+            stepper.step(grads)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert_same(stepper, after)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert seen
+    for state in seen:
+        assert state.count in (0, 1)
+        np.testing.assert_array_equal(state.mu["b"], after[1].mu["b"] if state.count else np.zeros(5))
+
+
+def test_a_step_within_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper, grads, _, after = stepper_and_outcomes("tiles", 1)
+    whole, refused = engines.scatter, []
+
+    def stepping(*arguments: Any) -> Any:
+        if not refused:
+            with pytest.raises(RuntimeError, match="step was called from within step"):
+                stepper.step(grads)
+            refused.append(True)
+        whole(*arguments)
+
+    monkeypatch.setattr(engines, "scatter", stepping)
+    stepper.step(grads)
+    assert refused
+    assert_same(stepper, after)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_threads_that_cannot_be_had(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "TILE", 64)
+    monkeypatch.setattr(engines, "RUN", 8)
+    stepper, grads, _, after = stepper_and_outcomes(engine, 2)
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    stepper.step(grads)
     assert_same(stepper, after)
 
 

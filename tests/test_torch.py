@@ -199,9 +199,23 @@ def test_the_state_of_another_optimizer_changes_nothing() -> None:
     theirs.step()
     ours.step()
     before = copy.deepcopy(ours.state_dict())
-    with pytest.raises(ValueError, match="the state of parameter 0 lacks 'exp_avg_var': it is that of another"):
+    with pytest.raises(ValueError, match="parameter group 0 lacks 'eps_root', .*: it is that of another"):
         ours.load_state_dict(theirs.state_dict())
     assert ours.state_dict() == before
+    broken = copy.deepcopy(before)
+    del broken["state"][0]["exp_avg_var"]
+    with pytest.raises(ValueError, match="the state of parameter 0 lacks 'exp_avg_var'"):
+        ours.load_state_dict(broken)
+
+
+def test_a_state_that_is_not_made_yet_is_loaded_as_such() -> None:
+    a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
+    a.grad = torch.ones(1)
+    optimizer = ACProp([a, b])
+    optimizer.step()
+    assert optimizer.state[b] == {}  # looked at, and so made
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
 
 
 @pytest.mark.parametrize(

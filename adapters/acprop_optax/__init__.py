@@ -137,11 +137,11 @@ def scale_by_acprop(
         grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
         names, g, tree = _flatten(grads)
-        mu, nu = (tree.flatten_up_to(x) for x in (state.mu, state.nu))
+        mu, nu = ([jnp.asarray(x) for x in tree.flatten_up_to(moment)] for moment in (state.mu, state.nu))
         x = g if params is None else [jnp.asarray(x) for x in tree.flatten_up_to(params)]
         owner = "gradient" if params is None else "parameter"
         check_leaves({owner: x, "gradient": g, "first moment": mu, "second moment": nu}, names)
-        step = optimizer.at(state.count, jnp)
+        step = optimizer.at(jnp.asarray(state.count), jnp)
         rows = [step.without_rate(*row) for row in zip(g, mu, nu, x, strict=True)]
         d, mu, nu = (tree.unflatten([row[i] for row in rows]) for i in range(3))
         return d, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)

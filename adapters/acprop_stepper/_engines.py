@@ -108,13 +108,15 @@ class TileTask:
         """Step the tile."""
         if self.done:
             return
-        if self._result is None:
-            self._result = self.compute()
-        param, mu, nu = self._result
+        result = self._result or self.compute()
+        if self.done:  # by a handler, perhaps while this computed: from what was half written then
+            return
+        self._result = param, mu, nu = result
         buffer, tile = self._buffer, self._tile
-        scatter(param, buffer.params, tile)
-        buffer.mu[tile.start : tile.stop] = mu.reshape(-1)
-        buffer.nu[tile.start : tile.stop] = nu.reshape(-1)
+        with np.errstate(all="ignore"):
+            scatter(param, buffer.params, tile)
+            buffer.mu[tile.start : tile.stop] = mu.reshape(-1)
+            buffer.nu[tile.start : tile.stop] = nu.reshape(-1)
         self.done = True
         self._result = None
 
@@ -141,8 +143,8 @@ class TileTask:
         """Return whether parameters and moments would be finite after the step."""
         buffer, (param, mu, nu) = self._buffer, self.compute()
         with np.errstate(all="ignore"):
-            param = param.astype(buffer.params[0].dtype, copy=False)
-            return all(bool(buffer.xp.isfinite(x).all()) for x in (param, mu, nu))
+            kept = ((param, buffer.params[0]), (mu, buffer.mu), (nu, buffer.nu))
+            return all(bool(buffer.xp.isfinite(x.astype(y.dtype, copy=False)).all()) for x, y in kept)
 
     @property
     def members(self) -> range:
@@ -199,9 +201,10 @@ def present(tiles: list[Tile], buffer: Buffer, grads: Sequence[Array | None]) ->
 class NumbaTask:
     """A run of parameters by the compiled step, which Python cannot interrupt."""
 
-    def __init__(self, step: Callable[[Array], None]) -> None:
+    def __init__(self, step: Callable[[Array], None], grads: Sequence[Array]) -> None:
         self._done = np.zeros(1, np.bool_)
         self._step = step
+        self._grads = grads  # of which the step has only the addresses
 
     @property
     def done(self) -> bool:
@@ -210,8 +213,7 @@ class NumbaTask:
 
     def run(self) -> None:
         """Step the run."""
-        if not self.done:
-            self._step(self._done)
+        self._step(self._done)
 
 
 class Numba:
@@ -258,7 +260,7 @@ class Numba:
                 buffer.decay,
                 scale,
             )
-            tasks.append(NumbaTask(functools.partial(self._compiled.step, *arguments)))
+            tasks.append(NumbaTask(functools.partial(self._compiled.step, *arguments), grads))
         return tasks
 
 

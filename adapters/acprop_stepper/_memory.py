@@ -1,5 +1,6 @@
 """Which arrays share memory: writing into one of two that do would change the other."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,8 @@ def first_overlap(named: Iterable[tuple[str, Array, bool]], xp: Any) -> tuple[st
     `named` yields (name, array, whether it is written to).
     """
     bounds = np.lib.array_utils.byte_bounds if xp is np else xp.byte_bounds
-    extents = sorted((*bounds(x), name, x, written) for name, x, written in named if x.size)
+    extents = [(*bounds(x), name, x, written) for name, x, written in named if x.size]
+    extents.sort(key=operator.itemgetter(0, 1))
     open_: list[Any] = []  # those whose extent is not over where the next begins
     for low, high, name, x, written in extents:
         open_ = [other for other in open_ if other[0] > low]

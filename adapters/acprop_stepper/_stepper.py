@@ -57,8 +57,8 @@ class Stepper:
     clip_norm : float, optional
         Gradients whose global norm exceeds this are scaled down to it; positive.
     nonfinite : {"allow", "skip", "raise"}
-        What to do if a gradient, or a moment or parameter that it would lead to, is not finite: go on as the rule
-        does, skip the step, or raise FloatingPointError. "skip" and "raise" read the gradients once more.
+        What to do if a gradient, or a moment that it would lead to, is not finite: go on as the rule does, skip the
+        step, or raise FloatingPointError. "skip" and "raise" read the gradients once more.
     engine : {"numba", "tiles", "cupy"}, optional
         By default the best that is installed and fits: for NumPy "numba" (contiguous float32 and float64; the rest goes
         through "tiles"), else "tiles"; for CuPy "cupy".
@@ -144,16 +144,19 @@ class Stepper:
             raise ValueError(f"threads is {threads!r}; give a whole number of at least 1")
         self._threads = threads
         self._work: Work | None = None
+        self._stepping = False
         self._lock = threading.RLock()
 
         pairs = list(flatten(params))
         self._names = [name for name, _ in pairs]
         self._leaves = [x for _, x in pairs]
+        self._containers = unflatten(params, self._leaves)  # a copy: the caller may rebind names in his own
         state = self.functional.init(params)  # checks that these are floating-point arrays of one library
         self._count: int = state.count
         self._xp = _native(common_namespace({"parameter": self._leaves}, self._names))
         if self._xp is None:
             self._xp = np  # no parameters at all
+        self._present = [x for x in self._leaves if x is not None]
         self._check_parameters()
         _check_engine(engine, self._xp)
         self._buffers = self._make_buffers(state)
@@ -174,7 +177,7 @@ class Stepper:
             for buffer in self._buffers:
                 for i, leaf in enumerate(buffer.leaves):
                     mu[leaf], nu[leaf] = (x.copy() for x in buffer.moments(i))
-            return State(self._count, unflatten(self.params, mu), unflatten(self.params, nu))
+            return State(self._count, *(unflatten(self._containers, x) for x in (mu, nu)))
 
     def load_state(self, state: State) -> None:
         """Take up a run from this state, of a stepper or of the functional optimizer; it is copied.
@@ -191,12 +194,14 @@ class Stepper:
         """
         with self._lock:
             self._settle()
+            if not isinstance(state, State):
+                raise TypeError(f"the state is a {type(state).__name__}; give a State")
             count = check_count(state.count)
             if not isinstance(count, int):
                 raise TypeError(f"the step count (state.count) is {count!r}; give an int")
             groups: dict[str, list[Any]] = {"parameter": self._leaves}
             for what, tree in (("first moment", state.mu), ("second moment", state.nu)):
-                groups[what] = list(align(tree, self.params, f"the container of {what}s"))
+                groups[what] = list(align(tree, self._containers, f"the container of {what}s"))
             common_namespace(groups, self._names)
             check_leaves(groups, self._names)
             flat = []
@@ -235,30 +240,39 @@ class Stepper:
             If something is not finite and `nonfinite` is "raise"; nothing has changed then.
         """
         with self._lock:
-            self._settle()
-            leaves, contiguous = self._match(grads)
-            step = self.functional.at(self._count, self._xp)
-            learning_rate = step.learning_rate
-            norm, scale = None, 1.0
-            if self._clip_norm is not None:
-                norm = global_norm(leaves, self._xp)
-                scale = self._clip_norm / norm if norm > self._clip_norm else 1.0
-            parts = [
-                (buffer, [leaves[i] for i in buffer.leaves], self._numbers(step, buffer, scale, contiguous))
-                for buffer in self._buffers
-            ]
-            if self._nonfinite != "allow" and (culprit := self._not_finite(parts)):
-                if self._nonfinite == "raise":
-                    raise FloatingPointError(f"{culprit}; nothing was changed. Mend it, or set nonfinite='skip'")
-                return StepRecord(self._count, learning_rate, norm, skipped=True)
-            count = self._count + 1
-            tasks = [
-                task
-                for engine, (_, grads_of_buffer, numbers) in zip(self._engines, parts, strict=True)
-                for task in engine.tasks(grads_of_buffer, numbers)
-            ]
-            self._finish(Work(tasks, lambda: self._set(count), self._threads, shielded=self._xp is not np))
-            return StepRecord(count, learning_rate, norm, skipped=False)
+            if self._stepping and self._work is not None and not self._work.finished:
+                raise RuntimeError("step was called from within step, by a schedule or a signal's handler; do it later")
+            self._stepping = True
+            try:
+                return self._step(grads)
+            finally:
+                self._stepping = False
+
+    def _step(self, grads: Container) -> StepRecord:
+        self._settle()
+        leaves, contiguous = self._match(grads)
+        step = self.functional.at(self._count, self._xp)
+        learning_rate = step.learning_rate
+        norm, scale = None, 1.0
+        if self._clip_norm is not None:
+            norm = global_norm(leaves, self._xp)
+            scale = self._clip_norm / norm if norm > self._clip_norm else 1.0
+        parts = [
+            (buffer, [leaves[i] for i in buffer.leaves], self._numbers(step, buffer, scale, contiguous))
+            for buffer in self._buffers
+        ]
+        if self._nonfinite != "allow" and (culprit := self._not_finite(parts)):
+            if self._nonfinite == "raise":
+                raise FloatingPointError(f"{culprit}; nothing was changed. Mend it, or set nonfinite='skip'")
+            return StepRecord(self._count, learning_rate, norm, skipped=True)
+        count = self._count + 1
+        tasks = [
+            task
+            for engine, (_, grads_of_buffer, numbers) in zip(self._engines, parts, strict=True)
+            for task in engine.tasks(grads_of_buffer, numbers)
+        ]
+        self._finish(Work(tasks, lambda: self._set(count), self._threads, shielded=self._xp is not np))
+        return StepRecord(count, learning_rate, norm, skipped=False)
 
     def _finish(self, work: Work) -> None:
         self._work = work
@@ -280,7 +294,15 @@ class Stepper:
 
     def _match(self, grads: Container) -> tuple[list[Any], bool]:
         """Return the gradients in the order of the parameters, checked, and whether all are plain and contiguous."""
-        leaves = self._pick(grads)
+        for name, x, now in zip(self._names, self._leaves, self._pick(self.params, "params"), strict=True):
+            if now is not x:
+                raise ValueError(
+                    f"{called('parameter', name)} is not the array that the stepper was made for; write into that "
+                    "array, or make another stepper"
+                )
+        if self._xp is np and not all(map(_writeable, self._present)):
+            self._check_parameters()  # which says which
+        leaves = self._pick(grads, "the container of gradients")
         try:
             if list(map(_layout, leaves)) == self._expect and self._owners.isdisjoint(map(id, leaves)):
                 return leaves, True
@@ -299,15 +321,15 @@ class Stepper:
         self._refuse_overlap(arrays)
         return leaves, False
 
-    def _pick(self, grads: Container) -> list[Any]:
+    def _pick(self, grads: Container, what: str) -> list[Any]:
         # a flat container is read at C speed: a thousand small arrays should not wait for the interpreter
-        if self._flat and type(grads) is type(self.params):
+        if self._flat and type(grads) is type(self._containers):
             if isinstance(grads, dict):
-                if grads.keys() == self.params.keys():
-                    return [grads[key] for key in self.params]
-            elif len(grads) == len(self.params):
+                if grads.keys() == self._containers.keys():
+                    return [grads[key] for key in self._containers]
+            elif len(grads) == len(self._containers):
                 return list(grads)
-        return list(align(grads, self.params, "the container of gradients"))
+        return list(align(grads, self._containers, what))
 
     def _named(self, leaves: Sequence[Any]) -> list[tuple[str, Any]]:
         return [(name, x) for name, x in zip(self._names, leaves, strict=True) if x is not None]
@@ -380,6 +402,7 @@ class Stepper:
         return Numba(buffer) if fast and Numba.fits(buffer) else Tiles(buffer)
 
 
+_writeable = operator.attrgetter("flags.writeable")
 _layout = operator.attrgetter("__class__", "dtype", "shape", "strides", "base")
 
 
@@ -407,7 +430,7 @@ def _safe_magnitude(buffer: Buffer, numbers: Numbers) -> float:
     0.0 is for do not know: the step is then computed once before it is written.
     """
     info = np.finfo(numbers.real_dtype)
-    if buffer.params[0].dtype.itemsize < 4:
+    if min(buffer.params[0].real.dtype.itemsize, buffer.nu.dtype.itemsize) < np.dtype(numbers.real_dtype).itemsize:
         return 0.0
     bound = math.sqrt(float(info.max)) / 4.0  # |g - m|^2 stays finite
     k = numbers.k

@@ -1,5 +1,6 @@
 """A step as a list of tasks that is always finished once it is begun, whatever interrupts it."""
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Sequence
@@ -23,8 +24,9 @@ class Task(Protocol):
 class Work:
     """All tasks of a step, and what makes it count once they are done.
 
-    A signal's handler, Ctrl-C's above all, raises its exception between any two instructions of the main thread. So
-    `finish` takes up a step where an exception left it, and raises the exception when the step is complete.
+    A signal's handler, Ctrl-C's above all, runs between any two instructions of the main thread. If it raises an
+    exception, `finish` takes up the step where that left it, and raises it when the step is complete. If it looks at
+    the stepper, that finishes the step first; whatever the main thread was about then finds itself done.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class Work:
         self.begun = True
         for helper in self._helpers:
             if helper.ident is None:
-                helper.start()
+                with contextlib.suppress(RuntimeError):  # no more threads are to be had: the loop below does its part
+                    helper.start()
         if not self._shielded:
             self._drain()
         for helper in self._helpers:
-            helper.join()
+            if helper.ident is not None:
+                helper.join()
         for task in self._tasks:  # what an exception cut short in one of the threads
             if not task.done:
                 task.run()

@@ -153,19 +153,23 @@ class ACProp(torch.optim.Optimizer):
         ValueError
             If it is of another optimizer, or its parameter groups differ in size; nothing has changed then.
         """
-        for number, state in state_dict["state"].items():
-            if missing := [key for key in ("step", *_MOMENTS) if key not in state]:
+        wanted = [
+            (f"parameter group {i}", group, tuple(self.defaults)) for i, group in enumerate(state_dict["param_groups"])
+        ]
+        states = state_dict["state"].items()
+        wanted += [(f"the state of parameter {i}", state, ("step", *_MOMENTS)) for i, state in states if state]
+        for name, saved, keys in wanted:
+            if missing := [key for key in keys if key not in saved]:
                 raise ValueError(
-                    f"the state of parameter {number} lacks {', '.join(map(repr, missing))}: it is that of another "
-                    "optimizer; load one that ACProp saved"
+                    f"{name} lacks {', '.join(map(repr, missing))}: it is that of another optimizer; "
+                    "load one that ACProp saved"
                 )
         super().load_state_dict(state_dict)
         # The base class casts moments to their parameter's dtype, which would round those of 16-bit parameters.
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        for number, param in zip(saved, params, strict=True):
-            if number in state_dict["state"]:
-                state = state_dict["state"][number]
+        for number, param in zip(numbers, params, strict=True):
+            if state := state_dict["state"].get(number):
                 for key in _MOMENTS:
                     self.state[param][key] = state[key].to(param.device, copy=True)
                 self.state[param]["step"] = state["step"].clone()
