@@ -604,6 +604,17 @@ def test_a_handler_that_saves_the_state_at_any_moment(engine: str) -> None:
         np.testing.assert_array_equal(state.mu["b"], after[1].mu["b"] if state.count else np.zeros(5))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_task_that_is_run_again_does_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as it is when a handler has finished the step between the main thread's look at the task and its run
+    stepper, grads, _, after = stepper_and_outcomes(engine, 1)
+    for kind in (engines.TileTask, engines.NumbaTask):
+        once = kind.run
+        monkeypatch.setattr(kind, "run", lambda task, once=once: (once(task), once(task)))
+    stepper.step(grads)
+    assert_same(stepper, after)
+
+
 def test_a_step_within_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stepper, grads, _, after = stepper_and_outcomes("tiles", 1)
     whole, refused = engines.scatter, []
