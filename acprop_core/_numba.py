@@ -11,7 +11,7 @@ from numba.extending import intrinsic, register_jitable
 from acprop_core import _rule
 
 # Numba compiles the very functions of _rule, called on scalars; only the namespace that they are given is its own.
-for _function in (_rule.direction, _rule.moments, _rule.rule, _rule.displacement, _rule._average):
+for _function in (_rule.direction, _rule.moments, _rule.rule, _rule.displacement, _rule.regularized, _rule._average):
     register_jitable(_function)
 
 
@@ -28,6 +28,52 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
 
 _scalars = types.ModuleType("scalars")
 _scalars.__dict__.update(sqrt=np.sqrt, abs=np.abs, real=np.real, conj=np.conj, clip=_clip, where=_where)
+
+
+NO_DECAY, DECOUPLED, L2 = range(3)
+
+
+@register_jitable
+def _run(param: Any, grad: Any, mu: Any, nu: Any, k: Any, decay: int, grad_scale: Any) -> None:
+    for i in range(param.size):
+        x, g = param[i], grad[i] * grad_scale
+        if decay == L2:
+            g = _rule.regularized(g, x, k)
+        d, new_mu, new_nu = _rule.rule(g, mu[i], nu[i], k, _scalars)
+        param[i] = x + (_rule.displacement(d, x, k) if decay == DECOUPLED else _rule.displacement(d, None, k))
+        mu[i] = new_mu
+        nu[i] = new_nu
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def step_each(addresses: Any, sizes: Any, like: Any, k: Any, decay: int, grad_scale: Any) -> None:
+    """Step contiguous parameters in place, whose moments lie anywhere.
+
+    Parameters
+    ----------
+    addresses : (4, n) int64 array
+        Where the parameters, their gradients and their two moments begin, all of the dtype of `like`.
+    sizes : (n,) int64 array
+        How many elements each has.
+    like : float array
+        For its dtype.
+    k : Coefficients
+        From `scalars_of`.
+    decay : int
+        NO_DECAY, DECOUPLED or L2.
+    grad_scale : float
+        What the gradients are multiplied by first.
+    """
+    for i in range(sizes.size):
+        _run(
+            numba.carray(_pointer(addresses[0, i], like), sizes[i]),
+            numba.carray(_pointer(addresses[1, i], like), sizes[i]),
+            numba.carray(_pointer(addresses[2, i], like), sizes[i]),
+            numba.carray(_pointer(addresses[3, i], like), sizes[i]),
+            k,
+            decay,
+            grad_scale,
+        )
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -59,15 +105,7 @@ def step(params: Any, grads: Any, ends: Any, mu: Any, nu: Any, k: Any, decay: bo
         size = ends[i] - start
         param = numba.carray(_pointer(params[i], mu), size)
         grad = numba.carray(_pointer(grads[i], mu), size)
-        m, v = mu[start : ends[i]], nu[start : ends[i]]
-        for j in range(size):
-            d, new_m, new_v = _rule.rule(grad[j] * grad_scale, m[j], v[j], k, _scalars)
-            if decay:
-                param[j] += _rule.displacement(d, param[j], k)
-            else:
-                param[j] += _rule.displacement(d, None, k)
-            m[j] = new_m
-            v[j] = new_v
+        _run(param, grad, mu[start : ends[i]], nu[start : ends[i]], k, decay, grad_scale)
         start = ends[i]
     done[0] = True
 

@@ -5,7 +5,8 @@ their own compilers. (Learning rate and decay alone are left to optax, whose own
 style: operators and a few standard functions of the namespace ``xp``, nothing written in place, and no arithmetic
 between two numbers, because everything that is a number of the step stands ready in ``Coefficients``.
 
-Read from the top: the two halves of the rule, the rule, what is added to the parameter, and the numbers of a step.
+Read from the top: the two halves of the rule, the rule, what is added to the parameter, the other form of weight decay,
+and the numbers of a step.
 Equations are those of Zhuang et al. 2021, arXiv:2110.05454, algorithm 2, with g the gradient, m = mu and s = nu.
 """
 
@@ -64,6 +65,11 @@ def rule(grad: Array, mu: Array, nu: Array, k: Coefficients, xp: Any) -> tuple[A
 def displacement(d: Array, param: Array | None, k: Coefficients) -> Array:
     """Return u_t = -lr_t (d_t + weight_decay x_{t-1}); without a parameter, no decay."""
     return k.rate * (d if param is None else d + k.weight_decay * param)
+
+
+def regularized(grad: Array, param: Array, k: Coefficients) -> Array:
+    """Return g_t + weight_decay x_{t-1}: decay as L2 regularization, the form that the authors' training script has."""
+    return grad + k.weight_decay * param
 
 
 def _average(old: Array, new: Array, weight: Any, old_is_lighter: Any, xp: Any) -> Array:

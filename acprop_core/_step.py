@@ -14,8 +14,9 @@ class Step:
     that it came from.
     """
 
-    def __init__(self, k: _rule.Coefficients, xp: Any) -> None:
+    def __init__(self, k: _rule.Coefficients, xp: Any, decoupled: bool = True) -> None:
         self._k = k
+        self._decoupled = decoupled  # or else weight decay is a part of the gradient
         self._xp = _Standard2022(xp) if getattr(xp, "__array_api_version__", "2025") < "2023.12" else xp
         self._cast: dict[tuple[str, bool], tuple[_rule.Coefficients, Any, Any]] = {}
 
@@ -26,9 +27,12 @@ class Step:
 
     def __call__(self, grad: Array, mu: Array, nu: Array, param: Array, decay: bool) -> tuple[Array, Array, Array]:
         """Return (u_t, m_t, s_t); the update has the dtype of `param`, whose values matter only with `decay`."""
-        d, new_mu, new_nu = self._run(grad, mu, nu, param)
         k, dtype, _ = self.numbers_for(mu.dtype, param.dtype)
-        update = _rule.displacement(d, as_dtype(param, dtype, self._xp) if decay else None, k)
+        x = as_dtype(param, dtype, self._xp) if decay else None
+        if decay and not self._decoupled:
+            grad, x = _rule.regularized(as_dtype(grad, dtype, self._xp), x, k), None
+        d, new_mu, new_nu = self._run(grad, mu, nu, param)
+        update = _rule.displacement(d, x, k)
         return restore(update, param, self._xp), new_mu, new_nu
 
     def without_rate(self, grad: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array]:

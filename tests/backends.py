@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -217,7 +218,7 @@ def optax(case: Case) -> Trajectory:
         return steps
 
 
-def _torch_optimizer(case: Case, device: str) -> Trajectory:
+def _torch_optimizer(case: Case, device: str, **flags: Any) -> Trajectory:
     import torch
 
     import acprop_torch
@@ -226,7 +227,10 @@ def _torch_optimizer(case: Case, device: str) -> Trajectory:
     if "moment_dtype" in options:
         options["moment_dtype"] = getattr(torch, options["moment_dtype"])
     lr = case.hyper["learning_rate"]
-    tensors = {leaf: _to_torch(case.params(leaf)[0]).to(device).requires_grad_() for leaf in case.leaves}
+    tensors = {
+        leaf: _to_torch(case.params(leaf)[0]).to(device).requires_grad_(not flags.get("differentiable"))
+        for leaf in case.leaves
+    }
     optimizer = acprop_torch.ACProp(
         [
             {"params": [x], "weight_decay": case.hyper["weight_decay"] if case.decays(leaf) else 0.0}
@@ -235,6 +239,7 @@ def _torch_optimizer(case: Case, device: str) -> Trajectory:
         lr=lr(0) if callable(lr) else lr,
         betas=(case.hyper.get("b1", 0.9), case.hyper.get("b2", 0.999)),
         **options,
+        **flags,
     )
     steps = []
     for t in range(case.steps):
@@ -257,12 +262,27 @@ def _real_view(x: Any) -> Any:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def torch_optimizer(case: Case) -> Trajectory:
-    return _torch_optimizer(case, "cpu")
+def _torch(device: str = "cpu", **flags: Any) -> Callable[[Case], Trajectory]:
+    return lambda case: _torch_optimizer(case, device, **flags)
 
 
-def torch_optimizer_cuda(case: Case) -> Trajectory:
-    return _torch_optimizer(case, "cuda")
+def _torch_capturable(**flags: Any) -> Callable[[Case], Trajectory]:
+    """Run what a CUDA graph would capture, on the CPU: torch refuses it there, since there is nothing to gain."""
+
+    def run(case: Case) -> Trajectory:
+        from acprop_torch import _optimizer
+
+        with mock.patch.object(_optimizer, "_get_capturable_supported_devices", return_value=["cpu"]):
+            return _torch_optimizer(case, "cpu", capturable=True, **flags)
+
+    return run
+
+
+def torch_fused_by_inductor(case: Case) -> Trajectory:
+    from acprop_torch import _fused
+
+    with mock.patch.object(_fused, "_with_numba", _fused._with_inductor):
+        return _torch_optimizer(case, "cpu", fused=True)
 
 
 def _stepper(engine: str | None, **options: Any) -> Callable[[Case], Trajectory]:
@@ -309,8 +329,17 @@ class Backend(Enum):
     DASK = dask, "dask", ()
     CUPY = cupy, "cupy:cuda", ("bfloat16",)
     OPTAX = optax, "optax", ()
-    TORCH_OPTIMIZER = torch_optimizer, "torch", ()
-    TORCH_OPTIMIZER_CUDA = torch_optimizer_cuda, "torch:cuda", ()
+    TORCH_OPTIMIZER = _torch(foreach=False), "torch", ()
+    TORCH_FOREACH = _torch(foreach=True), "torch", ()
+    TORCH_FUSED = _torch(fused=True), "numba", ("complex64", "complex128")
+    TORCH_FUSED_BY_INDUCTOR = torch_fused_by_inductor, "torch", ("complex64", "complex128")
+    TORCH_DIFFERENTIABLE = _torch(differentiable=True), "torch", ()
+    TORCH_CAPTURABLE = _torch_capturable(foreach=False), "torch", ()
+    TORCH_CAPTURABLE_FOREACH = _torch_capturable(foreach=True), "torch", ()
+    TORCH_OPTIMIZER_CUDA = _torch("cuda", foreach=False), "torch:cuda", ()
+    TORCH_FOREACH_CUDA = _torch("cuda", foreach=True), "torch:cuda", ()
+    TORCH_FUSED_CUDA = _torch("cuda", fused=True), "torch:cuda", ("complex64", "complex128")
+    TORCH_CAPTURABLE_CUDA = _torch("cuda", capturable=True), "torch:cuda", ()
     STEPPER_TILES = _stepper("tiles"), "numpy", ()
     STEPPER_NUMBA = _stepper("numba"), "numba", ()
     STEPPER_THREADS = _stepper(None, threads=2, nonfinite="raise", clip_norm=1e300), "numpy", ()
@@ -325,7 +354,7 @@ class Backend(Enum):
     @property
     def complex_as_real(self) -> bool:
         """Whether a complex parameter counts as two real ones, the convention of torch.optim."""
-        return self in (Backend.TORCH_OPTIMIZER, Backend.TORCH_OPTIMIZER_CUDA)
+        return self.name.startswith("TORCH_") and self not in (Backend.TORCH_ARRAY_COUNT, Backend.TORCH_CUDA)
 
     @property
     def needs_gpu(self) -> bool:

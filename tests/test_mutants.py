@@ -55,8 +55,8 @@ MUTANTS = {
     ),
     "decay before the step (in the gradient)": (
         "_step.py",
-        "d, new_mu, new_nu = self._run(grad, mu, nu, param)\n        k,",
-        "d, new_mu, new_nu = self._run(grad + self._k.weight_decay * param, mu, nu, param)\n        k,",
+        "if decay and not self._decoupled:",
+        "if decay:",
         Backend.NUMPY,
     ),
     "schedule off by one": (

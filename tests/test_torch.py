@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import acprop_torch
-from acprop_torch import ACProp
+from acprop_torch import ACProp, _steps
 
 
 def model_and_data() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
@@ -46,7 +45,8 @@ def test_tiles_give_the_bits_of_the_whole(dtype: torch.dtype, layout: str, monke
     x, *grads = (torch.randn(7, 9, generator=generator).to(dtype) for _ in range(4))
     results = []
     for tile in (10, 1000):
-        monkeypatch.setattr(acprop_torch, "_TILE", tile)
+        monkeypatch.setattr(_steps, "_CPU_TILE", tile)
+        monkeypatch.setattr(_steps, "_SMALL", 1)
         p = x.clone() if layout == "contiguous" else x.t().contiguous().t()
         p.requires_grad_()
         optimizer = ACProp([p], lr=0.1, weight_decay=0.1, clip_exponent=0.25)
@@ -167,10 +167,10 @@ def test_a_sparse_gradient_is_refused() -> None:
 
 def test_a_bad_group_is_refused_before_it_is_added() -> None:
     a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
-    with pytest.raises(ValueError, match="learning_rate is -1"):
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         ACProp([{"params": [a]}, {"params": [b], "lr": -1.0}])
     optimizer = ACProp([a])
-    with pytest.raises(ValueError, match="b1 is 1.0"):
+    with pytest.raises(ValueError, match="Invalid beta parameter at index 0: 1.0"):
         optimizer.add_param_group({"params": [b], "betas": (1.0, 0.9)})
     assert len(optimizer.param_groups) == 1
 
@@ -199,7 +199,7 @@ def test_the_state_of_another_optimizer_changes_nothing() -> None:
     theirs.step()
     ours.step()
     before = copy.deepcopy(ours.state_dict())
-    with pytest.raises(ValueError, match="parameter group 0 lacks 'eps_root', .*: it is that of another"):
+    with pytest.raises(ValueError, match="parameter group 0 lacks 'eps_root': it is that of another"):
         ours.load_state_dict(theirs.state_dict())
     assert ours.state_dict() == before
     broken = copy.deepcopy(before)

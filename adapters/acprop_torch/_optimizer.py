@@ -1,0 +1,456 @@
+"""The optimizer: options, state, the choice of a way to step, and what is saved."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    ParamsT,
+    _default_to_fused_or_foreach,
+    _device_dtype_check_for_fused,
+    _get_capturable_supported_devices,
+    _get_scalar_dtype,
+    _to_scalar,
+    _use_grad_for_differentiable,
+)
+
+import acprop_core
+from acprop_torch._fused import fused as _fused_acprop
+from acprop_torch._steps import Numbers, Row
+from acprop_torch._steps import multi_tensor as _multi_tensor_acprop
+from acprop_torch._steps import single_tensor as _single_tensor_acprop
+
+_MOMENTS = ("exp_avg", "exp_avg_var")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What a state_dict or a pickle may lack, and its meaning then.
+_LATER_OPTIONS = {
+    "decoupled_weight_decay": True,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+class ACProp(torch.optim.Optimizer):
+    """ACProp (Zhuang et al. 2021, arXiv:2110.05454); the equations stand at `acprop_core.ACProp`.
+
+    Parameters
+    ----------
+    params : iterable of tensors, of (name, tensor) pairs, or of dicts that define parameter groups
+        Floating-point parameters. As everywhere in torch.optim, a complex one counts as two real ones.
+    lr : float or 1-element tensor
+        Learning rate, at least 0.
+    betas : tuple of two floats or of two 1-element tensors
+        Decay rates b1, b2 of the two moments, in [0, 1).
+    eps, eps_root : float
+        Added to the root of the second moment, and to the second moment at every step; at least 0.
+    weight_decay : float
+        Decoupled weight decay, multiplied by `lr`; at least 0. A 0-d tensor if derivatives by it are wanted.
+    decoupled_weight_decay : bool
+        If False, weight_decay times the parameter is added to the gradient instead, the L2 form.
+    maximize : bool
+        Climb instead of descending. The moments stay those of the gradient as it is.
+    foreach : bool, optional
+        Run on lists of tensors. By default so where all are on an accelerator, as in torch.optim.AdamW.
+    capturable : bool
+        Read no number on the host, so that a CUDA graph can capture the step; for accelerators only.
+    differentiable : bool
+        Let autograd follow the step.
+    fused : bool, optional
+        Run the rule compiled, in one pass over the memory: by Numba on a CPU if it is installed, or by torch.compile.
+    clip_exponent : float, optional
+        No element moves by more than ``lr * t**clip_exponent`` at step t; None for no clip. 0.25 is recommended.
+    centering : {"current", "previous"}
+        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    moment_dtype : torch.dtype, optional
+        Dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of its range or not finite, or does not go with another.
+    TypeError
+        If an option is of a wrong type.
+    RuntimeError
+        If `fused` is asked for together with `foreach` or `differentiable`.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = ACProp(model.parameters(), lr=1e-3, clip_exponent=0.25)
+    >>> model(torch.ones(5, 3)).square().sum().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-16,
+        eps_root: float = 1e-16,
+        weight_decay: float | Tensor = 0.0,
+        *,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        clip_exponent: float | None = None,
+        centering: str = "current",
+        moment_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "eps_root": eps_root,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "clip_exponent": clip_exponent,
+            "centering": centering,
+            "moment_dtype": moment_dtype,
+        }
+        _check(defaults)
+        defaults["betas"] = tuple(map(_to_scalar, betas))
+        super().__init__(params, defaults)
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # asked by GradScaler, which then leaves it to `step` to unscale, and to skip where it found an infinity
+        return all(group["fused"] for group in self.param_groups)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in _LATER_OPTIONS.items():
+                group.setdefault(name, value)
+            for p in group["params"]:
+                if (own := self.state.get(p)) and not torch.is_tensor(own["step"]):
+                    own["step"] = _step_count(group, p, float(own["step"]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, whose options default to those of the constructor.
+
+        Parameters
+        ----------
+        param_group : dict
+            "params", and the options in which the group differs.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an option is out of its range or of a wrong type.
+        """
+        _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, in place.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Reevaluates the model and returns the loss.
+
+        Returns
+        -------
+        tensor or None
+            What the closure returned.
+
+        Raises
+        ------
+        RuntimeError
+            If a gradient is sparse, or `fused` cannot take a parameter; nothing has changed then.
+        ValueError, TypeError
+            If an option has been given a value that the constructor would refuse; nothing has changed then.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = []
+        for group in self.param_groups:  # whatever can be refused is refused before anything is written
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            exp_avgs: list[Tensor] = []
+            exp_avg_vars: list[Tensor] = []
+            steps: list[Tensor] = []
+            has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_vars, steps)
+            if params:
+                ready.append((group, _lists(params, grads, exp_avgs, exp_avg_vars, has_complex), steps))
+        for group, lists, steps in ready:
+            self._step_group(group, lists, steps)
+        return loss
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_vars: list[Tensor],
+        steps: list[Tensor],
+    ) -> bool:
+        """Fill the lists, making state where there is none; return whether a parameter is complex.
+
+        Dynamo knows a method of this name, and runs it instead of tracing it.
+        """
+        _check_numbers(group, step=True)
+        has_complex = False
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
+            state = self.state[p]
+            if not state:
+                if group["fused"]:
+                    _device_dtype_check_for_fused(p)
+                state["step"] = _step_count(group, p, 0.0)
+                for key in _MOMENTS:
+                    state[key] = torch.zeros_like(p, dtype=_dtype_of_moments(group, p))
+            if group["differentiable"] and state["step"].requires_grad:
+                raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
+            has_complex |= p.is_complex()
+            params.append(p)
+            grads.append(grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_vars.append(state["exp_avg_var"])
+            steps.append(state["step"])
+        return has_complex
+
+    def _step_group(self, group: dict[str, Any], lists: Row, steps: list[Tensor]) -> None:
+        compiling = torch.compiler.is_compiling()
+        traced = compiling or group["capturable"] or group["differentiable"]
+        if group["capturable"] and not compiling and not group["fused"]:
+            supported = _get_capturable_supported_devices()
+            if not all(
+                p.device.type == step.device.type and step.device.type in supported
+                for p, step in zip(lists.param, steps, strict=True)
+            ):
+                raise AssertionError(
+                    f"If capturable=True, params and state_steps must be on supported devices: {supported}."
+                )
+        own = _numbers_of(group, traced)
+        foreach = group["foreach"]
+        if foreach is None and group["fused"] is None:
+            _, foreach = _default_to_fused_or_foreach(lists.param, group["differentiable"])
+            foreach = foreach and (group["capturable"] or not isinstance(group["lr"], Tensor))
+        if group["fused"] and not compiling:
+            _fused_acprop(lists, steps, own, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        elif foreach and not group["fused"]:
+            _multi_tensor_acprop(lists, steps, own, traced)
+        else:
+            _single_tensor_acprop(lists, steps, own, traced, group["differentiable"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a copy of what `state_dict` returned; moments get the dtype that this optimizer gives them.
+
+        Also continues a run of the authors' own optimizer (state "step", "exp_avg" and "exp_avg_var"), with
+        ``eps_root = eps`` as their code has it. Of `decoupled_weight_decay` their file says nothing: it and what else
+        it lacks stay as this optimizer was made.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From `state_dict` of an optimizer of this class or of the authors', with as many parameters.
+
+        Raises
+        ------
+        ValueError
+            If it is of another optimizer, is of a run of the authors' with ``amsgrad`` or ``rectify``, or its parameter
+            groups differ in size; nothing has changed then.
+        """
+        saved: dict[str, Any] = {}
+
+        def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            saved.update(_translated(state_dict, self.param_groups))
+            return saved
+
+        def restore(optimizer: torch.optim.Optimizer) -> None:
+            # The base class casts moments to their parameter's dtype, which would round those of 16-bit parameters.
+            keys = [key for group in saved["param_groups"] for key in group["params"]]
+            owners = [(group, p) for group in self.param_groups for p in group["params"]]
+            for key, (group, p) in zip(keys, owners, strict=True):
+                for name in _MOMENTS if saved["state"].get(key) else ():
+                    moment = saved["state"][key][name]
+                    self.state[p][name] = moment.to(p.device, _dtype_of_moments(group, p), copy=True)
+                if "step" in self.state.get(p, ()):  # which the base class would share with the saved one
+                    self.state[p]["step"] = self.state[p]["step"].clone()
+
+        # between the hooks that others have registered
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _check(options: dict[str, Any]) -> None:
+    lr, betas, late = options["lr"], options["betas"], not options["capturable"] and options["foreach"]
+    if isinstance(lr, Tensor):
+        if late:
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    _check_numbers(options)
+    if not (all(isinstance(b, float) for b in betas) or all(isinstance(b, Tensor) for b in betas)):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, b in enumerate(betas):
+        if isinstance(b, Tensor):
+            if late:
+                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+            if b.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+    if not isinstance(options["moment_dtype"], torch.dtype | None):
+        raise TypeError(f"moment_dtype is {options['moment_dtype']!r}; give a torch.dtype or None")
+    acprop_core.ACProp(**{name: options[name] for name in ("clip_exponent", "centering", "moment_dtype")})
+
+
+def _check_numbers(options: dict[str, Any], step: bool = False) -> None:
+    """Refuse numbers out of range; at a step without reading tensors, which may be on an accelerator."""
+    betas = options["betas"]
+    if not (isinstance(betas, tuple | list) and len(betas) == 2):
+        raise ValueError(f"Invalid betas: {betas!r}; give two decay rates, such as (0.9, 0.999)")
+    checks: list[tuple[str, Any, float]] = [
+        ("learning rate", options["lr"], math.inf),
+        ("epsilon value", options["eps"], math.inf),
+        ("eps_root value", options["eps_root"], math.inf),
+        ("beta parameter at index 0", betas[0], 1.0),
+        ("beta parameter at index 1", betas[1], 1.0),
+        ("weight_decay value", options["weight_decay"], math.inf),
+    ]
+    for what, x, below in checks:
+        if not isinstance(x, Real | Tensor):
+            raise TypeError(f"Invalid {what}: {x!r}; give a number")
+        if step and isinstance(x, Tensor):
+            continue
+        if not 0.0 <= (x.item() if isinstance(x, Tensor) else float(x)) < below:
+            upper = "finite" if below == math.inf else f"below {below:g}"
+            raise ValueError(f"Invalid {what}: {x}; give a number that is at least 0 and {upper}")
+
+
+def _numbers_of(group: dict[str, Any], traced: bool) -> Numbers:
+    def number(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return float(x)
+        # where it is at hand it is read; on an accelerator that would wait for all that is under way
+        return x.item() if x.is_cpu and not traced else _to_scalar(x)
+
+    b1, b2 = group["betas"]
+    return Numbers(
+        learning_rate=number(group["lr"]),
+        b1=number(b1),
+        b2=number(b2),
+        eps=number(group["eps"]),
+        eps_root=number(group["eps_root"]),
+        weight_decay=number(group["weight_decay"]),
+        clip_exponent=group["clip_exponent"],
+        centering=group["centering"],
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+    )
+
+
+def _lists(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_vars: list[Tensor], has_complex: bool
+) -> Row:
+    """Return what the rule works on: of sharded tensors the local shard, and complex tensors as real ones."""
+    lists = Row(params, grads, exp_avgs, exp_avg_vars)
+    if has_complex:
+        lists = Row(*([_real(x) for x in column] for column in lists))
+    if all(type(p) in _PLAIN for p in params):
+        return lists
+    return Row(*map(list, zip(*(_local(Row(*row)) for row in zip(*lists, strict=True)), strict=True)))
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def _local(row: Row) -> Row:
+    if not hasattr(row.param, "to_local"):
+        return row
+    if row.grad.placements != row.param.placements:
+        row = row._replace(grad=row.grad.redistribute(placements=row.param.placements))
+    return Row(*(x.to_local() for x in row))
+
+
+def _step_count(group: dict[str, Any], p: Tensor, value: float) -> Tensor:
+    on_device = group["capturable"] or group["fused"]
+    dtype = _get_scalar_dtype(is_fused=group["fused"])
+    return torch.tensor(value, dtype=dtype, device=p.device if on_device else "cpu")
+
+
+def _dtype_of_moments(group: dict[str, Any], p: Tensor) -> torch.dtype:
+    dtype = group["moment_dtype"] or (torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype)
+    return dtype.to_complex() if p.is_complex() else dtype
+
+
+def _translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a state_dict as one of this class, the authors' made so; refuse those of other optimizers."""
+    states = {key: state for key, state in state_dict["state"].items() if isinstance(state, dict) and state}
+    saved = state_dict["param_groups"]
+    theirs = ["amsgrad" in group and not {"eps_root", "maximize"} & set(group) for group in saved]
+    parts = [
+        (f"parameter group {i}", group, ("lr", "betas", "eps", "weight_decay", *(() if old else ("eps_root",))))
+        for i, (group, old) in enumerate(zip(saved, theirs, strict=True))
+    ]
+    parts += [(f"the state of parameter {key}", state, ("step", *_MOMENTS)) for key, state in states.items()]
+    for name, part, wanted in parts:
+        if missing := [key for key in wanted if key not in part]:
+            raise ValueError(
+                f"{name} lacks {', '.join(map(repr, missing))}: it is that of another optimizer; "
+                "load one that ACProp saved"
+            )
+    if not any(theirs) or len(saved) != len(groups):  # the base class says so if the groups do not fit
+        return state_dict
+    return {
+        **state_dict,
+        "param_groups": [_group_of_authors(i, *pair) for i, pair in enumerate(zip(saved, groups, strict=True))],
+        "state": {
+            **state_dict["state"],
+            # their code adds eps to the second moment when it is used, not when it is made
+            **{
+                key: {**states[key], "exp_avg_var": states[key]["exp_avg_var"] + group["eps"]}
+                for group in saved
+                for key in group["params"]
+                if key in states
+            },
+        },
+    }
+
+
+def _group_of_authors(i: int, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    rectified = saved.get("rectify") or any(x is not None for row in saved.get("buffer", ()) for x in row)
+    for option, used in (("amsgrad", saved["amsgrad"]), ("rectify", rectified)):
+        if used:
+            raise ValueError(
+                f"parameter group {i} comes from a run with {option}=True, which is another algorithm than ACProp's; "
+                "finish that run with the optimizer that began it, or start anew"
+            )
+    kept = {key: value for key, value in saved.items() if key not in ("amsgrad", "rectify", "buffer")}
+    return {**{key: value for key, value in group.items() if key != "params"}, **kept, "eps_root": saved["eps"]}

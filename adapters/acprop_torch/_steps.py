@@ -1,0 +1,219 @@
+"""One step on many tensors: one after the other, or as lists. The rule is the same in both."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from acprop_core import _rule
+from acprop_core._step import Step
+from acprop_torch import _foreach
+from acprop_torch._foreach import TensorList
+
+# What one operation sees at once, in elements. On a CPU, what its cache holds: temporaries of whole large tensors are
+# new memory at every operation, and their page faults cost more than the arithmetic. Elsewhere, 8 MiB of float32.
+_CPU_TILE, _TILE = 2**16, 2**21
+_SMALL = 2**15  # elements: on a CPU, starting the operations on fewer costs more than gathering them into a tile
+
+
+class Numbers(NamedTuple):
+    """The options of a parameter group, by the names that `coefficients` knows."""
+
+    learning_rate: Any
+    b1: Any
+    b2: Any
+    eps: float
+    eps_root: float
+    weight_decay: Any
+    clip_exponent: float | None
+    centering: str
+    decoupled: bool
+    maximize: bool
+
+    @property
+    def decays(self) -> bool:
+        """Whether there is weight decay."""
+        return bool(self.weight_decay != 0)
+
+    def at(self, count: Any) -> _rule.Coefficients:
+        """Return the numbers of step ``count + 1``; tensors where `count` is one, of one step or of several."""
+        k = _rule.coefficients(self, count, self.learning_rate, xp)
+        if self.maximize:
+            # The moments of -g are those of g, the first negated: only the way to go differs, and g need not be copied.
+            k = k._replace(rate=-k.rate, weight_decay=-k.weight_decay)
+        return k
+
+
+class Row(NamedTuple):
+    """A parameter, its gradient and its moments: real tensors of one shape, or as many lists of such."""
+
+    param: Any
+    grad: Any
+    mu: Any
+    nu: Any
+
+
+class Block(NamedTuple):
+    """What the rule sees at once: a tensor, a part of one, or copies of the `members`, one behind the other."""
+
+    row: Row
+    members: Sequence[Row] = ()
+
+
+def single_tensor(lists: Row, steps: list[Tensor], numbers: Numbers, traced: bool, differentiable: bool) -> None:
+    """Run the rule on one tensor after the other; `traced` without reading a number, for graphs and derivatives."""
+    if not traced:
+        for count, members in alike(lists, steps):
+            in_tiles(members, numbers.at(count), numbers)
+        advance(steps)
+        return
+    for row, done in zip(map(Row, *lists), steps, strict=True):
+        step = Step(numbers.at(done), xp, numbers.decoupled)
+        # derivatives need the old values of what is overwritten
+        param, grad, mu, nu = (x.clone() for x in row) if differentiable else row
+        update, new_mu, new_nu = step(grad, mu, nu, param, numbers.decays)
+        row.param.add_(update)
+        row.mu.copy_(new_mu)
+        row.nu.copy_(new_nu)
+        done.add_(1)
+
+
+def in_tiles(rows: list[Row], k: _rule.Coefficients, numbers: Numbers) -> None:
+    """Run the rule on rows of one device and alike in dtypes, as much at once as `blocks` says."""
+    step = Step(k, xp, numbers.decoupled)
+    for block in blocks(rows):
+        param, grad, mu, nu = block.row
+        write([block], *([new] for new in step(grad, mu, nu, param, numbers.decays)))
+
+
+def multi_tensor(lists: Row, steps: list[Tensor], numbers: Numbers, traced: bool) -> None:
+    """Run the rule on lists of tensors; `traced` without reading a number, and each with those of its own step."""
+    if not traced:
+        for count, members in alike(lists, steps):
+            step = Step(numbers.at(count), _foreach, numbers.decoupled)
+            for chunk in _chunks(blocks(members)):
+                _step_list(chunk, step, numbers.decays)
+        advance(steps)
+        return
+    rows = list(map(Row, *lists))
+    kinds: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault(_kind(row), []).append(i)
+    for chosen in kinds.values():
+        k = numbers.at(torch.stack([steps[i] for i in chosen]))
+        start = 0
+        for chunk in _chunks(Block(rows[i]) for i in chosen):
+            part = slice(start, start + len(chunk))
+            own = each_step(k, lambda x, part=part: TensorList(x[part].unbind()))
+            _step_list(chunk, Step(own, _foreach, numbers.decoupled), numbers.decays)
+            start += len(chunk)
+    torch._foreach_add_(steps, 1)
+
+
+def each_step(k: _rule.Coefficients, take: Any) -> _rule.Coefficients:
+    """Return the numbers of several steps with `take` applied to those that differ from step to step."""
+    numbers = {name: getattr(k, name) for name in _rule.NUMBERS}
+    return k._replace(**{name: take(x) for name, x in numbers.items() if isinstance(x, Tensor) and x.ndim == 1})
+
+
+def alike(lists: Row, steps: list[Tensor]) -> Iterator[tuple[int, list[Row]]]:
+    """Sort rows by count, device and dtypes; yield each count with its rows."""
+    groups: dict[Any, list[Row]] = {}
+    for row, step in zip(map(Row, *lists), steps, strict=True):
+        groups.setdefault((step.item(), *_kind(row)), []).append(row)
+    for key, members in groups.items():
+        yield int(key[0]), members
+
+
+def blocks(rows: list[Row], tile: int | None = None) -> Iterator[Block]:
+    """Cut large tensors into tiles, and gather small ones on a CPU. The rows are of one device and alike in dtypes."""
+    on_cpu = rows[0].param.is_cpu
+    tile = tile or (_CPU_TILE if on_cpu else _TILE)
+    small: list[Row] = []
+    elements = 0
+    for row in rows:
+        size = row.param.numel()
+        if on_cpu and size < _SMALL:
+            if elements + size > _CPU_TILE:
+                yield _gathered(small)
+                small, elements = [], 0
+            small.append(row)
+            elements += size
+        elif size > tile:
+            yield from map(Block, _tiles(row, tile))
+        else:
+            yield Block(row)
+    if small:
+        yield _gathered(small)
+
+
+def contiguous(row: Row) -> Row | None:
+    """Return the row as contiguous tensors, their axes permuted alike; None if there is no such order."""
+    if all(x.is_contiguous() for x in row):
+        return row
+    order = sorted(range(row.param.ndim), key=row.param.stride, reverse=True)
+    permuted = Row(*(x.permute(order) for x in row))
+    return permuted if all(x.is_contiguous() for x in permuted) else None
+
+
+def write(blocks: Sequence[Block], updates: Sequence[Tensor], mus: Sequence[Tensor], nus: Sequence[Tensor]) -> None:
+    """Add the updates to the parameters of the blocks, and put the new moments in the place of the old."""
+    for name, news in (("param", updates), ("mu", mus), ("nu", nus)):
+        olds: list[Tensor] = []
+        parts: list[Tensor] = []
+        for block, new in zip(blocks, news, strict=True):
+            owners = [getattr(row, name) for row in block.members or [block.row]]
+            olds += owners
+            parts += _unflatten_dense_tensors(new, owners) if block.members else [new]
+        (torch._foreach_add_ if name == "param" else torch._foreach_copy_)(olds, parts)
+
+
+def advance(steps: list[Tensor]) -> None:
+    """Add one to the step counts."""
+    if steps and steps[0].is_cpu:
+        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)  # a number would be made a tensor for every step
+    else:
+        torch._foreach_add_(steps, 1)
+
+
+def _step_list(chunk: list[Block], step: Step, decays: bool) -> None:
+    param, grad, mu, nu = (TensorList(column) for column in zip(*(block.row for block in chunk), strict=True))
+    write(chunk, *(new.tensors for new in step(grad, mu, nu, param, decays)))
+
+
+def _kind(row: Row) -> tuple[Any, ...]:
+    return row.param.device, row.param.dtype, row.grad.dtype, row.mu.dtype, row.nu.dtype
+
+
+def _gathered(rows: list[Row]) -> Block:
+    if len(rows) == 1:
+        return Block(rows[0])
+    return Block(Row(*(_flatten_dense_tensors(column) for column in zip(*rows, strict=True))), rows)
+
+
+def _tiles(row: Row, size: int) -> Iterator[Row]:
+    if (flat := contiguous(row)) is not None:
+        pieces = zip(*(x.view(-1).split(size) for x in flat), strict=True)
+    else:
+        axis = max(range(row.param.ndim), key=row.param.size)
+        length = max(1, row.param.size(axis) * size // row.param.numel())
+        pieces = zip(*(x.split(length, axis) for x in row), strict=True)
+    return (Row(*piece) for piece in pieces)
+
+
+def _chunks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Sort blocks into lists that are, together, as large as a tile."""
+    chunk: list[Block] = []
+    elements = 0
+    for block in blocks:
+        size = block.row.param.numel()
+        if chunk and elements + size > (_CPU_TILE if block.row.param.is_cpu else _TILE):
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(block)
+        elements += size
+    if chunk:
+        yield chunk
