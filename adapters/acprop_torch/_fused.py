@@ -35,7 +35,7 @@ def fused(
     k = _as_tensors(numbers.at(torch.stack(steps)))
     for i, row in enumerate(zip(*lists, strict=True)):
         own = each_step(k, lambda x, i=i: x[i])
-        _compiled()(*row, own, numbers.decays, numbers.decoupled, grad_scale, found_inf)
+        _compiled()(*(x.detach() for x in row), own, numbers.decays, numbers.decoupled, grad_scale, found_inf)
     torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
 
 
@@ -102,7 +102,8 @@ def _with_numba(lists: Row, k: _rule.Coefficients, numbers: Numbers, grad_scale:
 
 def _with_inductor(lists: Row, k: _rule.Coefficients, numbers: Numbers, grad_scale: Tensor | None) -> None:
     k = _as_tensors(k)
-    rows = [Row(*(x.view(-1) for x in row)) for row in zip(*lists, strict=True)]
+    # detached, since the compiler takes tensors that require gradients for others than those that do not
+    rows = [Row(*(x.detach().view(-1) for x in row)) for row in zip(*lists, strict=True)]
     for block in blocks(rows, tile=sys.maxsize):
         _compiled()(*block.row, k, numbers.decays, numbers.decoupled, grad_scale, None)
         for name in ("param", "mu", "nu") if block.members else ():

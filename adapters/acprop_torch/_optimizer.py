@@ -310,21 +310,14 @@ class ACProp(torch.optim.Optimizer):
 
 
 def _check(options: dict[str, Any]) -> None:
-    lr, betas, late = options["lr"], options["betas"], not options["capturable"] and options["foreach"]
-    if isinstance(lr, Tensor):
-        if late:
-            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
+    lr, betas, late = options["lr"], options["betas"], options["foreach"] and not options["capturable"]
+    if late and isinstance(lr, Tensor):
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
     _check_numbers(options)
     if not (all(isinstance(b, float) for b in betas) or all(isinstance(b, Tensor) for b in betas)):
         raise ValueError("betas must be either both floats or both Tensors")
-    for i, b in enumerate(betas):
-        if isinstance(b, Tensor):
-            if late:
-                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
-            if b.numel() != 1:
-                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+    if late and isinstance(betas[0], Tensor):
+        raise ValueError("betas[0] as a Tensor is not supported for capturable=False and foreach=True")
     if not isinstance(options["moment_dtype"], torch.dtype | None):
         raise TypeError(f"moment_dtype is {options['moment_dtype']!r}; give a torch.dtype or None")
     acprop_core.ACProp(**{name: options[name] for name in ("clip_exponent", "centering", "moment_dtype")})
@@ -335,20 +328,24 @@ def _check_numbers(options: dict[str, Any], step: bool = False) -> None:
     betas = options["betas"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
         raise ValueError(f"Invalid betas: {betas!r}; give two decay rates, such as (0.9, 0.999)")
-    checks: list[tuple[str, Any, float]] = [
-        ("learning rate", options["lr"], math.inf),
-        ("epsilon value", options["eps"], math.inf),
-        ("eps_root value", options["eps_root"], math.inf),
-        ("beta parameter at index 0", betas[0], 1.0),
-        ("beta parameter at index 1", betas[1], 1.0),
-        ("weight_decay value", options["weight_decay"], math.inf),
+    checks: list[tuple[str, str, Any, float]] = [
+        ("lr", "learning rate", options["lr"], math.inf),
+        ("eps", "epsilon value", options["eps"], math.inf),
+        ("eps_root", "eps_root value", options["eps_root"], math.inf),
+        ("betas[0]", "beta parameter at index 0", betas[0], 1.0),
+        ("betas[1]", "beta parameter at index 1", betas[1], 1.0),
+        ("weight_decay", "weight_decay value", options["weight_decay"], math.inf),
     ]
-    for what, x, below in checks:
-        if not isinstance(x, Real | Tensor):
-            raise TypeError(f"Invalid {what}: {x!r}; give a number")
-        if step and isinstance(x, Tensor):
-            continue
-        if not 0.0 <= (x.item() if isinstance(x, Tensor) else float(x)) < below:
+    for name, what, x, below in checks:
+        if isinstance(x, Tensor):
+            if x.numel() != 1:
+                raise ValueError(f"Tensor {name} must be 1-element")
+            value = 0.0 if step else x.item()
+        elif isinstance(x, Real):
+            value = float(x)
+        else:
+            raise TypeError(f"Invalid {what}: {x!r}; give a number for {name}")
+        if not 0.0 <= value < below:
             upper = "finite" if below == math.inf else f"below {below:g}"
             raise ValueError(f"Invalid {what}: {x}; give a number that is at least 0 and {upper}")
 

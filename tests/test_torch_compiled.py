@@ -1,0 +1,150 @@
+"""The torch adapter under torch.compile: one whole graph, no recompilation, and as many kernels as AdamW's step."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.config
+import torch._inductor.metrics
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from acprop_torch import ACProp, _fused
+
+OPTIONS = [
+    {},
+    {"foreach": True},
+    {"fused": True},
+    {"weight_decay": 0.1, "maximize": True},
+    {"weight_decay": 0.1, "decoupled_weight_decay": False, "clip_exponent": 0.25},
+    {"centering": "previous", "clip_exponent": 0.25, "moment_dtype": torch.float64},
+    {"lr": torch.tensor(0.01)},
+    {"lr": torch.tensor(0.01), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(optimizer: torch.optim.Optimizer, backend: Any = "inductor") -> Any:
+    """Compile the step itself, as torch's tests of compiled optimizers do: its two wrappers switch autograd off."""
+    step = type(optimizer).step.__wrapped__.__wrapped__  # type: ignore[attr-defined]
+    return torch.compile(lambda: step(optimizer), backend=backend, fullgraph=True)
+
+
+def models(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.nn.Module]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 10)).to(dtype)
+    model(torch.ones(10, 10, dtype=dtype)).square().sum().backward()
+    twin = copy.deepcopy(model)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    return model, twin
+
+
+def assert_same_run(eager: ACProp, compiled: ACProp) -> None:
+    groups = zip(eager.param_groups, compiled.param_groups, strict=True)
+    for p, q in ((p, q) for a, b in groups for p, q in zip(a["params"], b["params"], strict=True)):
+        pairs = [(p, q), *((value, compiled.state[q][key]) for key, value in eager.state[p].items())]
+        for x, y in pairs:
+            # torch's eager sqrt on a CPU is not correctly rounded, and a traced step has its numbers in tensors
+            atol = 4 * torch.finfo(x.dtype).eps * x.detach().abs().max().item()
+            torch.testing.assert_close(x, y, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "default")
+def test_a_compiled_step_is_one_graph_with_the_results_of_the_eager_one(options: dict[str, Any]) -> None:
+    model, twin = models()
+    own = copy.deepcopy(options)
+    own["lr"] = options.get("lr", 0.01)
+    eager, graphed = ACProp(model.parameters(), **copy.deepcopy(own)), ACProp(twin.parameters(), **own)
+    if options.get("foreach"):
+        eager.param_groups[0]["foreach"] = False
+    backend = CompileCounterWithBackend("inductor")
+    step = compiled(graphed, backend)
+    with torch.no_grad():
+        for _ in range(4):
+            step()
+            eager.step()
+            if isinstance(own["lr"], torch.Tensor):  # what schedulers do
+                for optimizer in (eager, graphed):
+                    optimizer.param_groups[0]["lr"].mul_(0.5)
+    assert backend.frame_count == 1
+    assert_same_run(eager, graphed)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS[:2], *OPTIONS[3:5]], ids=lambda options: "-".join(options) or "default")
+def test_a_compiled_step_has_two_kernels_per_parameter(options: dict[str, Any]) -> None:
+    counts = []
+    for cls in (ACProp, torch.optim.AdamW):
+        torch._dynamo.reset()
+        torch._inductor.metrics.reset()
+        names = ("foreach", "maximize", "weight_decay")
+        own = options if cls is ACProp else {name: options[name] for name in names if name in options}
+        step = compiled(cls(models()[0].parameters(), **own))
+        with torch._inductor.config.patch("score_fusion_memory_threshold", 1), torch.no_grad():
+            step()
+        counts.append(torch._inductor.metrics.generated_kernel_count)
+    assert counts == [8, 8]  # four parameters: one for the step count, one for all the rest
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo itself
+def test_a_compiled_training_step_with_a_closure() -> None:
+    model, twin = models(torch.float64)
+    x = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(3, 10)
+    eager, graphed = (ACProp(m.parameters(), lr=1e-2) for m in (model, twin))
+
+    def closure(model: torch.nn.Module, optimizer: ACProp) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    step = torch.compile(lambda: graphed.step(lambda: closure(twin, graphed)))
+    for _ in range(3):
+        step()
+        eager.step(lambda: closure(model, eager))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_without_a_gradient_is_compiled_away() -> None:
+    model, _ = models()
+    optimizer = ACProp(model.parameters())
+    first = next(model.parameters())
+    first.grad = None
+    before = first.detach().clone()
+    with torch.no_grad():
+        compiled(optimizer)()
+    assert torch.equal(first, before)
+    assert first not in optimizer.state
+
+
+def test_the_fused_step_compiles_once_whatever_the_number_of_parameters() -> None:
+    """Without Numba; sizes, rates and counts are arguments of the one compiled function."""
+    graphs = []
+    for number in (3, 60):
+        torch._dynamo.reset()
+        _fused._compiled.cache_clear()
+        counters.clear()
+        xs = [torch.full((2 + 3 * i,), 1.0, requires_grad=True) for i in range(number)]
+        xs += [torch.full((40_000 + i,), 1.0, requires_grad=True) for i in range(number)]  # too large to be gathered
+        optimizer = ACProp(xs, fused=True, clip_exponent=0.25)
+        for x in xs:
+            x.grad = torch.ones_like(x)
+        with mock.patch.object(_fused, "_with_numba", _fused._with_inductor):
+            for step in range(4):
+                optimizer.param_groups[0].update(lr=0.1 / (step + 1), betas=(0.9 - step / 10, 0.99 - step / 100))
+                optimizer.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1]

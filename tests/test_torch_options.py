@@ -1,0 +1,333 @@
+"""The torch adapter's options: they mean what AdamW's do, in every way to step, and are refused in AdamW's words."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from acprop_torch import ACProp, _fused, _optimizer, _steps
+
+OPTIONS = {"lr": 1e-2, "clip_exponent": 0.25}
+WAYS = {
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "fused by inductor": {"fused": True},
+    "capturable": {"capturable": True, "foreach": False},
+    "capturable foreach": {"capturable": True, "foreach": True},
+}
+ways = pytest.mark.parametrize("way", WAYS, indirect=True)
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[dict[str, bool]]:
+    """Give the flags of a way to step, and make it possible on a CPU."""
+    with (
+        mock.patch.object(_optimizer, "_get_capturable_supported_devices", return_value=["cpu"]),
+        mock.patch.object(
+            _fused, "_with_numba", _fused._with_inductor if "inductor" in request.param else _fused._with_numba
+        ),
+    ):
+        if request.param == "fused":
+            pytest.importorskip("numba")
+        yield WAYS[request.param]
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+SHAPES = ((3, 4), (5,), (), (0,), (2, 3, 2, 2))
+
+
+def run(
+    grads: list[list[torch.Tensor]], params: list[torch.Tensor] | None = None, **options: Any
+) -> list[torch.Tensor]:
+    """Return parameters and state after the given gradients; None in place of one leaves its parameter out."""
+    xs = [x.clone().requires_grad_() for x in params or tensors(*SHAPES)]
+    optimizer = ACProp(xs, **{**OPTIONS, **options})
+    for step in grads:
+        for x, g in zip(xs, step, strict=True):
+            x.grad = g
+        optimizer.step()
+    return [x.detach() for x in xs] + [s for x in xs for s in optimizer.state[x].values()]
+
+
+def stream(steps: int = 4, dtype: torch.dtype = torch.float64) -> list[list[torch.Tensor]]:
+    return [tensors(*SHAPES, dtype=dtype, seed=seed) for seed in range(1, steps + 1)]
+
+
+def assert_close(actual: list[torch.Tensor], expected: list[torch.Tensor], epsilons: float = 16) -> None:
+    # torch's own sqrt on a CPU is not correctly rounded, so that compiled and eager steps differ in last bits
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=epsilons * torch.finfo(b.dtype).eps, atol=0)
+
+
+@ways
+def test_maximize_climbs_where_minus_the_gradient_descends(way: dict[str, bool]) -> None:
+    grads = stream()
+    climbed = run(grads, maximize=True, weight_decay=0.1, **way)
+    descended = run([[-g for g in step] for step in grads], weight_decay=0.1, **way)
+    for a, b in zip(climbed[: len(SHAPES)], descended[: len(SHAPES)], strict=True):
+        assert torch.equal(a, b)
+
+
+@ways
+@pytest.mark.parametrize("maximize", [False, True])
+def test_decay_that_is_not_decoupled_is_a_part_of_the_gradient(way: dict[str, bool], maximize: bool) -> None:
+    xs = tensors(*SHAPES)
+    sign = -1.0 if maximize else 1.0
+    both = [[x.clone().requires_grad_() for x in xs] for _ in range(2)]
+    l2 = ACProp(both[0], **OPTIONS, weight_decay=0.1, decoupled_weight_decay=False, maximize=maximize, **way)
+    plain = ACProp(both[1], **OPTIONS, **way)
+    for step in stream():
+        for x, y, g in zip(*both, step, strict=True):
+            x.grad, y.grad = g, sign * g + 0.1 * y.detach()
+        l2.step()
+        plain.step()
+    assert_close([x.detach() for x in both[0]], [y.detach() for y in both[1]])
+
+
+@ways
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_tensors_for_numbers_mean_what_numbers_mean(way: dict[str, bool], shape: tuple[int, ...]) -> None:
+    as_tensors = {
+        "lr": torch.full(shape, 1e-2, dtype=torch.float64),
+        "betas": (torch.full(shape, 0.9, dtype=torch.float64), torch.full(shape, 0.99, dtype=torch.float64)),
+    }
+    if way.get("foreach") and not way.get("capturable"):
+        with pytest.raises(ValueError, match="lr as a Tensor is not supported for capturable=False and foreach=True"):
+            ACProp(tensors((1,)), **as_tensors, **way)
+        return
+    grads = stream()
+    assert_close(run(grads, **as_tensors, **way), run(grads, betas=(0.9, 0.99), **way))
+
+
+@ways
+def test_every_parameter_has_its_own_step(way: dict[str, bool]) -> None:
+    grads = stream(5)
+    grads[1][0] = grads[0][3] = grads[2][3] = None
+    together = run(grads, **way)
+    counts = [torch.tensor(n) for n in (4, 5, 5, 3, 5)]
+    assert [int(x) for x in together[5::3]] == counts
+    for i, x in enumerate(tensors(*SHAPES)):
+        alone = run([[step[i]] for step in grads], [x], **way)
+        assert_close([together[i], *together[5 + 3 * i : 8 + 3 * i]], alone)
+
+
+@ways
+@pytest.mark.parametrize("option", ["weight_decay", "maximize", "decoupled_weight_decay"])
+def test_the_gradient_is_not_written(way: dict[str, bool], option: str) -> None:
+    x, g = tensors((4,), (4,))
+    x.requires_grad_()
+    x.grad = g
+    before, version = g.clone(), g._version
+    ACProp([x], **{"weight_decay": 0.1, option: option != "decoupled_weight_decay" and 0.1}, **way).step()
+    assert torch.equal(g, before)
+    assert g._version == version
+
+
+@ways
+def test_autograd_learns_that_the_parameters_have_changed(way: dict[str, bool]) -> None:
+    x = torch.ones(3, requires_grad=True)
+    loss = (x * x).sum()
+    x.grad = torch.ones(3)
+    ACProp([x], **way).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@ways
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "gradient of another layout"])
+def test_any_layout(way: dict[str, bool], layout: str) -> None:
+    (x,) = tensors((4, 3, 8, 6))
+    (g,) = tensors((4, 3, 8, 6), seed=1)
+    laid_out = {
+        "channels_last": lambda y: y.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda y: y.transpose(0, 3).contiguous().transpose(0, 3),
+        "sliced": lambda y: torch.stack([y, y], dim=-1)[..., 0],
+        "gradient of another layout": lambda y: y,
+    }[layout]
+    xs = [laid_out(x).clone().requires_grad_(), x.clone().requires_grad_()]
+    optimizers = [ACProp([y], **OPTIONS, weight_decay=0.1, **way) for y in xs]
+    for _ in range(3):
+        xs[0].grad = laid_out(g) if "gradient" not in layout else g.transpose(0, 3).contiguous().transpose(0, 3)
+        xs[1].grad = g
+        for optimizer in optimizers:
+            optimizer.step()
+    state, plain = (optimizer.state[y] for optimizer, y in zip(optimizers, xs, strict=True))
+    if layout in ("channels_last", "transposed"):
+        assert state["exp_avg"].stride() == xs[0].stride()
+    assert_close([xs[0].detach(), *state.values()], [xs[1].detach(), *plain.values()])
+
+
+@pytest.mark.parametrize("way", ["for-loop", "foreach", "fused"], indirect=True)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_large_tensors_are_shared_out(way: dict[str, bool], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_CPU_TILE", 7), ("_TILE", 7), ("_SMALL", 3)):
+        monkeypatch.setattr(_steps, name, value)
+    monkeypatch.setattr(_fused, "_SHARE", 5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    shapes = ((40,), (2,), (6, 5), (1,), (), (2, 2), (9,))
+    params, grads = tensors(*shapes), [tensors(*shapes, seed=seed) for seed in range(1, 4)]
+    params[2], grads[1][0] = params[2].t(), torch.stack([grads[1][0]] * 2, dim=1)[:, 0]
+    for step in grads:
+        step[2] = step[2].t()
+    cut = run(grads, params, weight_decay=0.1, **way)
+    monkeypatch.undo()
+    assert_close(cut, run(grads, params, weight_decay=0.1, foreach=False))
+
+
+@pytest.mark.parametrize("way", ["foreach", "fused", "capturable", "capturable foreach"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_may_be_mixed(way: dict[str, bool], dtype: torch.dtype) -> None:
+    params = [*tensors((3, 4), (5,)), *tensors((4,), (2, 2), dtype=dtype)]
+    grads = [[*tensors((3, 4), (5,), seed=s), *tensors((4,), (2, 2), dtype=dtype, seed=s)] for s in range(1, 4)]
+    mixed = run(grads, params, weight_decay=0.1, **way)
+    assert_close(mixed, run(grads, params, weight_decay=0.1, foreach=False))
+
+
+@pytest.mark.parametrize("way", ["for-loop", "foreach", "capturable", "capturable foreach"], indirect=True)
+def test_complex_parameters_count_as_two_real_ones(way: dict[str, bool]) -> None:
+    xs = [torch.view_as_complex(x) for x in tensors((3, 2), (4, 5, 2))]
+    grads = [[torch.view_as_complex(g).conj() for g in tensors((3, 2), (4, 5, 2), seed=s)] for s in range(1, 4)]
+    whole = run(grads, xs, weight_decay=0.1, **way)
+    parts = run(
+        [[torch.view_as_real(g.resolve_conj()) for g in step] for step in grads],
+        [torch.view_as_real(x) for x in xs],
+        weight_decay=0.1,
+        **way,
+    )
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(torch.view_as_real(a) if a.is_complex() else a, b)
+
+
+def test_temporaries_are_bounded() -> None:
+    """Count what the allocator holds at any time, for a model much larger than a tile."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for foreach, shapes in itertools.product((False, True), ([(2**22,)], [(1000,)] * 3000, [(2**11, 2**11)])):
+        xs = [torch.zeros(s, requires_grad=True) for s in shapes]
+        optimizer = ACProp(xs, clip_exponent=0.25, weight_decay=0.1, foreach=foreach)
+        for x in xs:
+            x.grad = torch.zeros_like(x)
+        optimizer.step()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            optimizer.step()
+        held = peak = 0
+        for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        assert 0 < peak < 4 * 2**20, (foreach, shapes[0], peak)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": float("nan")}, "Invalid learning rate: nan"),
+        ({"lr": float("inf")}, "Invalid learning rate: inf"),
+        ({"lr": torch.tensor(-1.0)}, "Invalid learning rate: -1.0"),
+        ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
+        (
+            {"lr": torch.tensor(0.1), "foreach": True},
+            "lr as a Tensor is not supported",
+        ),
+        ({"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
+        ({"eps_root": -1e-8}, "Invalid eps_root value: -1e-08"),
+        ({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (0.9, float("nan"))}, "Invalid beta parameter at index 1: nan"),
+        ({"betas": (0.9, torch.tensor(0.99))}, "betas must be either both floats or both Tensors"),
+        ({"betas": (torch.tensor(0.9), 0.99)}, "betas must be either both floats or both Tensors"),
+        ({"betas": (0.9, 0.99, 0.999)}, "Invalid betas: "),
+        (
+            {"betas": (torch.tensor(0.9), torch.tensor(0.9)), "foreach": True},
+            r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
+        ),
+        (
+            {"betas": (torch.tensor(0.9), torch.tensor([0.9, 0.9]))},
+            r"Tensor betas\[1\] must be 1-element",
+        ),
+        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
+        ({"clip_exponent": -0.5}, "clip_exponent"),
+        ({"centering": "next"}, "centering"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_in_adamws_words(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ACProp(None, **options)  # type: ignore[arg-type]  # options come first, as in AdamW
+    with pytest.raises(ValueError, match=message):
+        ACProp([{"params": tensors((1,)), **options}])
+
+
+@pytest.mark.parametrize("options", [{"lr": "0.1"}, {"eps": None}, {"moment_dtype": "float32"}], ids=str)
+def test_options_of_a_wrong_type_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(options)).replace("lr", "learning rate").replace("eps", "epsilon")):
+        ACProp(tensors((1,)), **options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"fused": True, "differentiable": True}, "`fused` does not support `differentiable`"),
+        ({"fused": True, "foreach": True}, "`fused` and `foreach` cannot be `True` together"),
+    ],
+)
+def test_ways_that_exclude_each_other(flags: dict[str, bool], message: str) -> None:
+    for optimizer in (ACProp, torch.optim.AdamW):
+        with pytest.raises(RuntimeError, match=message):
+            optimizer(tensors((1,)), **flags)
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}])
+def test_capturable_is_for_accelerators(flags: dict[str, bool]) -> None:
+    (x,) = tensors((1,))
+    x.grad = torch.ones_like(x)
+    for optimizer in (ACProp([x], capturable=True, **flags), torch.optim.AdamW([x], capturable=True, **flags)):
+        before = x.clone()
+        with pytest.raises(AssertionError, match="If capturable=True, params and state_steps must be on supported dev"):
+            optimizer.step()
+        assert torch.equal(x, before)
+
+
+def test_fused_refuses_what_adamws_fused_refuses() -> None:
+    for x in (torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")):
+        for optimizer in (ACProp, torch.optim.AdamW):
+            x.grad = torch.ones_like(x)
+            with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
+                optimizer([x], fused=True).step()
+
+
+def test_an_option_spoilt_later_is_refused_before_anything_changes() -> None:
+    a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
+    optimizer = ACProp([{"params": [a]}, {"params": [b]}])
+    a.grad = b.grad = torch.ones(1)
+    optimizer.param_groups[1]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="Invalid learning rate: nan"):
+        optimizer.step()
+    assert a.item() == b.item() == 1.0
+
+
+def test_the_default_way_is_the_for_loop_on_a_cpu() -> None:
+    (x,) = tensors((3,))
+    x.grad = torch.ones_like(x)
+    for flags, name in (({}, "single"), ({"foreach": True}, "multi"), ({"differentiable": True}, "single")):
+        with mock.patch.object(_optimizer, f"_{name}_tensor_acprop") as chosen:
+            ACProp([x], **flags).step()
+        assert chosen.called
+
+
+def test_options_survive_deepcopy() -> None:
+    optimizer = ACProp(tensors((1,)), lr=torch.tensor(0.5), maximize=True, clip_exponent=0.25, fused=True)
+    again = copy.deepcopy(optimizer)
+    assert again.defaults == optimizer.defaults
+    assert again._step_supports_amp_scaling
+    assert {k for k in again.__dict__ if k[0] != "_"} == {k for k in optimizer.__dict__ if k[0] != "_"}
