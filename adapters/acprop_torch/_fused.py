@@ -96,19 +96,24 @@ def _with_numba(lists: Row, k: _rule.Coefficients, numbers: Numbers, grad_scale:
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(run, cuts[:-1], cuts[1:]))
-    # autograd must learn that the memory has changed
+    # which lets autograd learn that the memory has changed
     torch.autograd.graph.increment_version(chain(lists.param, lists.mu, lists.nu))
 
 
 def _with_inductor(lists: Row, k: _rule.Coefficients, numbers: Numbers, grad_scale: Tensor | None) -> None:
     k = _as_tensors(k)
-    # detached, since the compiler takes tensors that require gradients for others than those that do not
-    rows = [Row(*(x.detach().view(-1) for x in row)) for row in zip(*lists, strict=True)]
+    rows = [Row(*map(_memory, row)) for row in zip(*lists, strict=True)]
     for block in blocks(rows, tile=sys.maxsize):
         _compiled()(*block.row, k, numbers.decays, numbers.decoupled, grad_scale, None)
         for name in ("param", "mu", "nu") if block.members else ():
             owners = [getattr(row, name) for row in block.members]
             torch._foreach_copy_(owners, _unflatten_dense_tensors(getattr(block.row, name), owners))
+    torch.autograd.graph.increment_version(chain(lists.param, lists.mu, lists.nu))
+
+
+def _memory(x: Tensor) -> Tensor:
+    """Return a contiguous tensor as a 1-D one that knows nothing of it, lest the compiler tells them apart by shape."""
+    return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
 
 
 @functools.cache
