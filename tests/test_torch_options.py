@@ -170,7 +170,7 @@ def test_any_layout(way: dict[str, bool], layout: str) -> None:
 @pytest.mark.parametrize("way", ["for-loop", "foreach", "fused"], indirect=True)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_large_tensors_are_shared_out(way: dict[str, bool], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_CPU_TILE", 7), ("_TILE", 7), ("_SMALL", 3)):
+    for name, value in (("_CPU_TILE", 56), ("_TILE", 56), ("_SMALL", 24)):
         monkeypatch.setattr(_steps, name, value)
     monkeypatch.setattr(_fused, "_SHARE", 5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

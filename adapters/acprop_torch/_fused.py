@@ -15,7 +15,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from acprop_core import _rule
 from acprop_core._step import Step
-from acprop_torch._steps import Numbers, Row, advance, alike, blocks, contiguous, each_step, in_tiles
+from acprop_torch._steps import Numbers, Row, advance, alike, as_tensors, blocks, contiguous, each_step, in_tiles
 
 _SHARE = 2**21  # elements: fewer are not worth a thread
 _NOTHING = Row([], [], [], [])
@@ -32,7 +32,7 @@ def fused(
             advance(steps)
         return
     # Nothing is read here: on a GPU that would wait for all that is under way.
-    k = _as_tensors(numbers.at(torch.stack(steps)))
+    k = as_tensors(numbers.at(torch.stack(steps)))
     for i, row in enumerate(zip(*lists, strict=True)):
         own = each_step(k, lambda x, i=i: x[i])
         _compiled()(*(x.detach() for x in row), own, numbers.decays, numbers.decoupled, grad_scale, found_inf)
@@ -81,19 +81,18 @@ def _with_numba(lists: Row, k: _rule.Coefficients, numbers: Numbers, grad_scale:
     scale = like.dtype.type(1.0 if grad_scale is None else 1.0 / grad_scale.item())
     sizes = np.array(list(map(Tensor.numel, lists.param)))
     addresses = np.array([list(map(Tensor.data_ptr, column)) for column in lists])
-    # each thread has an equal part of the memory, as if the tensors lay one behind the other
-    ends = np.cumsum(sizes)
-    threads = max(1, min(torch.get_num_threads(), int(ends[-1]) // _SHARE))
-    cuts = np.linspace(0, ends[-1], threads + 1).astype(np.int64)
-
-    def run(low: int, high: int) -> None:
-        start = np.clip(low - (ends - sizes), 0, sizes)
-        stop = np.clip(high - (ends - sizes), 0, sizes)
-        _numba.step_each(addresses + start * like.itemsize, stop - start, like, k, decay, scale)
-
-    if threads == 1:
-        run(*cuts)
+    threads = min(torch.get_num_threads(), int(sizes.sum()) // _SHARE)
+    if threads < 2:
+        _numba.step_each(addresses, sizes, like, k, decay, scale)
     else:
+        # each thread has an equal part of the memory, as if the tensors lay one behind the other
+        ends = np.cumsum(sizes)
+
+        def run(low: int, high: int) -> None:
+            start, stop = (np.clip(cut - (ends - sizes), 0, sizes) for cut in (low, high))
+            _numba.step_each(addresses + start * like.itemsize, stop - start, like, k, decay, scale)
+
+        cuts = np.linspace(0, ends[-1], threads + 1).astype(np.int64)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(run, cuts[:-1], cuts[1:]))
     # which lets autograd learn that the memory has changed
@@ -101,10 +100,9 @@ def _with_numba(lists: Row, k: _rule.Coefficients, numbers: Numbers, grad_scale:
 
 
 def _with_inductor(lists: Row, k: _rule.Coefficients, numbers: Numbers, grad_scale: Tensor | None) -> None:
-    k = _as_tensors(k)
-    rows = [Row(*map(_memory, row)) for row in zip(*lists, strict=True)]
-    for block in blocks(rows, tile=sys.maxsize):
-        _compiled()(*block.row, k, numbers.decays, numbers.decoupled, grad_scale, None)
+    k = as_tensors(k)  # arguments of the compiled function: numbers it would build in
+    for block in blocks([Row(*row) for row in zip(*lists, strict=True)], tile=sys.maxsize):
+        _compiled()(*map(_memory, block.row), k, numbers.decays, numbers.decoupled, grad_scale, None)
         for name in ("param", "mu", "nu") if block.members else ():
             owners = [getattr(row, name) for row in block.members]
             torch._foreach_copy_(owners, _unflatten_dense_tensors(getattr(block.row, name), owners))
@@ -142,10 +140,3 @@ def _step_in_place(
     else:
         for old, new in ((param, param + update), (mu, new_mu), (nu, new_nu)):
             old.copy_(torch.where(found_inf == 1, old, new))
-
-
-def _as_tensors(k: _rule.Coefficients) -> _rule.Coefficients:
-    """Return `k` with tensors for numbers, of which a compiler makes arguments; numbers it would build in."""
-    numbers: dict[str, Any] = {name: getattr(k, name) for name in _rule.NUMBERS}
-    numbers = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items() if isinstance(x, float)}
-    return k._replace(**numbers)

@@ -1,5 +1,6 @@
 """One step on many tensors: one after the other, or as lists. The rule is the same in both."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ from acprop_core._step import Step
 from acprop_torch import _foreach
 from acprop_torch._foreach import TensorList
 
-# What one operation sees at once, in elements. On a CPU, what its cache holds: temporaries of whole large tensors are
-# new memory at every operation, and their page faults cost more than the arithmetic. Elsewhere, 8 MiB of float32.
-_CPU_TILE, _TILE = 2**16, 2**21
-_SMALL = 2**15  # elements: on a CPU, starting the operations on fewer costs more than gathering them into a tile
+# What one operation sees at once, in bytes. On a CPU, what its cache holds: temporaries of whole large tensors are new
+# memory at every operation, and their page faults cost more than the arithmetic.
+_CPU_TILE, _TILE = 3 * 2**17, 2**23
+_SMALL = 2**17  # bytes: on a CPU, starting the operations on fewer costs more than gathering them into a tile
+_ONE = torch.tensor(1.0)
 
 
 class Numbers(NamedTuple):
@@ -83,7 +85,9 @@ def single_tensor(lists: Row, steps: list[Tensor], numbers: Numbers, traced: boo
 
 def in_tiles(rows: list[Row], k: _rule.Coefficients, numbers: Numbers) -> None:
     """Run the rule on rows of one device and alike in dtypes, as much at once as `blocks` says."""
-    step = Step(k, xp, numbers.decoupled)
+    _keep_freed_memory()
+    # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster
+    step = Step(as_tensors(k)._replace(limit=k.limit), xp, numbers.decoupled)
     for block in blocks(rows):
         param, grad, mu, nu = block.row
         write([block], *([new] for new in step(grad, mu, nu, param, numbers.decays)))
@@ -93,9 +97,13 @@ def multi_tensor(lists: Row, steps: list[Tensor], numbers: Numbers, traced: bool
     """Run the rule on lists of tensors; `traced` without reading a number, and each with those of its own step."""
     if not traced:
         for count, members in alike(lists, steps):
-            step = Step(numbers.at(count), _foreach, numbers.decoupled)
-            for chunk in _chunks(blocks(members)):
-                _step_list(chunk, step, numbers.decays)
+            k = numbers.at(count)
+            if members[0].param.is_cpu:  # where torch's operations on lists are loops themselves
+                in_tiles(members, k, numbers)
+            else:
+                step = Step(k, _foreach, numbers.decoupled)
+                for chunk in _chunks(blocks(members)):
+                    _step_list(chunk, step, numbers.decays)
         advance(steps)
         return
     rows = list(map(Row, *lists))
@@ -119,6 +127,13 @@ def each_step(k: _rule.Coefficients, take: Any) -> _rule.Coefficients:
     return k._replace(**{name: take(x) for name, x in numbers.items() if isinstance(x, Tensor) and x.ndim == 1})
 
 
+def as_tensors(k: _rule.Coefficients) -> _rule.Coefficients:
+    """Return `k` with 0-d tensors for its Python numbers."""
+    numbers: dict[str, Any] = {name: getattr(k, name) for name in _rule.NUMBERS}
+    numbers = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items() if isinstance(x, float)}
+    return k._replace(**numbers)
+
+
 def alike(lists: Row, steps: list[Tensor]) -> Iterator[tuple[int, list[Row]]]:
     """Sort rows by count, device and dtypes; yield each count with its rows."""
     groups: dict[Any, list[Row]] = {}
@@ -130,20 +145,19 @@ def alike(lists: Row, steps: list[Tensor]) -> Iterator[tuple[int, list[Row]]]:
 
 def blocks(rows: list[Row], tile: int | None = None) -> Iterator[Block]:
     """Cut large tensors into tiles, and gather small ones on a CPU. The rows are of one device and alike in dtypes."""
-    on_cpu = rows[0].param.is_cpu
-    tile = tile or (_CPU_TILE if on_cpu else _TILE)
+    tile = tile or _tile_of(rows[0])
     small: list[Row] = []
-    elements = 0
+    gathered = 0
     for row in rows:
-        size = row.param.numel()
-        if on_cpu and size < _SMALL:
-            if elements + size > _CPU_TILE:
+        size = row.mu.nbytes
+        if size < _SMALL and row.param.is_cpu:
+            if gathered + size > _CPU_TILE:
                 yield _gathered(small)
-                small, elements = [], 0
+                small, gathered = [], 0
             small.append(row)
-            elements += size
+            gathered += size
         elif size > tile:
-            yield from map(Block, _tiles(row, tile))
+            yield from map(Block, _tiles(row, tile // row.mu.element_size()))
         else:
             yield Block(row)
     if small:
@@ -174,9 +188,16 @@ def write(blocks: Sequence[Block], updates: Sequence[Tensor], mus: Sequence[Tens
 def advance(steps: list[Tensor]) -> None:
     """Add one to the step counts."""
     if steps and steps[0].is_cpu:
-        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)  # a number would be made a tensor for every step
+        torch._foreach_add_(steps, _ONE, alpha=1.0)  # a number would be made a tensor for every step
     else:
         torch._foreach_add_(steps, 1)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    # What is freed beyond twice the largest block that was ever mapped and freed, glibc returns to the system, and every
+    # temporary would be new memory again. So let there have been such a block; it costs nothing, since it is not touched.
+    torch.empty(2**24, dtype=torch.uint8)
 
 
 def _step_list(chunk: list[Block], step: Step, decays: bool) -> None:
@@ -207,13 +228,16 @@ def _tiles(row: Row, size: int) -> Iterator[Row]:
 def _chunks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     """Sort blocks into lists that are, together, as large as a tile."""
     chunk: list[Block] = []
-    elements = 0
+    size = 0
     for block in blocks:
-        size = block.row.param.numel()
-        if chunk and elements + size > (_CPU_TILE if block.row.param.is_cpu else _TILE):
+        if chunk and size + block.row.mu.nbytes > _tile_of(block.row):
             yield chunk
-            chunk, elements = [], 0
+            chunk, size = [], 0
         chunk.append(block)
-        elements += size
+        size += block.row.mu.nbytes
     if chunk:
         yield chunk
+
+
+def _tile_of(row: Row) -> int:
+    return _CPU_TILE if row.param.is_cpu else _TILE
