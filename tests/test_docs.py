@@ -10,7 +10,7 @@ import pytest
 import acprop_core._optimizer
 import acprop_optax
 import acprop_stepper._stepper
-import acprop_torch
+import acprop_torch._optimizer
 from agreement import BOUNDS, RANDOM_BOUNDS
 from cases import CASES
 
@@ -26,7 +26,7 @@ def test_snippets_run(page: Path) -> None:
         exec(compile(snippet, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("module", [acprop_core._optimizer, acprop_optax, acprop_torch, acprop_stepper._stepper])
+@pytest.mark.parametrize("module", [acprop_core._optimizer, acprop_optax, acprop_torch._optimizer, acprop_stepper._stepper])
 def test_examples_of_docstrings_hold(module: object) -> None:
     failed, tried = doctest.testmod(module)
     assert tried

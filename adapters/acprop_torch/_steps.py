@@ -195,8 +195,8 @@ def advance(steps: list[Tensor]) -> None:
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    # What is freed beyond twice the largest block that was ever mapped and freed, glibc returns to the system, and every
-    # temporary would be new memory again. So let there have been such a block; it costs nothing, since it is not touched.
+    # What is free beyond twice the largest block that was ever mapped and freed, glibc returns to the system, and each
+    # temporary would be new memory again. So let there have been such a block; untouched, it costs nothing.
     torch.empty(2**24, dtype=torch.uint8)
 
 

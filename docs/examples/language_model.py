@@ -1,0 +1,157 @@
+"""Train a small transformer to write documentation, letter by letter, with ACProp and with AdamW.
+
+    python docs/examples/language_model.py [--steps 600] [--out out]
+
+The text is what ships with every Python: the docstrings of its standard library. The same model starts from the same
+weights, sees the same batches and follows the same schedule (warm-up, then a cosine); each optimizer uses the learning
+rate that was best for it in short runs. Printed and drawn is the loss on text that was held out, in nats a letter.
+"""
+
+import argparse
+import ast
+import math
+import pathlib
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+
+import matplotlib as mpl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from acprop_torch import ACProp
+
+CONTEXT, BATCH = 96, 24
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+SHORT = 150  # steps of the runs that choose the rate
+MakeOptimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "ACProp, clip_exponent=0.25": lambda params, lr: ACProp(
+        params, lr=lr, weight_decay=0.1, clip_exponent=0.25, fused=True
+    ),
+    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.1, fused=True),
+}
+
+
+def docstrings() -> str:
+    """Return the docstrings of the modules at the top of the standard library, plain ASCII, in alphabetical order."""
+    texts = []
+    for file in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+    return "".join(letter for text in texts for letter in f"{text}\n\n" if text and letter.isascii())
+
+
+class Block(nn.Module):
+    """Attention, then two layers, each on normalized input and added to it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_layers = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries_keys_values, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        per_head = self.queries_keys_values(self.before_attention(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = per_head.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(-2))
+        return x + self.layers(self.before_layers(x))
+
+
+class Transformer(nn.Module):
+    """Predict the next letter."""
+
+    def __init__(self, letters: int, width: int = 128, heads: int = 4, depth: int = 3) -> None:
+        super().__init__()
+        self.letter, self.place = nn.Embedding(letters, width), nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, letters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.letter(x) + self.place.weight[: x.shape[1]]))
+
+
+def loss_of(model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
+    """Return the mean loss, in nats a letter, on the windows of `text` that begin at `starts`."""
+    windows = torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()])
+    return functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+
+
+def train(
+    make: MakeOptimizer, rate: float, text: Tensor, held_out: Tensor, letters: int, steps: int, name: str
+) -> dict:
+    """Return {step: loss on held-out text}."""
+    torch.manual_seed(0)
+    model = Transformer(letters)
+    optimizer = make(model.parameters(), rate)
+    warm_up = 50
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * min(1.0, i / steps)))
+    )
+    generator = torch.Generator().manual_seed(1)
+    tests = torch.linspace(0, len(held_out) - CONTEXT - 1, 96).long()
+    losses = {}
+    for step in tqdm(range(1, steps + 1), desc=f"{name}, {rate:g}", leave=False):
+        optimizer.zero_grad()
+        starts = torch.randint(len(text) - CONTEXT - 1, (BATCH,), generator=generator)
+        loss_of(model, text, starts).backward()
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0 or step == steps:
+            with torch.no_grad():
+                losses[step] = loss_of(model, held_out, tests).item()
+    return losses
+
+
+def draw(curves: dict[str, dict[int, float]], file: pathlib.Path) -> None:
+    """Draw the losses of each run against its steps."""
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, losses), style in zip(curves.items(), ("-", "--"), strict=True):
+        axes.plot(list(losses), list(losses.values()), style, label=name)
+    axes.set(xlabel="step", ylabel="loss on held-out text (nats a letter)")
+    axes.set_title("A transformer on the docstrings of Python's standard library")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Choose the rates, train, print and draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    options = parser.parse_args()
+
+    letters, text = torch.unique(torch.tensor(list(docstrings().encode("ascii"))), return_inverse=True)
+    cut = len(text) * 9 // 10
+    data = (text[:cut], text[cut:], len(letters))
+    print(f"{len(text):,} letters of {len(letters)} kinds, {CONTEXT * BATCH:,} a step")
+
+    curves = {}
+    for name, make in OPTIMIZERS.items():
+        trials = {rate: train(make, rate, *data, min(SHORT, options.steps), name) for rate in RATES}
+        finals = {rate: list(losses.values())[-1] for rate, losses in trials.items()}
+        best = min(finals, key=finals.__getitem__)
+        print(
+            f"{name}: after {min(SHORT, options.steps)} steps", *(f"{r:g}: {loss:.3f};" for r, loss in finals.items())
+        )
+        start = time.perf_counter()
+        curves[f"{name}, lr={best:g}"] = losses = train(make, best, *data, options.steps, name)
+        seconds = time.perf_counter() - start
+        print(f"{name}, lr={best:g}: {list(losses.values())[-1]:.3f} after {options.steps} steps, {seconds:.0f} s")
+    draw(curves, options.out / "language_model.png")
+    print(f"wrote {options.out / 'language_model.png'}")
+
+
+if __name__ == "__main__":
+    main()
