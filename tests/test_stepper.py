@@ -19,11 +19,18 @@ import pytest
 import acprop_stepper._engines as engines
 import acprop_stepper._stepper as module
 from acprop_core import ACProp, State
+from acprop_core._rule import displacement, rule
 from acprop_stepper import Stepper, StepRecord
 from acprop_stepper._memory import first_overlap
+from acprop_stepper._program import execute, program_of
 
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
 ENGINES = ["tiles", "numba"]
+
+
+def readonly(x: np.ndarray) -> np.ndarray:
+    x.flags.writeable = False
+    return x
 
 
 def functional(params: Any, grads: list[Any], **hyper: Any) -> Any:
@@ -99,6 +106,39 @@ def test_many_parameters_give_the_bits_of_the_functional_core(
     assert_same(stepper, functional(start, grads, mask=mask))
 
 
+@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize(
+    "hyper", [{}, HYPER, {"b1": 0.1, "b2": 0.2, "eps_root": 0.0}, {"centering": "previous", "clip_exponent": 0.5}]
+)
+@pytest.mark.parametrize("grad_scale", [1.0, 0.3])
+@pytest.mark.parametrize("decay", [False, True])
+def test_a_program_is_the_rule_and_its_second_half_can_be_repeated(
+    count: int, hyper: dict[str, Any], grad_scale: float, decay: bool
+) -> None:
+    k, dtype, _ = ACProp(**hyper).at(count, np).numbers_for(np.float32)
+    rng = np.random.default_rng(0)
+    param, grad, mu, nu = inputs = [readonly(rng.uniform(0.1, 1.0, 50).astype(np.float32)) for _ in range(4)]
+    program = program_of(k, grad_scale, decay, dtype)
+    registers = [np.full(50, math.nan, np.float32) for _ in range(program.registers)]
+    execute(program.compute, [*inputs, *program.numbers, *registers])
+    outputs = [np.full(50, math.nan, np.float32) for _ in range(3)]
+    for _ in range(2):
+        execute(program.write, [outputs[0], grad, *outputs[1:], *program.numbers, *registers])
+    d, new_mu, new_nu = rule(grad * grad_scale, mu, nu, k, np)
+    new_param = param + displacement(d, param if decay else None, k)
+    for x, y in zip(outputs, (new_param, new_mu, new_nu), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_program_is_as_short_as_the_rule() -> None:
+    k, dtype, _ = ACProp(clip_exponent=0.25).at(5, np).numbers_for(np.float32)
+    program = program_of(k, 1.0, False, dtype)
+    # 16 operations (nothing is added for the bias of a later step), and parameter and first moment are copied
+    assert [call.__name__ for call, _ in program.compute].count("_copy") == 0
+    assert len(program.compute) + len(program.write) == 18
+    assert program.registers == 3
+
+
 def test_buffers_are_shared_by_dtype_and_decay() -> None:
     params = {"a": np.ones(3, np.float32), "b": np.ones(2), "c": np.ones(4, np.float32)}
     stepper = Stepper(params, weight_decay=0.1, mask={"a": True, "b": True, "c": True})
@@ -110,8 +150,8 @@ def test_a_step_makes_nothing_parameter_sized(engine: str) -> None:
     import tracemalloc
 
     params, grads = np.ones(4_000_000, np.float32), np.ones(4_000_000, np.float32)
+    Stepper(params.copy(), **HYPER, engine=engine).step(grads)  # imports and compiles
     stepper = Stepper(params, **HYPER, engine=engine)
-    stepper.step(grads)
     gc.collect()
     tracemalloc.start()
     stepper.step(grads)
@@ -230,11 +270,6 @@ def test_numba_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModuleNotFoundError, match=r"engine is 'numba', which needs Numba: .*acprop-core\[fast\]"):
         Stepper(np.ones(2), engine="numba")
     assert type(Stepper(np.ones(2))._engines[0]) is engines.Tiles
-
-
-def readonly(x: np.ndarray) -> np.ndarray:
-    x.flags.writeable = False
-    return x
 
 
 _X = np.ones(6)
@@ -469,7 +504,7 @@ def test_an_exception_at_any_line_leaves_the_old_or_the_new(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("failing", ["rule", "scatter"])
+@pytest.mark.parametrize("failing", ["rule", "execute", "scatter"])
 def test_a_failure_that_passes_is_made_good(engine: str, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "TILE", 64)
     whole = getattr(engines, failing)
@@ -496,7 +531,7 @@ def test_a_failure_that_passes_is_made_good(engine: str, failing: str, monkeypat
 def test_a_failure_that_lasts_is_raised_and_made_good_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "TILE", 64)
     stepper, grads, _, after = stepper_and_outcomes("tiles", 1)
-    whole, calls = engines.rule, 0
+    whole, calls = engines.execute, 0
 
     def broken(*arguments: Any) -> Any:
         nonlocal calls
@@ -505,10 +540,10 @@ def test_a_failure_that_lasts_is_raised_and_made_good_when_it_ends(monkeypatch: 
             raise MemoryError
         return whole(*arguments)
 
-    monkeypatch.setattr(engines, "rule", broken)
+    monkeypatch.setattr(engines, "execute", broken)
     with pytest.raises(MemoryError):
         stepper.step(grads)
-    monkeypatch.setattr(engines, "rule", whole)
+    monkeypatch.setattr(engines, "execute", whole)
     assert_same(stepper, after)
 
 

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from acprop_core._rule import Array, Coefficients, displacement, rule
+from acprop_core._rule import NUMBERS, Array, Coefficients, displacement, rule
+from acprop_stepper._program import Program, execute, program_of
 
-# Bytes of one operand of a tile: the rule's temporaries, six or so, must stay in the second-level cache. Smaller tiles
+# Bytes of one operand of a tile: each call should find what the last one wrote in the second-level cache. Smaller tiles
 # pay for the interpreter, larger ones for memory.
-TILE = 2**17
+TILE = 2**18
 
 # Elements of one call of the compiled step: many enough to hide the call, few enough to share among threads.
 RUN = 2**20
@@ -44,11 +45,19 @@ class Buffer:
         self.mu = mu
         self.nu = nu
         self.decay = decay
+        # as they lie behind one another in a tile: views, where NumPy can make them
+        self.flat = [x.reshape(-1) if x.flags.c_contiguous else x for x in params]
 
     def moments(self, i: int) -> tuple[Array, Array]:
         """Return the moments of the i-th parameter, as views."""
         part = slice(self.ends[i] - self.params[i].size, self.ends[i])
         return tuple(x[part].reshape(self.params[i].shape) for x in (self.mu, self.nu))
+
+
+def alike(buffer: Buffer) -> bool:
+    """Return whether parameters and moments are all float32, or all float64: the rule then needs no casts."""
+    dtypes = {buffer.mu.dtype, buffer.nu.dtype, *(x.dtype for x in buffer.params)}
+    return dtypes in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
 
 
 class Tile(NamedTuple):
@@ -114,7 +123,7 @@ class TileTask:
         self._result = param, mu, nu = result
         buffer, tile = self._buffer, self._tile
         with np.errstate(all="ignore"):
-            scatter(param, buffer.params, tile)
+            scatter(param, buffer, tile)
             buffer.mu[tile.start : tile.stop] = mu.reshape(-1)
             buffer.nu[tile.start : tile.stop] = nu.reshape(-1)
         self.done = True
@@ -123,13 +132,9 @@ class TileTask:
     def compute(self) -> tuple[Array, Array, Array]:
         """Return what parameter and moments become; nothing is written."""
         k, dtype, real_dtype, grad_scale, _ = self._numbers
-        buffer, tile = self._buffer, self._tile
-        param, grad = (gather(arrays, tile, buffer.xp) for arrays in (buffer.params, self._grads))
-        grad = grad.astype(dtype, copy=False)
-        mu, nu = (
-            x[tile.start : tile.stop].reshape(param.shape).astype(kind, copy=False)
-            for x, kind in ((buffer.mu, dtype), (buffer.nu, real_dtype))
-        )
+        buffer = self._buffer
+        param, *others = self.operands()
+        grad, mu, nu = (x.astype(kind, copy=False) for x, kind in zip(others, (dtype, dtype, real_dtype), strict=True))
         # overflow is the business of `nonfinite`, not of warnings
         with np.errstate(all="ignore"):
             if grad_scale != 1.0:
@@ -138,6 +143,12 @@ class TileTask:
             update = displacement(d, param.astype(dtype, copy=False) if buffer.decay else None, k)
             # rounded to 16 bits before it is added, where parameters are: to the bits what the functional core does
             return param + update.astype(param.dtype, copy=False), mu, nu
+
+    def operands(self) -> list[Array]:
+        """Return parameter, gradient and moments of the tile: views, but for parameters that share a tile."""
+        buffer, tile = self._buffer, self._tile
+        param, grad = (gather(arrays, tile, buffer.xp) for arrays in (buffer.params, self._grads))
+        return [param, grad, *(x[tile.start : tile.stop].reshape(param.shape) for x in (buffer.mu, buffer.nu))]
 
     def stays_finite(self) -> bool:
         """Return whether parameters and moments would be finite after the step."""
@@ -159,15 +170,68 @@ def gather(arrays: Sequence[Array], tile: Tile, xp: Any) -> Array:
     return xp.concatenate(arrays[tile.first : tile.last], axis=None)
 
 
-def scatter(values: Array, arrays: Sequence[Array], tile: Tile) -> None:
-    """Write what `gather` would read."""
+def scatter(values: Array, buffer: Buffer, tile: Tile) -> None:
+    """Write into the parameters what `gather` would read."""
     if tile.last - tile.first == 1:
-        arrays[tile.first][tile.block] = values
+        buffer.params[tile.first][tile.block] = values
         return
     start = 0
-    for x in arrays[tile.first : tile.last]:
-        x[...] = values[start : start + x.size].reshape(x.shape)
+    for x in buffer.flat[tile.first : tile.last]:
+        part = values[start : start + x.size]
+        x[...] = part if x.ndim == 1 else part.reshape(x.shape)
         start += x.size
+
+
+class ProgramTask(TileTask):
+    """One tile by a program, which needs no allocation and one copy less: all real arrays of one dtype."""
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        tile: Tile,
+        grads: Sequence[Array],
+        numbers: Numbers,
+        program: Program,
+        spare: list[list[Array]],
+    ) -> None:
+        super().__init__(buffer, tile, grads, numbers)
+        self._program = program
+        self._spare = spare  # registers that are free
+        self._slots: list[Array] | None = None  # once computed
+
+    def run(self) -> None:
+        """Step the tile."""
+        if self.done:
+            return
+        buffer, tile, program, taken = self._buffer, self._tile, self._program, None
+        with np.errstate(all="ignore"):
+            slots = self._slots
+            if slots is None:
+                taken = self._take()  # a handler that runs this very task takes others, and cannot spoil these
+                operands = self.operands()
+                shape, size = operands[0].shape, tile.stop - tile.start
+                slots = [*operands, *program.numbers, *(x[:size].reshape(shape) for x in taken)]
+                execute(program.compute, slots)
+                if self.done:  # by such a handler, perhaps while this computed
+                    return
+                self._slots = slots
+            execute(program.write, slots)
+            if tile.last - tile.first > 1:
+                scatter(slots[0], buffer, tile)
+        self.done = True
+        self._slots = None
+        if taken is not None:  # else they are those of a call that was cut short, or that called the handler
+            self._spare.append(taken)
+
+    def _take(self) -> list[Array]:
+        try:
+            registers = self._spare.pop()
+        except IndexError:
+            registers = []
+        mu = self._buffer.mu
+        while len(registers) < self._program.registers:
+            registers.append(np.empty(min(TILE // mu.itemsize, mu.size), mu.dtype))
+        return registers
 
 
 class Tiles:
@@ -177,11 +241,15 @@ class Tiles:
         self._buffer = buffer
         size = TILE // buffer.mu.dtype.itemsize
         self._tiles = tiles_of(buffer, size, size)
+        self._spare: list[list[Array]] = []
 
-    def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> list[TileTask]:
+    def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> Sequence[TileTask]:
         """Return the tasks of one step; a gradient of None leaves its parameter out."""
         tiles = present(self._tiles, self._buffer, grads)
-        return [TileTask(self._buffer, tile, grads, numbers) for tile in tiles]
+        if not alike(self._buffer):
+            return [TileTask(self._buffer, tile, grads, numbers) for tile in tiles]
+        program = program_of(numbers.k, numbers.grad_scale, self._buffer.decay, numbers.dtype)
+        return [ProgramTask(self._buffer, tile, grads, numbers, program, self._spare) for tile in tiles]
 
 
 def present(tiles: list[Tile], buffer: Buffer, grads: Sequence[Array | None]) -> list[Tile]:
@@ -232,9 +300,7 @@ class Numba:
     @staticmethod
     def fits(buffer: Buffer) -> bool:
         """Return whether the compiled step can take all parameters of this buffer."""
-        dtypes = {buffer.mu.dtype, buffer.nu.dtype, *(x.dtype for x in buffer.params)}
-        contiguous = all(x.flags.carray for x in buffer.params)
-        return contiguous and dtypes in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
+        return alike(buffer) and all(x.flags.carray for x in buffer.params)
 
     def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> Sequence[Any]:
         """Return the tasks of one step; gradients of another layout than the parameters' are left to tiles."""
@@ -276,11 +342,10 @@ class CupyTask(TileTask):
         buffer, tile = self._buffer, self._tile
         k, dtype, _, grad_scale, _ = self._numbers
         with buffer.mu.device, self._stream:
-            param, grad = (gather(arrays, tile, buffer.xp) for arrays in (buffer.params, self._grads))
-            mu, nu = (x[tile.start : tile.stop].reshape(param.shape) for x in (buffer.mu, buffer.nu))
-            fused_step(k, buffer.decay, buffer.xp)(param, grad, mu, nu, *scalars_of(k, grad_scale, dtype))
+            operands = self.operands()
+            fused_step(k, buffer.decay, buffer.xp)(*operands, *scalars_of(k, grad_scale, dtype))
             if tile.last - tile.first > 1:
-                scatter(param, buffer.params, tile)
+                scatter(operands[0], buffer, tile)
         self.done = True
 
 
@@ -294,8 +359,7 @@ class Cupy:
     @staticmethod
     def fits(buffer: Buffer) -> bool:
         """Return whether the kernel can take all parameters of this buffer."""
-        dtypes = {buffer.mu.dtype, buffer.nu.dtype, *(x.dtype for x in buffer.params)}
-        return dtypes in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
+        return alike(buffer)
 
     def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> list[CupyTask]:
         """Return the tasks of one step; a gradient of None leaves its parameter out."""
@@ -303,12 +367,9 @@ class Cupy:
         return [CupyTask(self._buffer, tile, grads, numbers) for tile in tiles if tile.stop > tile.start]
 
 
-_NUMBERS = ("scale", "offset", "eps", "limit", "weight1", "weight2", "eps_root", "rate", "weight_decay")
-
-
 def scalars_of(k: Coefficients, grad_scale: float, dtype: Any) -> list[Any]:
     """Return the arguments of `fused_step` behind its arrays: scalars of `dtype`, so that nothing is computed wider."""
-    numbers = [0.0 if x is None else x for x in (getattr(k, name) for name in _NUMBERS)]
+    numbers = [0.0 if x is None else x for x in (getattr(k, name) for name in NUMBERS)]
     return [np.dtype(dtype).type(x) for x in (*numbers, grad_scale)]
 
 

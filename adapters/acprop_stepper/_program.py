@@ -1,0 +1,147 @@
+"""The rule as a list of NumPy calls with outputs, so that a tile needs few arrays and allocates none.
+
+The rule is run once, on arrays that are not there and write down what is done with them. As in a compiler, registers
+are given to the values: here arrays of the size of a tile, taken over where a value is needed no more.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from acprop_core._rule import NUMBERS, Array, Coefficients, displacement, rule
+
+Instruction = tuple[Callable[..., Any], Callable[[Sequence[Any]], Any]]  # a function, and what picks its arguments
+
+
+class Program(NamedTuple):
+    """A step of one tile. Its arrays stand in slots: parameter, gradient, mu, nu, then numbers, then registers."""
+
+    compute: list[Instruction]  # writes registers only
+    write: list[Instruction]  # writes parameter, mu and nu, and reads none of them, so that it may be repeated
+    numbers: list[Any]
+    registers: int
+
+
+def program_of(k: Coefficients, grad_scale: float, decay: bool, dtype: Any) -> Program:
+    """Return a step of real arrays of `dtype`."""
+    numbers = {name: getattr(k, name) for name in NUMBERS} | {"grad_scale": grad_scale}
+    neutral = {"offset": 0.0, "eps_root": 0.0, "grad_scale": 1.0, "limit": None}
+    absent = frozenset(name for name, x in neutral.items() if numbers[name] == x)
+    traced = _trace(absent, k.old_is_lighter1, k.old_is_lighter2, k.from_previous, decay)
+    return traced._replace(numbers=[np.asarray(x.sign * numbers[x.name], dtype) for x in traced.numbers])
+
+
+def execute(instructions: list[Instruction], slots: Sequence[Any]) -> None:
+    """Run a part of a program."""
+    for function, arguments in instructions:
+        function(*arguments(slots))
+
+
+class _Array:
+    """An array that is not there: what is done with it is appended to a list of calls."""
+
+    def __init__(self, calls: "list[_Call]") -> None:
+        self._calls = calls
+
+    def call(self, function: Callable[..., Any], *operands: Any) -> "_Array":
+        """Return the result of a NumPy function that takes its output behind its operands."""
+        result = _Array(self._calls)
+        self._calls.append(_Call(function, operands, result))
+        return result
+
+    def __add__(self, other: Any) -> "_Array":
+        # None: zero. x + 0 differs from x in the sign of a zero alone, and no second moment is a negative zero.
+        return self if other is None else self.call(np.add, self, other)
+
+    def __sub__(self, other: Any) -> "_Array":
+        return self.call(np.subtract, self, other)
+
+    def __mul__(self, other: Any) -> "_Array":
+        return self.call(np.multiply, self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> "_Array":
+        return self.call(np.divide, self, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """A number of the step, or its negative."""
+
+    name: str
+    sign: float = 1.0
+
+    def __neg__(self) -> "_Number":
+        return _Number(self.name, -self.sign)
+
+
+class _Call(NamedTuple):
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+    result: _Array
+
+
+_namespace = SimpleNamespace(
+    sqrt=lambda x: x.call(np.sqrt, x),
+    clip=lambda x, low, high: x.call(np.ndarray.clip, x, low, high),  # np.clip itself costs a microsecond more
+)
+
+
+@functools.cache
+def _trace(
+    absent: frozenset[str], old_is_lighter1: bool, old_is_lighter2: bool, from_previous: bool, decay: bool
+) -> Program:
+    """Return the program for numbers of which `absent` change nothing."""
+    k = Coefficients(
+        **{name: None if name in absent else _Number(name) for name in NUMBERS},
+        old_is_lighter1=old_is_lighter1,
+        old_is_lighter2=old_is_lighter2,
+        from_previous=from_previous,
+        is_complex=False,
+    )
+    calls: list[_Call] = []
+    param, grad, mu, nu = inputs = [_Array(calls) for _ in range(4)]
+    scaled = grad if "grad_scale" in absent else grad * _Number("grad_scale")
+    d, new_mu, new_nu = rule(scaled, mu, nu, k, _namespace)
+    new_param = param + displacement(d, param if decay else None, k)
+
+    write = []
+    for old, new in ((param, new_param), (mu, new_mu), (nu, new_nu)):
+        last = next(call for call in calls if call.result is new)
+        if {param, mu, nu} & set(last.operands) or any(new in call.operands for call in calls):
+            write.append(_Call(_copy, (new,), old))
+        else:  # it waits for nothing and nothing for it: it is made where it belongs
+            write.append(last._replace(result=old))
+            calls.remove(last)
+    return _allocate(calls, write, inputs)
+
+
+def _copy(source: Array, target: Array) -> None:
+    np.copyto(target, source)
+
+
+def _allocate(compute: list[_Call], write: list[_Call], inputs: list[_Array]) -> Program:
+    """Give every array and number a slot."""
+    calls = [*compute, *write]
+    last_use = {x: i for i, call in enumerate(calls) for x in call.operands}
+    numbers = [x for x in last_use if isinstance(x, _Number)]
+    slots: dict[Any, int] = {x: i for i, x in enumerate([*inputs, *numbers])}
+    first = end = len(slots)
+    free: list[int] = []
+    instructions: list[Instruction] = []
+    for i, call in enumerate(calls):
+        # a register that is read here for the last time can take the result
+        free += {slots[x] for x in call.operands if last_use[x] == i and slots[x] >= first}
+        if call.result not in slots:
+            if not free:
+                free.append(end)
+                end += 1
+            slots[call.result] = free.pop()
+        instructions.append((call.function, operator.itemgetter(*(slots[x] for x in (*call.operands, call.result)))))
+    return Program(instructions[: len(compute)], instructions[len(compute) :], numbers, end - first)
