@@ -119,11 +119,34 @@ def scalars_of(k: _rule.Coefficients, dtype: Any) -> _rule.Coefficients:
 def addresses(arrays: Any) -> Any:
     """Return where the data of NumPy arrays begin, as an int64 array.
 
-    The pointer is the first field of NumPy's array object (its C interface fixes that: PyArray_DATA), which CPython
-    places behind its own header. ``array.ctypes.data`` says the same in 1.4 microseconds; a thousand of them would cost
-    more than stepping a thousand arrays of a thousand.
+    ``array.ctypes.data`` says the same in 1.4 microseconds; a thousand of them would cost more than stepping a thousand
+    arrays of a thousand.
     """
-    return _first_fields(np.fromiter(map(id, arrays), np.int64, len(arrays)), object.__basicsize__)
+    return _first_fields(_objects(arrays))
+
+
+class Plain:
+    """The fast way to see that gradients fit: have shape and dtype of the parameters, are contiguous, lie elsewhere.
+
+    Parameters
+    ----------
+    params : sequence of numpy.ndarray
+        Contiguous arrays that do not overlap.
+    """
+
+    def __init__(self, params: Any) -> None:
+        self._params = params  # which keeps the objects where they are
+        self._objects = _objects(params)
+        self._sizes = np.array([x.nbytes for x in params], np.int64)
+        starts = addresses(params)
+        order = [i for i in np.argsort(starts) if self._sizes[i]]
+        self._starts, self._ends = starts[order], (starts + self._sizes)[order]
+
+    def addresses(self, grads: Any) -> Any:
+        """Return the `addresses` of gradients that all fit while the parameters are writeable, otherwise None."""
+        found = _objects(grads)  # each to be replaced by its address
+        fit = _all_plain(found, self._objects, self._sizes, self._starts, self._ends, id(np.ndarray))
+        return found if fit else None
 
 
 @intrinsic
@@ -136,9 +159,58 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
     return nb.CPointer(like.dtype)(address, like), generate
 
 
+# NumPy's C interface fixes what stands in an array object behind the header that CPython gives it (PyArrayObject):
+# data, nd, dimensions, strides, base, descr and flags, in words of 8 bytes; nd and flags fill half of theirs.
+_HEADER = object.__basicsize__  # its last word is the type
+_DATA, _ND, _DIMENSIONS, _DESCR, _FLAGS = 0, 1, 2, 5, 6
+_HALF = 2**32 - 1  # as little-endian machines have it, and Numba runs on no other
+_PLAIN = 0x1 | 0x100  # NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_ALIGNED
+_WRITEABLE = 0x400
+
+
+def _objects(arrays: Any) -> Any:
+    return np.fromiter(map(id, arrays), np.int64, len(arrays))
+
+
 @numba.njit
-def _first_fields(objects: Any, header: int) -> Any:
+def _words(address: int, number: int, like: Any) -> Any:
+    return numba.carray(_pointer(address, like), number)
+
+
+@numba.njit
+def _first_fields(objects: Any) -> Any:
     fields = np.empty_like(objects)
     for i in range(objects.size):
-        fields[i] = numba.carray(_pointer(objects[i] + header, objects), 1)[0]
+        fields[i] = _words(objects[i] + _HEADER, 1, objects)[_DATA]
     return fields
+
+
+@numba.njit
+def _all_plain(grads: Any, params: Any, sizes: Any, starts: Any, ends: Any, ndarray: int) -> bool:
+    if grads.size != params.size:
+        return False
+    for i in range(grads.size):
+        if _words(grads[i] + _HEADER - 8, 1, grads)[0] != ndarray:
+            return False  # None, say, of which no more may be read
+        grad, param = _words(grads[i] + _HEADER, 7, grads), _words(params[i] + _HEADER, 7, grads)
+        nd = grad[_ND] & _HALF
+        if grad[_DESCR] != param[_DESCR] or nd != param[_ND] & _HALF:
+            return False
+        if grad[_FLAGS] & _PLAIN != _PLAIN or param[_FLAGS] & _WRITEABLE == 0:
+            return False
+        shape, wanted = _words(grad[_DIMENSIONS], nd, grads), _words(param[_DIMENSIONS], nd, grads)
+        for j in range(nd):
+            if shape[j] != wanted[j]:
+                return False
+        # Of the parameters that begin before the gradient ends, the last ends last.
+        low, high = 0, starts.size
+        while low < high:
+            middle = (low + high) // 2
+            if starts[middle] < grad[_DATA] + sizes[i]:
+                low = middle + 1
+            else:
+                high = middle
+        if low > 0 and ends[low - 1] > grad[_DATA]:
+            return False
+        grads[i] = grad[_DATA]
+    return True

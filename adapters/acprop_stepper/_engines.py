@@ -29,7 +29,7 @@ class Numbers(NamedTuple):
     dtype: Any  # in which to run the rule
     real_dtype: Any
     grad_scale: float  # what gradients are multiplied by first
-    contiguous: bool  # whether all gradients are known to be there, and contiguous
+    addresses: Any  # of the gradients, if all are known to be there and contiguous, otherwise None
 
 
 class Buffer:
@@ -45,8 +45,8 @@ class Buffer:
         self.mu = mu
         self.nu = nu
         self.decay = decay
-        # as they lie behind one another in a tile: views, where NumPy can make them
-        self.flat = [x.reshape(-1) if x.flags.c_contiguous else x for x in params]
+        # the contiguous ones as views of one dimension: those that can share a tile
+        self.flat: list[Any] = [x.reshape(-1) if x.flags.c_contiguous else None for x in params]
 
     def moments(self, i: int) -> tuple[Array, Array]:
         """Return the moments of the i-th parameter, as views."""
@@ -71,18 +71,19 @@ class Tile(NamedTuple):
 
 
 def tiles_of(buffer: Buffer, cut: int, pack: int) -> list[Tile]:
-    """Cut a buffer into tiles of at most `cut` elements; small neighbours share one of at most `pack`."""
+    """Cut a buffer into tiles of at most `cut` elements; small contiguous neighbours share one of at most `pack`."""
     tiles: list[Tile] = []
     start = 0
+    open_to_more = False
     for i, x in enumerate(buffer.params):
-        last = tiles[-1] if tiles else None
-        if last is not None and last.block == (...,) and start + x.size - last.start <= pack:
-            tiles[-1] = last._replace(last=i + 1, stop=start + x.size)
+        if open_to_more and buffer.flat[i] is not None and start + x.size - tiles[-1].start <= pack:
             start += x.size
+            tiles[-1] = tiles[-1]._replace(last=i + 1, stop=start)
             continue
         for block, elements in blocks_of(x.shape, cut):
             tiles.append(Tile(i, i + 1, block, start, start + elements))
             start += elements
+        open_to_more = buffer.flat[i] is not None and tiles[-1].block == (...,)
     return tiles
 
 
@@ -144,10 +145,14 @@ class TileTask:
             # rounded to 16 bits before it is added, where parameters are: to the bits what the functional core does
             return param + update.astype(param.dtype, copy=False), mu, nu
 
-    def operands(self) -> list[Array]:
-        """Return parameter, gradient and moments of the tile: views, but for parameters that share a tile."""
+    def operands(self, outs: Sequence[Array | None] = (None, None)) -> list[Array]:
+        """Return parameter, gradient and moments of the tile: views, but for parameters that share a tile.
+
+        The copies of those are made in `outs`, if this is given.
+        """
         buffer, tile = self._buffer, self._tile
-        param, grad = (gather(arrays, tile, buffer.xp) for arrays in (buffer.params, self._grads))
+        groups = zip((buffer.params, self._grads), outs, strict=True)
+        param, grad = (gather(arrays, tile, buffer.xp, out) for arrays, out in groups)
         return [param, grad, *(x[tile.start : tile.stop].reshape(param.shape) for x in (buffer.mu, buffer.nu))]
 
     def stays_finite(self) -> bool:
@@ -163,11 +168,12 @@ class TileTask:
         return range(self._tile.first, self._tile.last)
 
 
-def gather(arrays: Sequence[Array], tile: Tile, xp: Any) -> Array:
-    """Return the elements of a tile as one array: a view, if they are in one array."""
+def gather(arrays: Sequence[Array], tile: Tile, xp: Any, out: Array | None = None) -> Array:
+    """Return the elements of a tile as one array: a view, if they are in one array, or else in `out`."""
     if tile.last - tile.first == 1:
         return arrays[tile.first][tile.block]
-    return xp.concatenate(arrays[tile.first : tile.last], axis=None)
+    out = None if out is None else out[: tile.stop - tile.start]
+    return xp.concatenate(arrays[tile.first : tile.last], axis=None, out=out)
 
 
 def scatter(values: Array, buffer: Buffer, tile: Tile) -> None:
@@ -175,11 +181,10 @@ def scatter(values: Array, buffer: Buffer, tile: Tile) -> None:
     if tile.last - tile.first == 1:
         buffer.params[tile.first][tile.block] = values
         return
-    start = 0
-    for x in buffer.flat[tile.first : tile.last]:
-        part = values[start : start + x.size]
-        x[...] = part if x.ndim == 1 else part.reshape(x.shape)
-        start += x.size
+    stops = [end - tile.start for end in buffer.ends[tile.first : tile.last]]
+    parts = map(values.__getitem__, map(slice, [0, *stops], stops))
+    for x, part in zip(buffer.flat[tile.first : tile.last], parts, strict=True):
+        x[...] = part
 
 
 class ProgramTask(TileTask):
@@ -208,16 +213,16 @@ class ProgramTask(TileTask):
             slots = self._slots
             if slots is None:
                 taken = self._take()  # a handler that runs this very task takes others, and cannot spoil these
-                operands = self.operands()
+                operands = self.operands(taken[program.registers :])
                 shape, size = operands[0].shape, tile.stop - tile.start
-                slots = [*operands, *program.numbers, *(x[:size].reshape(shape) for x in taken)]
+                registers = [x[:size].reshape(shape) for x in taken[: program.registers]]
+                slots = [*operands, *program.numbers, *registers]
                 execute(program.compute, slots)
                 if self.done:  # by such a handler, perhaps while this computed
                     return
                 self._slots = slots
+            scatter(slots[program.param], buffer, tile)
             execute(program.write, slots)
-            if tile.last - tile.first > 1:
-                scatter(slots[0], buffer, tile)
         self.done = True
         self._slots = None
         if taken is not None:  # else they are those of a call that was cut short, or that called the handler
@@ -229,7 +234,7 @@ class ProgramTask(TileTask):
         except IndexError:
             registers = []
         mu = self._buffer.mu
-        while len(registers) < self._program.registers:
+        while len(registers) < self._program.registers + len(("parameter", "gradient")):
             registers.append(np.empty(min(TILE // mu.itemsize, mu.size), mu.dtype))
         return registers
 
@@ -290,7 +295,7 @@ class Numba:
     def __init__(self, buffer: Buffer) -> None:
         from acprop_core import _numba
 
-        self._compiled = _numba
+        self.compiled = _numba
         self._buffer = buffer
         self._tiles = Tiles(buffer)
         self._params = _numba.addresses(buffer.params)
@@ -304,13 +309,13 @@ class Numba:
 
     def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> Sequence[Any]:
         """Return the tasks of one step; gradients of another layout than the parameters' are left to tiles."""
-        if not numbers.contiguous and not all(
-            g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads
-        ):
-            return self._tiles.tasks(grads, numbers)
+        grad_addresses = numbers.addresses
+        if grad_addresses is None:
+            if not all(g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads):
+                return self._tiles.tasks(grads, numbers)
+            grad_addresses = self.compiled.addresses(grads)
         buffer, dtype = self._buffer, self._buffer.mu.dtype
-        k, scale = self._compiled.scalars_of(numbers.k, dtype), dtype.type(numbers.grad_scale)
-        grad_addresses = self._compiled.addresses(grads)
+        k, scale = self.compiled.scalars_of(numbers.k, dtype), dtype.type(numbers.grad_scale)
         tasks = []
         for run in self._runs:
             whole = run.start - (buffer.ends[run.first - 1] if run.first else 0)  # elements before, of a cut parameter
@@ -326,7 +331,7 @@ class Numba:
                 buffer.decay,
                 scale,
             )
-            tasks.append(NumbaTask(functools.partial(self._compiled.step, *arguments), grads))
+            tasks.append(NumbaTask(functools.partial(self.compiled.step, *arguments), grads))
         return tasks
 
 

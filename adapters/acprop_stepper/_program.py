@@ -22,7 +22,8 @@ class Program(NamedTuple):
     """A step of one tile. Its arrays stand in slots: parameter, gradient, mu, nu, then numbers, then registers."""
 
     compute: list[Instruction]  # writes registers only
-    write: list[Instruction]  # writes parameter, mu and nu, and reads none of them, so that it may be repeated
+    param: int  # the slot of what the parameter becomes
+    write: list[Instruction]  # writes mu and nu, without reading them, so that it may be repeated
     numbers: list[Any]
     registers: int
 
@@ -112,24 +113,24 @@ def _trace(
     new_param = param + displacement(d, param if decay else None, k)
 
     write = []
-    for old, new in ((param, new_param), (mu, new_mu), (nu, new_nu)):
+    for old, new in ((mu, new_mu), (nu, new_nu)):
         last = next(call for call in calls if call.result is new)
-        if {param, mu, nu} & set(last.operands) or any(new in call.operands for call in calls):
+        if {mu, nu} & set(last.operands) or any(new in call.operands for call in calls):
             write.append(_Call(_copy, (new,), old))
         else:  # it waits for nothing and nothing for it: it is made where it belongs
             write.append(last._replace(result=old))
             calls.remove(last)
-    return _allocate(calls, write, inputs)
+    return _allocate(calls, new_param, write, inputs)
 
 
 def _copy(source: Array, target: Array) -> None:
     np.copyto(target, source)
 
 
-def _allocate(compute: list[_Call], write: list[_Call], inputs: list[_Array]) -> Program:
+def _allocate(compute: list[_Call], param: _Array, write: list[_Call], inputs: list[_Array]) -> Program:
     """Give every array and number a slot."""
     calls = [*compute, *write]
-    last_use = {x: i for i, call in enumerate(calls) for x in call.operands}
+    last_use = {x: i for i, call in enumerate(calls) for x in call.operands}  # of `param`: none
     numbers = [x for x in last_use if isinstance(x, _Number)]
     slots: dict[Any, int] = {x: i for i, x in enumerate([*inputs, *numbers])}
     first = end = len(slots)
@@ -144,4 +145,5 @@ def _allocate(compute: list[_Call], write: list[_Call], inputs: list[_Array]) ->
                 end += 1
             slots[call.result] = free.pop()
         instructions.append((call.function, operator.itemgetter(*(slots[x] for x in (*call.operands, call.result)))))
-    return Program(instructions[: len(compute)], instructions[len(compute) :], numbers, end - first)
+    n = len(compute)
+    return Program(instructions[:n], slots[param], instructions[n:], numbers, end - first)

@@ -165,6 +165,9 @@ class Stepper:
         self._flat = not any("." in name for name in self._names) and isinstance(params, dict | list | tuple)
         self._flat = self._flat and len(self._leaves) == len(params)
         self._expect = [None if x is None else _layout(np.empty(x.shape, x.dtype)) for x in self._leaves]
+        compiled = [engine.compiled for engine in self._engines if isinstance(engine, Numba)]
+        every = len(compiled) == len(self._engines) and len(self._present) == len(self._leaves)
+        self._plain = compiled[0].Plain(self._leaves) if compiled and every else None  # the fast check
         self._owners = {id(_memory.owner(x)) for x in self._leaves if x is not None}
 
     @property
@@ -250,7 +253,7 @@ class Stepper:
 
     def _step(self, grads: Container) -> StepRecord:
         self._settle()
-        leaves, contiguous = self._match(grads)
+        leaves, addresses = self._match(grads)
         step = self.functional.at(self._count, self._xp)
         learning_rate = step.learning_rate
         norm, scale = None, 1.0
@@ -258,7 +261,7 @@ class Stepper:
             norm = global_norm(leaves, self._xp)
             scale = self._clip_norm / norm if norm > self._clip_norm else 1.0
         parts = [
-            (buffer, [leaves[i] for i in buffer.leaves], self._numbers(step, buffer, scale, contiguous))
+            (buffer, [leaves[i] for i in buffer.leaves], self._numbers(step, buffer, scale, addresses))
             for buffer in self._buffers
         ]
         if self._nonfinite != "allow" and (culprit := self._not_finite(parts)):
@@ -288,24 +291,27 @@ class Stepper:
         self._count = count
 
     @staticmethod
-    def _numbers(step: Any, buffer: Buffer, scale: float, contiguous: bool) -> Numbers:
+    def _numbers(step: Any, buffer: Buffer, scale: float, addresses: Any) -> Numbers:
         k, dtype, real_dtype = step.numbers_for(buffer.mu.dtype, buffer.params[0].dtype)
-        return Numbers(k, dtype, real_dtype, scale, contiguous)
+        return Numbers(k, dtype, real_dtype, scale, None if addresses is None else addresses[buffer.leaves])
 
-    def _match(self, grads: Container) -> tuple[list[Any], bool]:
-        """Return the gradients in the order of the parameters, checked, and whether all are plain and contiguous."""
-        for name, x, now in zip(self._names, self._leaves, self._pick(self.params, "params"), strict=True):
-            if now is not x:
-                raise ValueError(
-                    f"{called('parameter', name)} is not the array that the stepper was made for; write into that "
-                    "array, or make another stepper"
-                )
+    def _match(self, grads: Container) -> tuple[list[Any], Any]:
+        """Return the gradients in the order of the parameters, checked, and their `addresses` if these were found."""
+        now = self._pick(self.params, "params")
+        if not all(map(operator.is_, now, self._leaves)):
+            name = next(name for name, x, y in zip(self._names, now, self._leaves, strict=True) if x is not y)
+            raise ValueError(
+                f"{called('parameter', name)} is not the array that the stepper was made for; write into that "
+                "array, or make another stepper"
+            )
+        leaves = self._pick(grads, "the container of gradients")
+        if self._plain is not None and (addresses := self._plain.addresses(leaves)) is not None:
+            return leaves, addresses
         if self._xp is np and not all(map(_writeable, self._present)):
             self._check_parameters()  # which says which
-        leaves = self._pick(grads, "the container of gradients")
         try:
-            if list(map(_layout, leaves)) == self._expect and self._owners.isdisjoint(map(id, leaves)):
-                return leaves, True
+            if all(map(operator.eq, map(_layout, leaves), self._expect)) and self._owners.isdisjoint(map(id, leaves)):
+                return leaves, None
         except (AttributeError, ValueError):
             pass  # None, no array, or a view: what is comes out below
         groups = {"parameter": self._leaves, "gradient": leaves}
@@ -319,7 +325,7 @@ class Stepper:
         arrays = [(called("parameter", name), x, True) for name, x in self._named(self._leaves)]
         arrays += [(called("gradient", name), g, False) for name, g in self._named(leaves)]
         self._refuse_overlap(arrays)
-        return leaves, False
+        return leaves, None
 
     def _pick(self, grads: Container, what: str) -> list[Any]:
         # a flat container is read at C speed: a thousand small arrays should not wait for the interpreter
@@ -403,7 +409,7 @@ class Stepper:
 
 
 _writeable = operator.attrgetter("flags.writeable")
-_layout = operator.attrgetter("__class__", "dtype", "shape", "strides", "base")
+_layout = operator.attrgetter("__class__", "dtype", "shape", "base")
 
 
 def _native(xp: Any) -> Any:
