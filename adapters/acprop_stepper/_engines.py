@@ -45,8 +45,11 @@ class Buffer:
         self.mu = mu
         self.nu = nu
         self.decay = decay
-        # the contiguous ones as views of one dimension: those that can share a tile
-        self.flat: list[Any] = [x.reshape(-1) if x.flags.c_contiguous else None for x in params]
+        # Those that can share a tile, as contiguous views of one dimension. NumPy computes complex 0-d arrays by other
+        # code, to other last bits: as in the functional core, they stay by themselves.
+        self.flat: list[Any] = [
+            x.reshape(-1) if x.flags.c_contiguous and (x.shape or x.dtype.kind != "c") else None for x in params
+        ]
 
     def moments(self, i: int) -> tuple[Array, Array]:
         """Return the moments of the i-th parameter, as views."""

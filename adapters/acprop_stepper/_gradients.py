@@ -18,17 +18,24 @@ def largest(grad: Array, xp: Any) -> float:
         return float(np.max([float(xp.max(x)) for x in _magnitudes(grad, xp)], initial=0.0))
 
 
-def global_norm(grads: Iterable[Array | None], xp: Any) -> float:
-    """Return the Euclidean norm of all elements of all gradients, without overflow on the way."""
-    total = 0.0
+def global_norm(grads: Iterable[Array | None], xp: Any) -> tuple[float, float]:
+    """Return two factors of the Euclidean norm of all elements of all gradients: the largest magnitude, and the rest.
+
+    Nothing overflows or vanishes on the way, though the norm itself can be more than a float holds.
+    """
+    peak, ratio = 0.0, 0.0
     with np.errstate(all="ignore"):
         for grad in grads:
             for x in () if grad is None else _magnitudes(grad, xp):
-                scale = float(xp.max(x))
-                if scale != 0.0:
-                    x = x.astype(np.float64) / scale if math.isfinite(scale) else x
-                    total = math.hypot(total, scale * math.sqrt(float(xp.sum(x * x))))
-    return total
+                highest = float(xp.max(x))
+                if not math.isfinite(highest):
+                    return highest, 1.0
+                if highest > peak:
+                    peak, ratio = highest, ratio * (peak / highest)
+                if peak != 0.0:
+                    x = x.astype(np.float64) / peak
+                    ratio = math.hypot(ratio, math.sqrt(float(xp.sum(x * x))))
+    return peak, ratio
 
 
 def _magnitudes(grad: Array, xp: Any) -> Iterator[Array]:

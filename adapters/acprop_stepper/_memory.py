@@ -23,10 +23,23 @@ def first_overlap(named: Iterable[tuple[str, Array, bool]], xp: Any) -> tuple[st
         for _, other_name, other, other_written in open_:
             if (written or other_written) and _share(other, x, xp):
                 return other_name, name
-        if written and any(s == 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True)):
+        if written and _overlaps_itself(x, xp):
             return name, name
         open_.append((high, name, x, written))
     return None
+
+
+def _overlaps_itself(x: Array, xp: Any) -> bool:
+    extent = x.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if stride < extent:
+            break
+        extent += stride * (n - 1)
+    else:
+        return False  # along each axis, a step leads beyond all that the shorter steps can reach: the usual case
+    # Of two elements in one place, one has index 0 along the first axis where they differ: else shift both to there.
+    first = (slice(1),)
+    return any(_share(x[first * (i + 1)], x[(*first * i, slice(1, None))], xp) for i in range(x.ndim) if x.shape[i] > 1)
 
 
 def _share(a: Array, b: Array, xp: Any) -> bool:

@@ -1,6 +1,7 @@
 """The stepper: options, checks, and the step as a whole."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -140,11 +141,12 @@ class Stepper:
         if nonfinite not in ("allow", "skip", "raise"):
             raise ValueError(f"nonfinite is {nonfinite!r}; give 'allow', 'skip' or 'raise'")
         self._nonfinite = nonfinite
+        self._engine = engine
         if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
             raise ValueError(f"threads is {threads!r}; give a whole number of at least 1")
         self._threads = threads
         self._work: Work | None = None
-        self._stepping = False
+        self._busy = False
         self._lock = threading.RLock()
 
         pairs = list(flatten(params))
@@ -170,6 +172,13 @@ class Stepper:
         self._plain = compiled[0].Plain(self._leaves) if compiled and every else None  # the fast check
         self._owners = {id(_memory.owner(x)) for x in self._leaves if x is not None}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy steps copies of the parameters: those that are pickled or deep-copied along with it
+        options = {field.name: getattr(self.functional, field.name) for field in dataclasses.fields(self.functional)}
+        options |= {"clip_norm": self._clip_norm, "nonfinite": self._nonfinite}
+        options |= {"engine": self._engine, "threads": self._threads}
+        return _restored, (type(self), self.params, options, self.state)
+
     @property
     def state(self) -> State:
         """A copy of step count and moments, in the structure of the parameters."""
@@ -194,32 +203,36 @@ class Stepper:
         ------
         TypeError, ValueError
             If it does not fit; nothing has changed then.
+        RuntimeError
+            If called from within a step, as by `step`.
         """
-        with self._lock:
-            self._settle()
-            if not isinstance(state, State):
-                raise TypeError(f"the state is a {type(state).__name__}; give a State")
-            count = check_count(state.count)
-            if not isinstance(count, int):
-                raise TypeError(f"the step count (state.count) is {count!r}; give an int")
-            groups: dict[str, list[Any]] = {"parameter": self._leaves}
-            for what, tree in (("first moment", state.mu), ("second moment", state.nu)):
-                groups[what] = list(align(tree, self._containers, f"the container of {what}s"))
-            common_namespace(groups, self._names)
-            check_leaves(groups, self._names)
-            flat = []
-            for buffer in self._buffers:
-                for what, own in (("first moment", buffer.mu), ("second moment", buffer.nu)):
-                    for leaf in buffer.leaves:
-                        if groups[what][leaf].dtype != own.dtype:
-                            raise TypeError(
-                                f"{what} of {self._names[leaf]!r} has dtype {groups[what][leaf].dtype}, "
-                                f"this stepper keeps {own.dtype}; convert it, or set moment_dtype"
-                            )
-                    flat.append(self._xp.concatenate([groups[what][leaf].reshape(-1) for leaf in buffer.leaves]))
-            targets = [x for buffer in self._buffers for x in (buffer.mu, buffer.nu)]
-            self._tame = False
-            self._finish(Work([Copy(*pair) for pair in zip(flat, targets, strict=True)], lambda: self._set(count)))
+        self._alone(self._load, state)
+
+    def _load(self, state: State) -> None:
+        self._settle()
+        if not isinstance(state, State):
+            raise TypeError(f"the state is a {type(state).__name__}; give a State")
+        count = check_count(state.count)
+        if not isinstance(count, int):
+            raise TypeError(f"the step count (state.count) is {count!r}; give an int")
+        groups: dict[str, list[Any]] = {"parameter": self._leaves}
+        for what, tree in (("first moment", state.mu), ("second moment", state.nu)):
+            groups[what] = list(align(tree, self._containers, f"the container of {what}s"))
+        common_namespace(groups, self._names)
+        check_leaves(groups, self._names)
+        flat = []
+        for buffer in self._buffers:
+            for what, own in (("first moment", buffer.mu), ("second moment", buffer.nu)):
+                for leaf in buffer.leaves:
+                    if groups[what][leaf].dtype != own.dtype:
+                        raise TypeError(
+                            f"{what} of {self._names[leaf]!r} has dtype {groups[what][leaf].dtype}, "
+                            f"this stepper keeps {own.dtype}; convert it, or set moment_dtype"
+                        )
+                flat.append(self._xp.concatenate([groups[what][leaf].reshape(-1) for leaf in buffer.leaves]))
+        targets = [x for buffer in self._buffers for x in (buffer.mu, buffer.nu)]
+        self._tame = False
+        self._finish(Work([Copy(*pair) for pair in zip(flat, targets, strict=True)], lambda: self._set(count)))
 
     def step(self, grads: Container) -> StepRecord:
         """Update parameters and moments in place, all of them or none.
@@ -241,15 +254,24 @@ class Stepper:
             If a gradient does not fit its parameter, or shares memory with one; nothing has changed then.
         FloatingPointError
             If something is not finite and `nonfinite` is "raise"; nothing has changed then.
+        RuntimeError
+            If called from within a step of this stepper: by a schedule, or a signal's handler that interrupts one.
         """
+        return self._alone(self._step, grads)
+
+    def _alone(self, write: Callable[[Any], Any], argument: Any) -> Any:
+        """Write while other threads wait, and a handler that interrupts this one may not."""
         with self._lock:
-            if self._stepping and self._work is not None and not self._work.finished:
-                raise RuntimeError("step was called from within step, by a schedule or a signal's handler; do it later")
-            self._stepping = True
+            if self._busy:
+                raise RuntimeError(
+                    "step or load_state was called from within one of them, by a schedule or a signal's handler; "
+                    "do it later"
+                )
+            self._busy = True
             try:
-                return self._step(grads)
+                return write(argument)
             finally:
-                self._stepping = False
+                self._busy = False
 
     def _step(self, grads: Container) -> StepRecord:
         self._settle()
@@ -258,8 +280,10 @@ class Stepper:
         learning_rate = step.learning_rate
         norm, scale = None, 1.0
         if self._clip_norm is not None:
-            norm = global_norm(leaves, self._xp)
-            scale = self._clip_norm / norm if norm > self._clip_norm else 1.0
+            peak, ratio = global_norm(leaves, self._xp)
+            norm = peak * ratio
+            if norm > self._clip_norm:
+                scale = self._clip_norm / norm if norm < math.inf else self._clip_norm / peak / ratio
         parts = [
             (buffer, [leaves[i] for i in buffer.leaves], self._numbers(step, buffer, scale, addresses))
             for buffer in self._buffers
@@ -345,7 +369,7 @@ class Stepper:
             raise ValueError(
                 f"{overlap[0]} and {overlap[1]} share memory, so that writing one would change the other; copy one"
                 if overlap[0] != overlap[1]
-                else f"{overlap[0]} holds the same memory several times (a stride of 0); copy it"
+                else f"several elements of {overlap[0]} lie in the same memory, as its strides have it; copy it"
             )
 
     def _not_finite(self, parts: list[tuple[Buffer, list[Any], Numbers]]) -> str | None:
@@ -406,6 +430,12 @@ class Stepper:
             return Cupy(buffer) if Cupy.fits(buffer) else Tiles(buffer)
         fast = engine == "numba" or (engine is None and importlib.util.find_spec("numba") is not None)
         return Numba(buffer) if fast and Numba.fits(buffer) else Tiles(buffer)
+
+
+def _restored(kind: type[Stepper], params: Container, options: dict[str, Any], state: State) -> Stepper:
+    stepper = kind(params, **options)
+    stepper.load_state(state)
+    return stepper
 
 
 _writeable = operator.attrgetter("flags.writeable")
