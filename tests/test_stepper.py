@@ -134,6 +134,19 @@ def test_a_program_is_the_rule_and_its_second_half_can_be_repeated(
         np.testing.assert_array_equal(x, y)
 
 
+def test_many_complex_scalars_give_the_bits_of_the_functional_core() -> None:
+    rng = np.random.default_rng(0)
+
+    def draw() -> dict[str, Any]:
+        return {str(i): np.asarray(complex(*rng.normal(size=2))) for i in range(300)}
+
+    start, grads = draw(), [draw() for _ in range(3)]
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER)
+    for g in grads:
+        stepper.step(g)
+    assert_same(stepper, functional(start, grads))
+
+
 def test_a_program_is_as_short_as_the_rule() -> None:
     k, dtype, _ = ACProp(clip_exponent=0.25).at(5, np).numbers_for(np.float32)
     program = program_of(k, 1.0, False, dtype)
@@ -454,8 +467,8 @@ def test_a_gradient_that_owns_the_memory_of_a_parameter(engine: str) -> None:
 
 
 def test_the_fast_check_knows_what_fits() -> None:
-    memory = np.zeros(12)
-    params = {"a": memory[6:], "b": np.ones((2, 3)), "empty": memory[8:8], "scalar": np.ones(())}
+    memory = np.zeros(20)
+    params = {"a": memory[6:12], "b": np.ones((2, 3)), "empty": memory[8:9][:0], "scalar": np.ones(())}
     plain = Stepper(params, engine="numba")._plain
 
     def addresses(**grads: Any) -> Any:
@@ -476,11 +489,12 @@ def test_the_fast_check_knows_what_fits() -> None:
         {"a": np.zeros(12)[::2]},
         {"a": np.frombuffer(bytes(49), np.float64, 6, offset=1)},
         {"a": memory[1:7]},
-        {"a": memory[6:]},
+        {"a": memory[6:12]},
         {"b": np.zeros((3, 2))},
         {"b": np.zeros((2, 3, 1))},
         {"b": np.zeros((3, 2)).T},
         {"b": memory[4:10].reshape(2, 3)},
+        {"b": memory[9:15].reshape(2, 3)},  # beyond where the empty one lies
     ):
         assert addresses(**other) is None
     assert plain.addresses([]) is None
@@ -712,8 +726,9 @@ def test_a_real_signal_leaves_the_old_or_the_new(engine: str) -> None:
 
 
 @pytest.mark.parametrize(("where", "call"), [("rule", 1), *(("execute", i) for i in range(1, 9)), ("scatter", 1)])
+@pytest.mark.parametrize("before", [False, True])
 def test_a_handler_that_looks_in_the_middle_sees_the_new_and_may_not_write(
-    where: str, call: int, monkeypatch: pytest.MonkeyPatch
+    where: str, call: int, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "TILE", 64)
     stepper, grads, _before, after = stepper_and_outcomes("tiles", 1)
@@ -722,14 +737,14 @@ def test_a_handler_that_looks_in_the_middle_sees_the_new_and_may_not_write(
     def looking(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        result = whole(*arguments)
         if calls != call:
-            return result
+            return whole(*arguments)
+        result = None if before else whole(*arguments)
         seen.append(stepper.state)
         for write in (lambda: stepper.step(grads), lambda: stepper.load_state(seen[0])):
             with pytest.raises(RuntimeError, match="step or load_state was called from within one of them"):
                 write()
-        return result
+        return whole(*arguments) if before else result
 
     monkeypatch.setattr(engines, where, looking)
     stepper.step(grads)
@@ -773,7 +788,7 @@ def test_a_handler_that_saves_the_state_at_any_moment(engine: str) -> None:
 def test_a_task_that_is_run_again_does_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # as it is when a handler has finished the step between the main thread's look at the task and its run
     stepper, grads, _, after = stepper_and_outcomes(engine, 1)
-    for kind in (engines.TileTask, engines.NumbaTask):
+    for kind in (engines.TileTask, engines.ProgramTask, engines.NumbaTask):
         once = kind.run
         monkeypatch.setattr(kind, "run", lambda task, once=once: (once(task), once(task)))
     stepper.step(grads)

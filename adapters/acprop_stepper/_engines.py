@@ -109,6 +109,8 @@ def blocks_of(shape: tuple[int, ...], size: int) -> Iterator[tuple[tuple[Any, ..
 class TileTask:
     """One tile by NumPy: compute into temporaries, which may be repeated, then copy, which may be repeated too."""
 
+    __slots__ = ("_buffer", "_grads", "_numbers", "_result", "_tile", "done")  # a large parameter has many tiles
+
     def __init__(self, buffer: Buffer, tile: Tile, grads: Sequence[Array], numbers: Numbers) -> None:
         self.done = False
         self._buffer = buffer
@@ -192,6 +194,8 @@ def scatter(values: Array, buffer: Buffer, tile: Tile) -> None:
 
 class ProgramTask(TileTask):
     """One tile by a program, which needs no allocation and one copy less: all real arrays of one dtype."""
+
+    __slots__ = ("_program", "_slots", "_spare")
 
     def __init__(
         self,
@@ -340,6 +344,8 @@ class Numba:
 
 class CupyTask(TileTask):
     """A tile by the fused kernel. It must run where no signal interrupts it, between launch and `done`."""
+
+    __slots__ = ("_stream",)
 
     def __init__(self, buffer: Buffer, tile: Tile, grads: Sequence[Array], numbers: Numbers) -> None:
         super().__init__(buffer, tile, grads, numbers)
