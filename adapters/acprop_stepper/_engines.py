@@ -1,5 +1,6 @@
 """Three ways to run the rule over a buffer of parameters: NumPy in tiles, Numba in one pass, CuPy in one kernel."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -51,10 +52,27 @@ class Buffer:
             x.reshape(-1) if x.flags.c_contiguous and (x.shape or x.dtype.kind != "c") else None for x in params
         ]
 
+    def place(self) -> Callable[[], Any]:
+        """Return what makes contexts, for any thread: of the arrays' device, and the stream current here and now."""
+        return contextlib.nullcontext if self.xp is np else _place(self.mu.device, self.xp)
+
     def moments(self, i: int) -> tuple[Array, Array]:
         """Return the moments of the i-th parameter, as views."""
         part = slice(self.ends[i] - self.params[i].size, self.ends[i])
         return tuple(x[part].reshape(self.params[i].shape) for x in (self.mu, self.nu))
+
+
+def _place(device: Any, xp: Any) -> Callable[[], Any]:
+    stream = xp.cuda.get_current_stream(device.id)
+    if stream.ptr == xp.cuda.Stream.ptds.ptr:
+        stream = xp.cuda.Stream.null  # the thread's own stream would be another thread's there; this one waits for all
+
+    @contextlib.contextmanager
+    def place() -> Iterator[None]:
+        with device, stream:
+            yield
+
+    return place
 
 
 def alike(buffer: Buffer) -> bool:
@@ -109,7 +127,7 @@ def blocks_of(shape: tuple[int, ...], size: int) -> Iterator[tuple[tuple[Any, ..
 class TileTask:
     """One tile by NumPy: compute into temporaries, which may be repeated, then copy, which may be repeated too."""
 
-    __slots__ = ("_buffer", "_grads", "_numbers", "_result", "_tile", "done")  # a large parameter has many tiles
+    __slots__ = ("_buffer", "_grads", "_numbers", "_place", "_result", "_tile", "done")  # there may be many
 
     def __init__(self, buffer: Buffer, tile: Tile, grads: Sequence[Array], numbers: Numbers) -> None:
         self.done = False
@@ -117,21 +135,23 @@ class TileTask:
         self._tile = tile
         self._grads = grads
         self._numbers = numbers
+        self._place = buffer.place()
         self._result: tuple[Array, Array, Array] | None = None
 
     def run(self) -> None:
         """Step the tile."""
         if self.done:
             return
-        result = self._result or self.compute()
-        if self.done:  # by a handler, perhaps while this computed: from what was half written then
-            return
-        self._result = param, mu, nu = result
-        buffer, tile = self._buffer, self._tile
-        with np.errstate(all="ignore"):
-            scatter(param, buffer, tile)
-            buffer.mu[tile.start : tile.stop] = mu.reshape(-1)
-            buffer.nu[tile.start : tile.stop] = nu.reshape(-1)
+        with self._place():
+            result = self._result or self.compute()
+            if self.done:  # by a handler, perhaps while this computed: from what was half written then
+                return
+            self._result = param, mu, nu = result
+            buffer, tile = self._buffer, self._tile
+            with np.errstate(all="ignore"):
+                scatter(param, buffer, tile)
+                buffer.mu[tile.start : tile.stop] = mu.reshape(-1)
+                buffer.nu[tile.start : tile.stop] = nu.reshape(-1)
         self.done = True
         self._result = None
 
@@ -162,8 +182,9 @@ class TileTask:
 
     def stays_finite(self) -> bool:
         """Return whether parameters and moments would be finite after the step."""
-        buffer, (param, mu, nu) = self._buffer, self.compute()
-        with np.errstate(all="ignore"):
+        buffer = self._buffer
+        with self._place(), np.errstate(all="ignore"):
+            param, mu, nu = self.compute()
             kept = ((param, buffer.params[0]), (mu, buffer.mu), (nu, buffer.nu))
             return all(bool(buffer.xp.isfinite(x.astype(y.dtype, copy=False)).all()) for x, y in kept)
 
@@ -345,17 +366,13 @@ class Numba:
 class CupyTask(TileTask):
     """A tile by the fused kernel. It must run where no signal interrupts it, between launch and `done`."""
 
-    __slots__ = ("_stream",)
-
-    def __init__(self, buffer: Buffer, tile: Tile, grads: Sequence[Array], numbers: Numbers) -> None:
-        super().__init__(buffer, tile, grads, numbers)
-        self._stream = buffer.xp.cuda.get_current_stream()  # the caller's, in whatever thread this runs
+    __slots__ = ()
 
     def run(self) -> None:
-        """Launch the kernel, on the device of the arrays."""
+        """Launch the kernel."""
         buffer, tile = self._buffer, self._tile
         k, dtype, _, grad_scale, _ = self._numbers
-        with buffer.mu.device, self._stream:
+        with self._place():
             operands = self.operands()
             fused_step(k, buffer.decay, buffer.xp)(*operands, *scalars_of(k, grad_scale, dtype))
             if tile.last - tile.first > 1:

@@ -1,5 +1,6 @@
 """Numbers about all gradients at once, read block by block so that nothing parameter-sized is made."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ _BLOCK = 2**15
 
 def largest(grad: Array, xp: Any) -> float:
     """Return the largest magnitude in a gradient; NaN if it holds one."""
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), on_device_of(grad):
         return float(np.max([float(xp.max(x)) for x in _magnitudes(grad, xp)], initial=0.0))
 
 
@@ -26,15 +27,18 @@ def global_norm(grads: Iterable[Array | None], xp: Any) -> tuple[float, float]:
     peak, ratio = 0.0, 0.0
     with np.errstate(all="ignore"):
         for grad in grads:
-            for x in () if grad is None else _magnitudes(grad, xp):
-                highest = float(xp.max(x))
-                if not math.isfinite(highest):
-                    return highest, 1.0
-                if highest > peak:
-                    peak, ratio = highest, ratio * (peak / highest)
-                if peak != 0.0:
-                    x = x.astype(np.float64) / peak
-                    ratio = math.hypot(ratio, math.sqrt(float(xp.sum(x * x))))
+            if grad is None:
+                continue
+            with on_device_of(grad):
+                for x in _magnitudes(grad, xp):
+                    highest = float(xp.max(x))
+                    if not math.isfinite(highest):
+                        return highest, 1.0
+                    if highest > peak:
+                        peak, ratio = highest, ratio * (peak / highest)
+                    if peak != 0.0:
+                        x = x.astype(np.float64) / peak
+                        ratio = math.hypot(ratio, math.sqrt(float(xp.sum(x * x))))
     return peak, ratio
 
 
@@ -44,3 +48,8 @@ def _magnitudes(grad: Array, xp: Any) -> Iterator[Array]:
         if elements:
             x = grad[block]
             yield xp.abs(x if x.dtype.kind in "fc" else x.astype(np.float32))  # ml_dtypes' kinds are "V"
+
+
+def on_device_of(x: Array) -> Any:
+    """Return a context of the device of an array, on which CuPy's functions put what they make."""
+    return contextlib.nullcontext() if isinstance(x, np.ndarray) else x.device

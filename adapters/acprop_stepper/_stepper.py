@@ -1,6 +1,5 @@
 """The stepper: options, checks, and the step as a whole."""
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -18,7 +17,7 @@ from acprop_core._containers import align, flatten, unflatten
 from acprop_core._rule import Array
 from acprop_stepper import _memory
 from acprop_stepper._engines import Buffer, Cupy, Numba, Numbers, Tiles
-from acprop_stepper._gradients import global_norm, largest
+from acprop_stepper._gradients import global_norm, largest, on_device_of
 from acprop_stepper._work import Copy, Work
 
 Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of arrays and None
@@ -187,8 +186,9 @@ class Stepper:
             mu: list[Any] = [None] * len(self._leaves)
             nu = list(mu)
             for buffer in self._buffers:
-                for i, leaf in enumerate(buffer.leaves):
-                    mu[leaf], nu[leaf] = (x.copy() for x in buffer.moments(i))
+                with on_device_of(buffer.mu):
+                    for i, leaf in enumerate(buffer.leaves):
+                        mu[leaf], nu[leaf] = (x.copy() for x in buffer.moments(i))
             return State(self._count, *(unflatten(self._containers, x) for x in (mu, nu)))
 
     def load_state(self, state: State) -> None:
@@ -220,7 +220,7 @@ class Stepper:
             groups[what] = list(align(tree, self._containers, f"the container of {what}s"))
         common_namespace(groups, self._names)
         check_leaves(groups, self._names)
-        flat = []
+        copies = []
         for buffer in self._buffers:
             for what, own in (("first moment", buffer.mu), ("second moment", buffer.nu)):
                 for leaf in buffer.leaves:
@@ -229,10 +229,11 @@ class Stepper:
                             f"{what} of {self._names[leaf]!r} has dtype {groups[what][leaf].dtype}, "
                             f"this stepper keeps {own.dtype}; convert it, or set moment_dtype"
                         )
-                flat.append(self._xp.concatenate([groups[what][leaf].reshape(-1) for leaf in buffer.leaves]))
-        targets = [x for buffer in self._buffers for x in (buffer.mu, buffer.nu)]
+                with on_device_of(own):
+                    new = self._xp.concatenate([groups[what][leaf].reshape(-1) for leaf in buffer.leaves])
+                copies.append(Copy(new, own, buffer.place()))
         self._tame = False
-        self._finish(Work([Copy(*pair) for pair in zip(flat, targets, strict=True)], lambda: self._set(count)))
+        self._finish(Work(copies, lambda: self._set(count)))
 
     def step(self, grads: Container) -> StepRecord:
         """Update parameters and moments in place, all of them or none.
@@ -420,7 +421,7 @@ class Stepper:
         buffers = []
         for (_, decay, _), members in groups.items():
             first, size = rows[members[0]], sum(rows[i].param.size for i in members)
-            with _on_device_of(first.param):
+            with on_device_of(first.param):
                 mu, nu = (self._xp.zeros(size, x.dtype) for x in (first.mu, first.nu))
             buffers.append(Buffer(members, [rows[i].param for i in members], mu, nu, decay, self._xp))
         return buffers
@@ -471,8 +472,3 @@ def _safe_magnitude(buffer: Buffer, numbers: Numbers) -> float:
     bound = math.sqrt(float(info.max)) / 4.0  # |g - m|^2 stays finite
     k = numbers.k
     return bound if bound / max(k.eps, float(info.tiny)) * abs(k.rate) < float(info.max) / 4.0 else 0.0
-
-
-def _on_device_of(x: Array) -> Any:
-    device = getattr(x, "device", None)
-    return contextlib.nullcontext() if isinstance(x, np.ndarray) else device

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from acprop_core._rule import Array
 
@@ -97,12 +97,14 @@ class Work:
 class Copy:
     """The task of copying one array into another."""
 
-    def __init__(self, source: Array, target: Array) -> None:
+    def __init__(self, source: Array, target: Array, place: Callable[[], Any]) -> None:
         self.done = False
         self._source = source
         self._target = target
+        self._place = place
 
     def run(self) -> None:
         """Copy."""
-        self._target[...] = self._source
+        with self._place():
+            self._target[...] = self._source
         self.done = True
