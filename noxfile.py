@@ -87,5 +87,5 @@ def wheel(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Print the benchmarks; `-- quick` for a short run."""
     install(session, "demo")
-    for name in ("import_time", "speed", "accuracy"):
-        session.run("python", f"tests/benchmarks/{name}.py", *(session.posargs if name == "speed" else []))
+    for name in ("import_time", "speed", "stepper", "accuracy"):
+        session.run("python", f"tests/benchmarks/{name}.py", *(session.posargs if name in ("speed", "stepper") else []))
