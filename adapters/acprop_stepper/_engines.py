@@ -12,9 +12,10 @@ import numpy as np
 from acprop_core._rule import NUMBERS, Array, Coefficients, displacement, rule
 from acprop_stepper._program import Program, execute, program_of
 
-# Bytes of one operand of a tile: each call should find what the last one wrote in the second-level cache. Smaller tiles
-# pay for the interpreter, larger ones for memory.
-TILE = 2**18
+# Bytes of one operand of a tile that a program runs on, and of one whose operands are allocated or gathered. Smaller
+# tiles pay for the interpreter, larger ones for memory: the latter kind should stay in the second-level cache.
+TILE = 2**19
+GATHERED = 2**18
 
 # Elements of one call of the compiled step: many enough to hide the call, few enough to share among threads.
 RUN = 2**20
@@ -241,9 +242,9 @@ class ProgramTask(TileTask):
             slots = self._slots
             if slots is None:
                 taken = self._take()  # a handler that runs this very task takes others, and cannot spoil these
-                operands = self.operands(taken[program.registers :])
+                operands = self.operands(taken[:2])
                 shape, size = operands[0].shape, tile.stop - tile.start
-                registers = [x[:size].reshape(shape) for x in taken[: program.registers]]
+                registers = [x[:size].reshape(shape) for x in taken[2 : 2 + program.registers]]
                 slots = [*operands, *program.numbers, *registers]
                 execute(program.compute, slots)
                 if self.done:  # by such a handler, perhaps while this computed
@@ -257,13 +258,15 @@ class ProgramTask(TileTask):
             self._spare.append(taken)
 
     def _take(self) -> list[Array]:
+        """Return two arrays in which to gather parameter and gradient, and the registers of the program."""
         try:
             registers = self._spare.pop()
         except IndexError:
             registers = []
         mu = self._buffer.mu
-        while len(registers) < self._program.registers + len(("parameter", "gradient")):
-            registers.append(np.empty(min(TILE // mu.itemsize, mu.size), mu.dtype))
+        while len(registers) < 2 + self._program.registers:
+            length = (TILE if len(registers) >= 2 else GATHERED) // mu.itemsize
+            registers.append(np.empty(min(length, mu.size), mu.dtype))
         return registers
 
 
@@ -272,8 +275,8 @@ class Tiles:
 
     def __init__(self, buffer: Buffer) -> None:
         self._buffer = buffer
-        size = TILE // buffer.mu.dtype.itemsize
-        self._tiles = tiles_of(buffer, size, size)
+        gathered = min(TILE, GATHERED) // buffer.mu.itemsize
+        self._tiles = tiles_of(buffer, TILE // buffer.mu.itemsize if alike(buffer) else gathered, gathered)
         self._spare: list[list[Array]] = []
 
     def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> Sequence[TileTask]:
