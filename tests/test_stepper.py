@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -756,6 +757,39 @@ def test_a_handler_that_looks_in_the_middle_sees_the_new_and_may_not_write(
     assert_same(stepper, after)
     monkeypatch.setattr(engines, where, whole)
     assert stepper.step(grads).count == after[1].count + 1
+
+
+def test_a_handler_that_looks_before_the_work_begins_and_again_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "TILE", 64)
+    stepper, grads, before, after = stepper_and_outcomes("tiles", 1)
+    finish, execute, seen = module.Work.finish, engines.execute, []
+
+    def looking(whole: Any) -> Any:
+        def look(*arguments: Any) -> None:
+            if len(seen) < 2:
+                seen.append(None)
+                seen[-1 if whole is execute else 0] = stepper.state
+            whole(*arguments)
+
+        return look
+
+    monkeypatch.setattr(module.Work, "finish", looking(finish))
+    monkeypatch.setattr(engines, "execute", looking(execute))
+    stepper.step(grads)
+    assert [state.count for state in seen] == [before[1].count, after[1].count]
+    np.testing.assert_array_equal(seen[1].mu["p0"], after[1].mu["p0"])
+    assert_same(stepper, after)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_lets_its_gradients_go(engine: str) -> None:
+    grads = np.ones(3)
+    stepper = Stepper(np.ones(3), engine=engine)
+    stepper.step(grads)
+    gone = weakref.ref(grads)
+    del grads
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.usefixtures("no_garbage_collection")

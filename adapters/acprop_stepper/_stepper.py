@@ -85,7 +85,7 @@ class Stepper:
     -----
     A step that has begun is completed whatever interrupts it; the interruption (KeyboardInterrupt, say) is raised when
     parameters, moments and count are those after the step. A step refused or skipped has changed nothing. Threads that
-    step one stepper wait for each other.
+    step one stepper wait for each other. A pickled or deep-copied stepper steps the parameters copied along with it.
 
     Examples
     --------
@@ -305,12 +305,16 @@ class Stepper:
     def _finish(self, work: Work) -> None:
         self._work = work
         work.finish()
+        self._work = None  # and the gradients with it
 
     def _settle(self) -> None:
-        # Two interruptions at once can leave a step half done: finish it before anything else is done or seen.
-        if self._work is not None and self._work.begun and not self._work.finished:
-            self._work.finish()
-        self._work = None
+        # A handler may look in the middle of a step, and interruptions one upon another leave one half done: finish it
+        # before anything else is done or seen. What has not begun is left to whoever is about to begin it.
+        work = self._work
+        if work is not None and work.begun:
+            if not work.finished:
+                work.finish()
+            self._work = None
 
     def _set(self, count: int) -> None:
         self._count = count
