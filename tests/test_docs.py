@@ -26,7 +26,9 @@ def test_snippets_run(page: Path) -> None:
         exec(compile(snippet, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("module", [acprop_core._optimizer, acprop_optax, acprop_torch._optimizer, acprop_stepper._stepper])
+@pytest.mark.parametrize(
+    "module", [acprop_core._optimizer, acprop_optax, acprop_torch._optimizer, acprop_stepper._stepper]
+)
 def test_examples_of_docstrings_hold(module: object) -> None:
     failed, tried = doctest.testmod(module)
     assert tried

@@ -17,6 +17,7 @@ WAYS = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
     "fused by inductor": {"fused": True},
+    "fused capturable": {"fused": True, "capturable": True},
     "capturable": {"capturable": True, "foreach": False},
     "capturable foreach": {"capturable": True, "foreach": True},
 }
@@ -32,7 +33,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[dict[str, bool]]:
             _fused, "_with_numba", _fused._with_inductor if "inductor" in request.param else _fused._with_numba
         ),
     ):
-        if request.param == "fused":
+        if request.param in ("fused", "fused capturable"):
             pytest.importorskip("numba")
         yield WAYS[request.param]
 

@@ -25,18 +25,32 @@ def fused(
     lists: Row, steps: list[Tensor], numbers: Numbers, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     """Run the compiled rule on gradients divided by `grad_scale`; change nothing where `found_inf` is 1."""
-    if all(param.is_cpu for param in lists.param):
-        if found_inf is None or not found_inf.item():
-            for count, members in _alike(lists, steps):
+    devices: dict[torch.device, list[int]] = {}
+    for i, param in enumerate(lists.param):
+        devices.setdefault(param.device, []).append(i)
+    for device, chosen in devices.items():
+        if len(devices) > 1:
+            on_device = Row(*([column[i] for i in chosen] for column in lists)), [steps[i] for i in chosen]
+        else:
+            on_device = lists, steps
+        if device.type != "cpu":
+            scale, skip = (None if x is None else x.to(device, non_blocking=True) for x in (grad_scale, found_inf))
+            _on_accelerator(*on_device, numbers, scale, skip)
+        elif found_inf is None or not found_inf.item():
+            for count, members in _alike(*on_device):
                 _on_cpu(members, numbers.at(count), numbers, grad_scale)
-            advance(steps)
-        return
-    # Nothing is read here: on a GPU that would wait for all that is under way.
+            advance(on_device[1])
+
+
+def _on_accelerator(
+    lists: Row, steps: list[Tensor], numbers: Numbers, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    # Nothing is read here: that would wait for all that is under way.
     k = as_tensors(numbers.at(torch.stack(steps)))
     for i, row in enumerate(zip(*lists, strict=True)):
         own = each_step(k, lambda x, i=i: x[i])
         _compiled()(*(x.detach() for x in row), own, numbers.decays, numbers.decoupled, grad_scale, found_inf)
-    torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
+    torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf.squeeze())
 
 
 def _alike(lists: Row, steps: list[Tensor]) -> Iterator[tuple[int, Row]]:

@@ -240,8 +240,8 @@ class ACProp(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], lists: Row, steps: list[Tensor]) -> None:
         compiling = torch.compiler.is_compiling()
-        traced = compiling or group["capturable"] or group["differentiable"]
-        if group["capturable"] and not compiling and not group["fused"]:
+        traced = compiling or (group["capturable"] and not group["fused"]) or group["differentiable"]
+        if group["capturable"] and traced and not compiling:
             supported = _get_capturable_supported_devices()
             if not all(
                 p.device.type == step.device.type and step.device.type in supported
