@@ -111,7 +111,9 @@ def test_tensors_for_numbers_mean_what_numbers_mean(way: dict[str, bool], shape:
 
 
 @ways
-def test_every_parameter_has_its_own_step(way: dict[str, bool]) -> None:
+@pytest.mark.parametrize("tile", [_steps._CPU_TILE, 100])  # bytes: all at once, or in several lists
+def test_every_parameter_has_its_own_step(way: dict[str, bool], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_steps, "_CPU_TILE", tile)
     grads = stream(5)
     grads[1][0] = grads[0][3] = grads[2][3] = None
     together = run(grads, **way)

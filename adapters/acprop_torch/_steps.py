@@ -151,7 +151,7 @@ def blocks(rows: list[Row], tile: int | None = None) -> Iterator[Block]:
     for row in rows:
         size = row.mu.nbytes
         if size < _SMALL and row.param.is_cpu:
-            if gathered + size > _CPU_TILE:
+            if small and gathered + size > _CPU_TILE:
                 yield _gathered(small)
                 small, gathered = [], 0
             small.append(row)
