@@ -115,7 +115,8 @@ def cast(k: Coefficients, real_dtype: Any, is_complex: bool, tiny: float, xp: An
     `tiny`, the smallest normal number, takes the place of a smaller eps. It is invisible beside the square root of any
     nonzero number, and makes 0 / (sqrt(0) + eps) be 0.
     """
-    numbers = {name: x for name in NUMBERS if hasattr(x := getattr(k, name), "dtype")}
+    # by exclusion: inside torch.compile a float may be a symbol, which cannot be asked whether it has a dtype
+    numbers = {name: x for name in NUMBERS if type(x := getattr(k, name)) not in (float, int, type(None))}
     numbers = {name: as_dtype(x, real_dtype, xp) for name, x in numbers.items()}
     if "eps" in numbers:
         numbers["eps"] = xp.where(numbers["eps"] < tiny, xp.full_like(numbers["eps"], tiny), numbers["eps"])
