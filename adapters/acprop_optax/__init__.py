@@ -4,14 +4,15 @@ The states are optax's own classes, so whatever reads the state of ``optax.contr
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from acprop_core import ACProp
-from acprop_core._checks import check_leaves
+from acprop_core._checks import called, check_leaves
 
 __all__ = ["acprop", "scale_by_acprop"]
 
@@ -25,7 +26,7 @@ def acprop(
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    clip_exponent: float | None = None,
+    clip_exponent: jax.typing.ArrayLike | None = None,
     centering: str = "current",
     moment_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,12 +46,15 @@ def acprop(
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        The chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and ``optax.scale_by_learning_rate``.
+        Its state is that of the chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and
+        ``optax.scale_by_learning_rate``. Its updates have the dtypes of the parameters; with 16-bit parameters they are
+        rounded once, after the learning rate. Extra arguments of `update` are accepted and not used.
 
     Raises
     ------
     TypeError, ValueError
-        As in `scale_by_acprop`, and for a learning rate or weight decay that is negative or not finite.
+        As in `scale_by_acprop`; for a learning rate or weight decay that is no number, negative or not finite (arrays
+        are not looked into); from `update`, if there is weight decay and no `params`.
 
     Examples
     --------
@@ -62,22 +66,53 @@ def acprop(
     >>> optax.apply_updates(params, updates)["w"]
     Array([0.9995, 1.    , 1.001 ], dtype=float32)
     """
-    # checked, and made Python floats: a NumPy float64 would widen float32 updates in 64-bit mode
-    checked = ACProp(learning_rate=learning_rate, weight_decay=weight_decay)
-    chain = optax.chain(
-        scale_by_acprop(
-            b1, b2, eps, eps_root, clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype
-        ),
-        optax.add_decayed_weights(checked.weight_decay, mask),
-        optax.scale_by_learning_rate(checked.learning_rate),
+    optimizer = _optimizer(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        weight_decay=weight_decay,
+        clip_exponent=clip_exponent,
+        centering=centering,
+        moment_dtype=moment_dtype,
     )
+    decays = not (isinstance(optimizer.weight_decay, float) and optimizer.weight_decay == 0.0)
+    # Which parameters decay is read from optax's own `masked`: it marks those with True, and leaves the others alone.
+    marked = optax.stateless(lambda params, _: jax.tree.map(lambda _: True, params))
+    if mask is not None:
+        marked = optax.masked(marked, mask)
+    # The states are those of the three transformations. The last two are applied by the rule itself, in its own dtypes:
+    # an array of another dtype then widens nothing, and 16-bit updates are rounded once, after the learning rate.
+    chain = optax.chain(_scale_by(optimizer), marked, optax.scale_by_learning_rate(optimizer.learning_rate))
 
     def update(
         grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = chain.update(grads, state, params, **extra_args)
-        # a learning rate or decay that is an array, as from inject_hyperparams, would widen 16-bit updates
-        return optax.tree_utils.tree_cast_like(updates, grads if params is None else params), state
+        if decays and params is None:
+            raise ValueError(
+                f"weight_decay is {optimizer.weight_decay!r}, which needs the parameters: "
+                "call update(grads, state, params)"
+            )
+        moments, decay_state, rate_state = state
+        rows, tree = _side_by_side(grads, moments, params)
+        now = optimizer
+        if callable(optimizer.learning_rate):
+            now = replace(optimizer, learning_rate=_number("learning_rate", optimizer.learning_rate(rate_state.count)))
+            rate_state = rate_state._replace(count=optax.safe_increment(rate_state.count))
+        decayed = [False] * len(rows)
+        if decays:
+            marks, decay_state = marked.update(params, decay_state)
+            decayed = [mark is True for mark in tree.flatten_up_to(marks)]
+        step = now.at(jnp.asarray(moments.count), jnp)
+        results = [step(*row, decay) if row.moves else row.unmoved for row, decay in zip(rows, decayed, strict=True)]
+        # what optax.apply_updates will compute: XLA sees that it is the same, and computes it once
+        written = [
+            u if params is None or u is None else optax.apply_updates(row.param, u)
+            for row, (u, _, _) in zip(rows, results, strict=True)
+        ]
+        updates, moments = _join(tree, results, moments, written)
+        return updates, (moments, decay_state, rate_state)
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
 
@@ -88,7 +123,7 @@ def scale_by_acprop(
     eps: jax.typing.ArrayLike = 1e-16,
     eps_root: jax.typing.ArrayLike = 1e-16,
     *,
-    clip_exponent: float | None = None,
+    clip_exponent: jax.typing.ArrayLike | None = None,
     centering: str = "current",
     moment_dtype: Any = None,
 ) -> optax.GradientTransformation:
@@ -97,59 +132,158 @@ def scale_by_acprop(
     Parameters
     ----------
     b1, b2, eps, eps_root, clip_exponent, centering, moment_dtype
-        As in `acprop_core.ACProp`.
+        As in `acprop_core.ACProp`. A `b1` or `b2` that is a 16-bit array of 1 stands for the numbers that round to it:
+        ``optax.inject_hyperparams`` rounds to the dtype of the parameters, and 0.999 is 1 in bfloat16.
 
     Returns
     -------
     optax.GradientTransformation
         Its state is an ``optax.ScaleByBeliefState``: `count`, 0-d int32; `mu` and `nu`, pytrees like the parameters.
+        A gradient of None leaves the moments of its parameter as they are, and gives an update of None.
 
     Raises
     ------
     TypeError
         If a hyperparameter is no number; from `init` and `update`, if a leaf is of a dtype that does not fit.
     ValueError
-        If a hyperparameter is out of its range or not finite (arrays are not looked into); from `update`, if shapes
-        differ.
+        If a hyperparameter is out of its range or not finite (arrays are not looked into); from `update`, if
+        structures or shapes differ.
 
     Notes
     -----
     Zhuang et al. 2021, arXiv:2110.05454, algorithm 2.
     """
-    optimizer = ACProp(
-        learning_rate=1.0,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        eps_root=eps_root,
-        clip_exponent=clip_exponent,
-        centering=centering,
-        moment_dtype=moment_dtype,
+    return _scale_by(
+        _optimizer(
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            clip_exponent=clip_exponent,
+            centering=centering,
+            moment_dtype=moment_dtype,
+        )
     )
 
+
+def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
     def init(params: optax.Params) -> optax.ScaleByBeliefState:
-        names, leaves, tree = _flatten(params)
+        names, leaves, tree = _flatten("parameter", params)
         check_leaves({"parameter": leaves}, names)
-        _, mu, nu = optimizer.init(leaves)
-        return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), tree.unflatten(mu), tree.unflatten(nu))
+        # Parameters may be abstract, so only the dtypes come from the core; zeros_like keeps each parameter's sharding.
+        _, *dtypes = jax.eval_shape(optimizer.init, leaves)
+        mu, nu = (
+            tree.unflatten(
+                [None if x is None else jnp.zeros_like(x, m.dtype) for x, m in zip(leaves, like, strict=True)]
+            )
+            for like in dtypes
+        )
+        return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(
         grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
-        names, g, tree = _flatten(grads)
-        mu, nu = ([jnp.asarray(x) for x in tree.flatten_up_to(moment)] for moment in (state.mu, state.nu))
-        x = g if params is None else [jnp.asarray(x) for x in tree.flatten_up_to(params)]
-        owner = "gradient" if params is None else "parameter"
-        check_leaves({owner: x, "gradient": g, "first moment": mu, "second moment": nu}, names)
+        rows, tree = _side_by_side(grads, state, params)
         step = optimizer.at(jnp.asarray(state.count), jnp)
-        rows = [step.without_rate(*row) for row in zip(g, mu, nu, x, strict=True)]
-        d, mu, nu = (tree.unflatten([row[i] for row in rows]) for i in range(3))
-        return d, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)
+        results = [step.without_rate(*row) if row.moves else row.unmoved for row in rows]
+        return _join(tree, results, state, written=[d for d, _, _ in results])
 
     return optax.GradientTransformation(init, update)
 
 
-def _flatten(tree: Any) -> tuple[list[str], list[jax.Array], Any]:
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+class _Row(NamedTuple):
+    """One parameter; the gradient stands in for it where there are no parameters."""
+
+    grad: Any
+    mu: Any
+    nu: Any
+    param: Any
+
+    @property
+    def moves(self) -> bool:
+        return self.grad is not None
+
+    @property
+    def unmoved(self) -> tuple[None, Any, Any]:
+        return None, self.mu, self.nu
+
+
+def _side_by_side(grads: Any, state: optax.ScaleByBeliefState, params: Any) -> tuple[list[_Row], Any]:
+    """Return the leaves, None among them, and their tree; refuse what does not fit together."""
+    names, mu, tree = _flatten("first moment", state.mu)
+    groups = {"first moment": mu}
+    for what, other in (("second moment", state.nu), ("gradient", grads), ("parameter", params)):
+        if other is None and what == "parameter":
+            continue
+        try:
+            leaves = tree.flatten_up_to(other)
+        except ValueError as error:
+            raise ValueError(f"the {what}s are not in the structure of the first moments: {error}") from None
+        groups[what] = [_array(what, name, x) for name, x in zip(names, leaves, strict=True)]
+    owner = "first moment" if params is None else "parameter"
+    check_leaves({owner: groups[owner], **groups}, names)
+    columns = [groups["gradient"], mu, groups["second moment"], groups["gradient" if params is None else "parameter"]]
+    return [_Row(*row) for row in zip(*columns, strict=True)], tree
+
+
+def _join(
+    tree: Any, results: list[tuple[Any, Any, Any]], state: optax.ScaleByBeliefState, written: list[Any]
+) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
+    """Return the updates and the next state; `written` is what the caller will write to memory, made from them."""
+    results = [
+        (u, mu, nu if x is None else _after(x, nu, state.count))
+        for (u, mu, nu), x in zip(results, written, strict=True)
+    ]
+    updates, mu, nu = (tree.unflatten([result[i] for result in results]) for i in range(3))
+    return updates, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)
+
+
+def _after(written: jax.Array, nu: jax.Array, count: Any) -> jax.Array:
+    """Return `nu`, s_t, as it is, but so that XLA computes it after `written`.
+
+    Both are made from s_{t-1}, whose memory s_t takes over where the state is donated. XLA orders only what depends on
+    each other. Left alone, it copies s_{t-1} on the CPU: a parameter-sized temporary, and three times the time. A count
+    is never negative, but XLA cannot know that; and as the condition is one number, nothing of `written` is read.
+    """
+    if not isinstance(count, jax.core.Tracer):
+        return nu
+    return jnp.where(count < 0, jax.lax.stop_gradient(jnp.real(written).astype(nu.dtype)), nu)
+
+
+def _optimizer(**hyperparameters: Any) -> ACProp:
+    return ACProp(**{name: _number(name, value) for name, value in hyperparameters.items()})
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return a hyperparameter as the rule can use it: inject_hyperparams makes arrays of all numbers.
+
+    It makes 0 an int32, and rounds 0.999 to the dtype of the parameters, which may be bfloat16, where it is 1.
+    """
+    if not isinstance(value, jax.Array) or value.ndim:
+        return value
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(float)
+    if name in ("b1", "b2") and value.dtype.name in _MIDDLE:
+        middle = _MIDDLE[value.dtype.name]
+        value = value.astype(jnp.float32)
+        return jnp.where(value == 1.0, middle, value)
+    return value
+
+
+_MIDDLE = {"float16": 1.0 - 2.0**-13, "bfloat16": 1.0 - 2.0**-10}  # of the numbers below 1 that round to 1
+
+
+def _flatten(what: str, tree: Any) -> tuple[list[str], list[Any], Any]:
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in pairs]
-    return names, [jnp.asarray(x) for _, x in pairs], structure
+    return names, [_array(what, name, x) for name, (_, x) in zip(names, pairs, strict=True)], structure
+
+
+def _array(what: str, name: str, x: Any) -> Any:
+    """Return a leaf as an array; None and abstract arrays as they are. A Python number is a float."""
+    if x is None or isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    try:
+        return jnp.asarray(float(x) if type(x) is int else x)
+    except TypeError:
+        raise TypeError(f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}), not an array or number") from None
