@@ -1,9 +1,9 @@
 """The mathematics of ACProp, for one array and one step.
 
 Written once: NumPy, CuPy, PyTorch, JAX and every other array library run these very functions, eagerly or through
-their own compilers. (Learning rate and decay alone are left to optax, whose own transformations bring them.) Hence the
-style: operators and a few standard functions of the namespace ``xp``, nothing written in place, and no arithmetic
-between two numbers, because everything that is a number of the step stands ready in ``Coefficients``.
+their own compilers. Hence the style: operators and a few standard functions of the namespace ``xp``, nothing written in
+place, and no arithmetic between two numbers, because everything that is a number of the step stands ready in
+``Coefficients``.
 
 Read from the top: the two halves of the rule, the rule, what is added to the parameter, the other form of weight decay,
 and the numbers of a step.

@@ -77,7 +77,7 @@ def acprop(
         centering=centering,
         moment_dtype=moment_dtype,
     )
-    decays = not (isinstance(optimizer.weight_decay, float) and optimizer.weight_decay == 0.0)
+    decays = isinstance(optimizer.weight_decay, jax.core.Tracer) or bool(optimizer.weight_decay != 0.0)
     # Which parameters decay is read from optax's own `masked`: it marks those with True, and leaves the others alone.
     marked = optax.stateless(lambda params, _: jax.tree.map(lambda _: True, params))
     if mask is not None:
@@ -105,13 +105,16 @@ def acprop(
             marks, decay_state = marked.update(params, decay_state)
             decayed = [mark is True for mark in tree.flatten_up_to(marks)]
         step = now.at(jnp.asarray(moments.count), jnp)
-        results = [step(*row, decay) if row.moves else row.unmoved for row, decay in zip(rows, decayed, strict=True)]
+        results = [
+            (None, row.mu, row.nu) if row.grad is None else step(*row, decay)
+            for row, decay in zip(rows, decayed, strict=True)
+        ]
         # what optax.apply_updates will compute: XLA sees that it is the same, and computes it once
         written = [
             u if params is None or u is None else optax.apply_updates(row.param, u)
             for row, (u, _, _) in zip(rows, results, strict=True)
         ]
-        updates, moments = _join(tree, results, moments, written)
+        updates, moments = _join(tree, results, moments, written, optimizer.centering)
         return updates, (moments, decay_state, rate_state)
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
@@ -185,10 +188,13 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
         rows, tree = _side_by_side(grads, state, params)
         step = optimizer.at(jnp.asarray(state.count), jnp)
-        results = [step.without_rate(*row) if row.moves else row.unmoved for row in rows]
-        return _join(tree, results, state, written=[d for d, _, _ in results])
+        results = [(None, row.mu, row.nu) if row.grad is None else step.without_rate(*row) for row in rows]
+        return _join(tree, results, state, [d for d, _, _ in results], optimizer.centering)
 
     return optax.GradientTransformation(init, update)
+
+
+_Result = tuple[Any, Any, Any]  # update, first and second moment of one parameter
 
 
 class _Row(NamedTuple):
@@ -198,14 +204,6 @@ class _Row(NamedTuple):
     mu: Any
     nu: Any
     param: Any
-
-    @property
-    def moves(self) -> bool:
-        return self.grad is not None
-
-    @property
-    def unmoved(self) -> tuple[None, Any, Any]:
-        return None, self.mu, self.nu
 
 
 def _side_by_side(grads: Any, state: optax.ScaleByBeliefState, params: Any) -> tuple[list[_Row], Any]:
@@ -227,27 +225,31 @@ def _side_by_side(grads: Any, state: optax.ScaleByBeliefState, params: Any) -> t
 
 
 def _join(
-    tree: Any, results: list[tuple[Any, Any, Any]], state: optax.ScaleByBeliefState, written: list[Any]
+    tree: Any, results: list[_Result], state: optax.ScaleByBeliefState, written: list[Any], centering: str
 ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
-    """Return the updates and the next state; `written` is what the caller will write to memory, made from them."""
-    results = [
-        (u, mu, nu if x is None else _after(x, nu, state.count))
-        for (u, mu, nu), x in zip(results, written, strict=True)
-    ]
-    updates, mu, nu = (tree.unflatten([result[i] for result in results]) for i in range(3))
-    return updates, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)
+    """Return the updates and the next state; `written` is what, made from the updates, will be written to memory."""
+    updates, mus, nus = ([result[i] for result in results] for i in range(3))
+    nus = [_after(x, nu, state.count) for x, nu in zip(written, nus, strict=True)]
+    if centering == "previous":  # s_t is made from m_{t-1}
+        mus = [_after(nu, mu, state.count) for nu, mu in zip(nus, mus, strict=True)]
+    count = optax.safe_increment(state.count)
+    return tree.unflatten(updates), optax.ScaleByBeliefState(count, tree.unflatten(mus), tree.unflatten(nus))
 
 
-def _after(written: jax.Array, nu: jax.Array, count: Any) -> jax.Array:
-    """Return `nu`, s_t, as it is, but so that XLA computes it after `written`.
+def _after(written: Any, x: Any, count: Any) -> Any:
+    """Return `x` as it is, but so that XLA computes it after `written`.
 
-    Both are made from s_{t-1}, whose memory s_t takes over where the state is donated. XLA orders only what depends on
-    each other. Left alone, it copies s_{t-1} on the CPU: a parameter-sized temporary, and three times the time. A count
-    is never negative, but XLA cannot know that; and as the condition is one number, nothing of `written` is read.
+    Both are made from an older value of `x`, whose memory `x` takes over where the state is donated. XLA orders only
+    what depends on each other. Left alone, it copies the older value on the CPU: a parameter-sized temporary, and three
+    times the time. A count is never negative, but XLA cannot know that; and as the condition is one number for all
+    elements, nothing of `written` is read.
     """
-    if not isinstance(count, jax.core.Tracer):
-        return nu
-    return jnp.where(count < 0, jax.lax.stop_gradient(jnp.real(written).astype(nu.dtype)), nu)
+    if written is None or not isinstance(count, jax.core.Tracer):
+        return x
+    # the bits, because XLA drops the rounding from a value that it rounds and widens again; they have no derivative
+    written = jnp.real(written)
+    bits = jax.lax.bitcast_convert_type(written, f"uint{8 * written.dtype.itemsize}")
+    return jnp.where(count < 0, bits.astype(x.dtype), x)
 
 
 def _optimizer(**hyperparameters: Any) -> ACProp:
@@ -285,5 +287,5 @@ def _array(what: str, name: str, x: Any) -> Any:
         return x
     try:
         return jnp.asarray(float(x) if type(x) is int else x)
-    except TypeError:
-        raise TypeError(f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}), not an array or number") from None
+    except (TypeError, ValueError):  # ValueError of some containers, which end up here if structures differ
+        raise TypeError(f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}); give an array or a number") from None
