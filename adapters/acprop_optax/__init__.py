@@ -257,22 +257,19 @@ def _optimizer(**hyperparameters: Any) -> ACProp:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Return a hyperparameter as the rule can use it: inject_hyperparams makes arrays of all numbers.
+    """Return a hyperparameter as the rule can use it: a number as it is, an array in JAX's own width of float.
 
-    It makes 0 an int32, and rounds 0.999 to the dtype of the parameters, which may be bfloat16, where it is 1.
+    inject_hyperparams makes arrays of all numbers, int32 of 0, and of others the dtype of the parameters: in bfloat16
+    0.999 is 1.
     """
     if not isinstance(value, jax.Array) or value.ndim:
         return value
-    if jnp.issubdtype(value.dtype, jnp.integer):
-        return value.astype(float)
-    if name in ("b1", "b2") and value.dtype.name in _MIDDLE:
-        middle = _MIDDLE[value.dtype.name]
-        value = value.astype(jnp.float32)
-        return jnp.where(value == 1.0, middle, value)
-    return value
+    below_one = _BELOW_ONE.get(value.dtype.name) if name in ("b1", "b2") else None
+    value = value.astype(float)
+    return value if below_one is None else jnp.where(value == 1.0, below_one, value)
 
 
-_MIDDLE = {"float16": 1.0 - 2.0**-13, "bfloat16": 1.0 - 2.0**-10}  # of the numbers below 1 that round to 1
+_BELOW_ONE = {"float16": 1.0 - 2.0**-13, "bfloat16": 1.0 - 2.0**-10}  # the middle of what rounds to 1
 
 
 def _flatten(what: str, tree: Any) -> tuple[list[str], list[Any], Any]:
@@ -282,10 +279,13 @@ def _flatten(what: str, tree: Any) -> tuple[list[str], list[Any], Any]:
 
 
 def _array(what: str, name: str, x: Any) -> Any:
-    """Return a leaf as an array; None and abstract arrays as they are. A Python number is a float."""
+    """Return a leaf as an array; None and abstract arrays as they are. Python's integers count as floats."""
     if x is None or isinstance(x, jax.ShapeDtypeStruct):
         return x
     try:
-        return jnp.asarray(float(x) if type(x) is int else x)
+        x = jnp.asarray(x)
     except (TypeError, ValueError):  # ValueError of some containers, which end up here if structures differ
-        raise TypeError(f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}); give an array or a number") from None
+        raise TypeError(
+            f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}); give an array or a number"
+        ) from None
+    return x.astype(float) if x.weak_type and jnp.issubdtype(x.dtype, jnp.integer) else x
