@@ -287,7 +287,8 @@ def test_mixed_dtypes_never_drift(promotion: str, params: str, grads: str, x64: 
         "clip_exponent": jnp.float32(0.25),
     }
     with jax.numpy_dtype_promotion(promotion):
-        for transform in (acprop(**hyper), optax.inject_hyperparams(acprop)(**hyper)):
+        injected = optax.inject_hyperparams(acprop, hyperparam_dtype=jnp.float32)(**hyper)
+        for transform in (acprop(**hyper), injected):
             (x, state), updates = scan(transform, jnp.ones(3, params), jnp.ones((3, 3), grads))
             assert x.dtype == updates.dtype == params
             assert optax.tree_utils.tree_get(state, "mu").dtype == ("float64" if params == "float64" else "float32")
