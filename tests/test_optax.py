@@ -449,10 +449,23 @@ def test_parameters_that_do_not_fit_are_named() -> None:
     transform = scale_by_acprop()
     with pytest.raises(TypeError, match="parameter 'layer.w' has dtype int32"):
         transform.init({"layer": {"w": jnp.ones(2, int)}})
+    with pytest.raises(TypeError, match="parameter 'key' has dtype key"):
+        transform.init({"key": jax.random.key(0)})
     with pytest.raises(TypeError, match=r"parameter 'w' is a dict (.|\n)*; give an array"):
         transform.update(PARAMS, transform.init(PARAMS), {"w": {"inner": jnp.ones((2, 3))}, "b": [jnp.zeros(3)]})
     with pytest.raises(ValueError, match="gradient of 'w' is an array, its parameter None"):
         transform.update({"w": jnp.ones(3)}, transform.init({"w": None}), {"w": None})
+
+
+def test_states_of_something_else_are_refused() -> None:
+    whole, part = acprop(0.1), scale_by_acprop()
+    for transform, state in (
+        (whole, part.init(PARAMS)),
+        (part, whole.init(PARAMS)),
+        (whole, optax.sgd(1.0).init(PARAMS)),
+    ):
+        with pytest.raises(TypeError, match="the state is .* give the one that"):
+            transform.update(PARAMS, state, PARAMS)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ def acprop(
                 f"weight_decay is {optimizer.weight_decay!r}, which needs the parameters: "
                 "call update(grads, state, params)"
             )
+        if isinstance(state, optax.ScaleByBeliefState) or len(state) != 3:
+            raise TypeError("the state is not of acprop; give the one that its init or update returned")
         moments, decay_state, rate_state = state
         rows, tree = _side_by_side(grads, moments, params)
         now = optimizer
@@ -208,6 +210,8 @@ class _Row(NamedTuple):
 
 def _side_by_side(grads: Any, state: optax.ScaleByBeliefState, params: Any) -> tuple[list[_Row], Any]:
     """Return the leaves, None among them, and their tree; refuse what does not fit together."""
+    if not isinstance(state, optax.ScaleByBeliefState):
+        raise TypeError(f"the state is a {type(state).__name__}; give the one that init or update returned")
     names, mu, tree = _flatten("first moment", state.mu)
     groups = {"first moment": mu}
     for what, other in (("second moment", state.nu), ("gradient", grads), ("parameter", params)):
@@ -288,4 +292,5 @@ def _array(what: str, name: str, x: Any) -> Any:
         raise TypeError(
             f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}); give an array or a number"
         ) from None
-    return x.astype(float) if x.weak_type and jnp.issubdtype(x.dtype, jnp.integer) else x
+    is_python_int = getattr(x, "weak_type", False) and jnp.issubdtype(x.dtype, jnp.integer)  # keys have no weak_type
+    return x.astype(float) if is_python_int else x
