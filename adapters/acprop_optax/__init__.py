@@ -111,12 +111,13 @@ def acprop(
             (None, row.mu, row.nu) if row.grad is None else step(*row, decay)
             for row, decay in zip(rows, decayed, strict=True)
         ]
-        # what optax.apply_updates will compute: XLA sees that it is the same, and computes it once
-        written = [
-            u if params is None or u is None else optax.apply_updates(row.param, u)
-            for row, (u, _, _) in zip(rows, results, strict=True)
-        ]
-        updates, moments = _join(tree, results, moments, written, optimizer.centering)
+
+        def written(row: _Row, update: Any) -> Any:
+            # what the caller will compute: XLA sees that it is the same, and computes it once
+            return update if params is None else optax.apply_updates(row.param, update)
+
+        results = _in_order(rows, results, written, moments.count, optimizer.centering)
+        updates, moments = _join(tree, results, moments)
         return updates, (moments, decay_state, rate_state)
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
@@ -191,7 +192,8 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
         rows, tree = _side_by_side(grads, state, params)
         step = optimizer.at(jnp.asarray(state.count), jnp)
         results = [(None, row.mu, row.nu) if row.grad is None else step.without_rate(*row) for row in rows]
-        return _join(tree, results, state, [d for d, _, _ in results], optimizer.centering)
+        results = _in_order(rows, results, lambda _, d: d, state.count, optimizer.centering)
+        return _join(tree, results, state)
 
     return optax.GradientTransformation(init, update)
 
@@ -228,32 +230,44 @@ def _side_by_side(grads: Any, state: optax.ScaleByBeliefState, params: Any) -> t
     return [_Row(*row) for row in zip(*columns, strict=True)], tree
 
 
-def _join(
-    tree: Any, results: list[_Result], state: optax.ScaleByBeliefState, written: list[Any], centering: str
-) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
-    """Return the updates and the next state; `written` is what, made from the updates, will be written to memory."""
-    updates, mus, nus = ([result[i] for result in results] for i in range(3))
-    nus = [_after(x, nu, state.count) for x, nu in zip(written, nus, strict=True)]
-    if centering == "previous":  # s_t is made from m_{t-1}
-        mus = [_after(nu, mu, state.count) for nu, mu in zip(nus, mus, strict=True)]
-    count = optax.safe_increment(state.count)
-    return tree.unflatten(updates), optax.ScaleByBeliefState(count, tree.unflatten(mus), tree.unflatten(nus))
+def _in_order(
+    rows: list[_Row], results: list[_Result], written: Callable[[_Row, Any], Any], count: Any, centering: str
+) -> list[_Result]:
+    """Return the results as they are, but so that XLA computes what is `written` from an update before the moments.
 
-
-def _after(written: Any, x: Any, count: Any) -> Any:
-    """Return `x` as it is, but so that XLA computes it after `written`.
-
-    Both are made from an older value of `x`, whose memory `x` takes over where the state is donated. XLA orders only
-    what depends on each other. Left alone, it copies the older value on the CPU: a parameter-sized temporary, and three
-    times the time. A count is never negative, but XLA cannot know that; and as the condition is one number for all
-    elements, nothing of `written` is read.
+    Both are made from s_{t-1}, whose memory s_t takes over where the state is donated. XLA orders only what depends on
+    each other. Left alone, it copies s_{t-1} on the CPU: a parameter-sized temporary, and three times the time.
     """
-    if written is None or not isinstance(count, jax.core.Tracer):
-        return x
-    # the bits, because XLA drops the rounding from a value that it rounds and widens again; they have no derivative
-    written = jnp.real(written)
-    bits = jax.lax.bitcast_convert_type(written, f"uint{8 * written.dtype.itemsize}")
+    if not isinstance(count, jax.core.Tracer):
+        return results
+    ordered = []
+    for row, (update, mu, nu) in zip(rows, results, strict=True):
+        if update is not None:
+            nu = _after(written(row, update), nu, count)
+            if centering == "previous":  # s_t is made from m_{t-1}, which m_t takes over
+                mu = _after(nu, mu, count)
+        ordered.append((update, mu, nu))
+    return ordered
+
+
+def _after(first: jax.Array, x: jax.Array, count: jax.Array) -> jax.Array:
+    """Return `x`, made to depend on `first`.
+
+    A count is never negative, but XLA cannot know that; and as the condition is one number for all elements, nothing of
+    `first` is read. Its bits, because XLA drops the rounding from a value that it rounds and widens again, and because
+    they have no derivative.
+    """
+    first = jnp.real(first)
+    bits = jax.lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
     return jnp.where(count < 0, bits.astype(x.dtype), x)
+
+
+def _join(
+    tree: Any, results: list[_Result], state: optax.ScaleByBeliefState
+) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
+    """Return the updates and the next state."""
+    updates, mu, nu = (tree.unflatten([result[i] for result in results]) for i in range(3))
+    return updates, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)
 
 
 def _optimizer(**hyperparameters: Any) -> ACProp:
