@@ -27,6 +27,7 @@ from acprop_torch._steps import (
     count_steps,
     in_tiles,
     numbers_of_each,
+    on_a_cpu,
     transposed,
 )
 
@@ -48,12 +49,12 @@ def fused_step(
             scale, skip = (None if x is None else x.to(device, non_blocking=True) for x in (grad_scale, found_inf))
             _on_accelerator(members, own_steps, options, scale, skip)
         elif found_inf is None or not found_inf.item():
-            for count, alike, counted in by_kind(members, own_steps):
+            for count, alike, counted in by_kind(members, own_steps, one_device=True):
                 _on_cpu(alike, counted, options.at(count), options, grad_scale)
 
 
 def _by_device(lists: Row, steps: list[Tensor]) -> Iterator[tuple[torch.device, Row, list[Tensor]]]:
-    if all(map(attrgetter("is_cpu"), lists.param)):
+    if on_a_cpu(lists):
         yield lists.param[0].device, lists, steps
         return
     devices: dict[torch.device, list[int]] = {}
@@ -117,10 +118,10 @@ def _sorted(lists: Row) -> tuple[Row, Row]:
 
 
 def _are_memory(lists: Row) -> bool:
-    """Return whether the memory of the tensors says what their values are."""
+    """Return whether the memory of the tensors, whose parameters are on a CPU, says what their values are."""
     return (
         PLAIN.issuperset(map(type, chain(*lists)))
-        and all(map(attrgetter("is_cpu"), chain(*lists)))
+        and all(map(attrgetter("is_cpu"), chain(*lists[1:])))
         and not any(map(Tensor.is_neg, chain(lists.param, lists.grad)))  # moments are made here, and are not
         and not any(map(Tensor._is_zerotensor, lists.grad))
     )

@@ -1,5 +1,6 @@
 """The optimizer: options, state, the choice of a way to step, and what is saved."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -354,7 +355,12 @@ def _check(options: dict[str, Any], step: bool = False) -> None:
             raise ValueError("betas[0] as a Tensor is not supported for capturable=False and foreach=True")
     if not isinstance(options["moment_dtype"], torch.dtype | None):
         raise TypeError(f"moment_dtype is {options['moment_dtype']!r}; give a torch.dtype or None")
-    acprop_core.ACProp(**{name: options[name] for name in ("clip_exponent", "centering", "moment_dtype")})
+    _check_rule(options["clip_exponent"], options["centering"], options["moment_dtype"])
+
+
+@functools.lru_cache
+def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any) -> None:
+    acprop_core.ACProp(clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype)
 
 
 def _options_of(group: dict[str, Any], traced: bool) -> Options:
@@ -416,7 +422,7 @@ def _translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dic
     """Return a state_dict as one of this class, the authors' made so; refuse those of other optimizers."""
     states = {key: state for key, state in state_dict["state"].items() if isinstance(state, dict) and state}
     saved = state_dict["param_groups"]
-    theirs = ["amsgrad" in group and not {"eps_root", "maximize"} & set(group) for group in saved]
+    theirs = [not {"eps_root", "maximize"} & set(group) for group in saved]
     parts = [
         (f"parameter group {i}", group, ("lr", "betas", "eps", "weight_decay", *(() if old else ("eps_root",))))
         for i, (group, old) in enumerate(zip(saved, theirs, strict=True))
@@ -448,7 +454,7 @@ def _translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dic
 
 def _group_of_authors(i: int, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     rectified = saved.get("rectify") or any(x is not None for row in saved.get("buffer", ()) for x in row)
-    for option, used in (("amsgrad", saved["amsgrad"]), ("rectify", rectified)):
+    for option, used in (("amsgrad", saved.get("amsgrad")), ("rectify", rectified)):
         if used:
             raise ValueError(
                 f"parameter group {i} comes from a run with {option}=True, which is another algorithm than ACProp's; "

@@ -71,7 +71,7 @@ class Block(NamedTuple):
 def single_tensor(lists: Row, steps: list[Tensor], options: Options, traced: bool, differentiable: bool) -> None:
     """Run the rule on one tensor after the other; `traced` without reading a number, for graphs and derivatives."""
     if not traced:
-        for count, members, own_steps in by_kind(lists, steps):
+        for count, members, own_steps in by_kind(lists, steps, on_a_cpu(lists)):
             count_steps(own_steps)
             in_tiles(members, options.at(count), options)
         return
@@ -106,7 +106,7 @@ def in_lists(lists: Row, k: _rule.Coefficients, options: Options) -> None:
 def multi_tensor(lists: Row, steps: list[Tensor], options: Options, traced: bool) -> None:
     """Run the rule on lists of tensors; `traced` without reading a number, and each with those of its own step."""
     if not traced:
-        for count, members, own_steps in by_kind(lists, steps):
+        for count, members, own_steps in by_kind(lists, steps, on_a_cpu(lists)):
             count_steps(own_steps)
             # on a CPU torch's operations on lists are loops themselves
             (in_tiles if members.param[0].is_cpu else in_lists)(members, options.at(count), options)
@@ -140,11 +140,11 @@ def as_tensors(k: _rule.Coefficients) -> _rule.Coefficients:
     return k._replace(**numbers)
 
 
-def by_kind(lists: Row, steps: list[Tensor]) -> Iterator[tuple[int, Row, list[Tensor]]]:
+def by_kind(lists: Row, steps: list[Tensor], one_device: bool) -> Iterator[tuple[int, Row, list[Tensor]]]:
     """Sort rows by count, device and dtypes; yield each count with the lists and the steps of its rows."""
     counts = list(map(Tensor.item, steps))
-    on_cpu, dtype = attrgetter("is_cpu"), attrgetter("dtype")
-    if all(map(on_cpu, lists.param)) and len({*counts}) == 1 and all(len({*map(dtype, x)}) == 1 for x in lists):
+    dtype = attrgetter("dtype")
+    if one_device and len({*counts}) == 1 and all(len({*map(dtype, column)}) == 1 for column in lists):
         yield int(counts[0]), lists, steps  # the usual case, asked in few words: with many small parameters they count
         return
     groups: dict[Any, list[tuple[Row, Tensor]]] = {}
@@ -152,6 +152,11 @@ def by_kind(lists: Row, steps: list[Tensor]) -> Iterator[tuple[int, Row, list[Te
         groups.setdefault((count, *_kind(row)), []).append((row, step))
     for key, members in groups.items():
         yield int(key[0]), transposed([row for row, _ in members]), [step for _, step in members]
+
+
+def on_a_cpu(lists: Row) -> bool:
+    """Return whether all parameters are on a CPU."""
+    return all(map(attrgetter("is_cpu"), lists.param))
 
 
 def transposed(rows: list[Row]) -> Row:
