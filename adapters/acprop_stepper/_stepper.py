@@ -356,6 +356,8 @@ class Stepper:
                 return leaves, None
         except (AttributeError, ValueError):
             pass  # None, no array, or a view: what is comes out below
+        # NumPy's arithmetic makes scalars of arrays without axes, and a scalar has no memory that compiled code could read
+        leaves = [np.asarray(g) if isinstance(g, np.generic) else g for g in leaves]
         groups = {"parameter": self._leaves, "gradient": leaves}
         common_namespace(groups, self._names)
         check_leaves(groups, self._names)
