@@ -276,19 +276,19 @@ def _read(path: Path, given: dict[str, Any], verify: bool) -> tuple[ACProp, Stat
         state = State(check_count(count), mu, nu)
         if surplus := hyperparameters.keys() - set(HYPERPARAMETERS):
             raise ValueError(f"the hyperparameters {', '.join(sorted(surplus))} are unknown")
-        if isinstance(hyperparameters["mask"], dict) and hyperparameters["mask"].keys() != kinds.keys():
-            raise ValueError("the mask does not have the names of the moments")
+        mask = hyperparameters.get("mask")
+        if mask not in (None, "callable") and (mask.keys() != kinds.keys() or {*mask.values()} - {True, False}):
+            raise ValueError("the mask is not one bool for each parameter")
+        recorded = ACProp(**{name: value for name, value in hyperparameters.items() if value != "callable"})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refusal(path, f"holds what save does not write ({error})") from error
     for name, value in given.items():
-        if value is not None:
-            hyperparameters[name] = value
-        elif hyperparameters[name] == "callable":
+        if value is None and hyperparameters.get(name) == "callable":
             raise ValueError(
                 f"{name} was a callable, which no file can hold, when {os.fspath(path)!r} was saved; give it again: "
                 f"load(path, {name}=...)"
             )
-    return ACProp(**hyperparameters), state
+    return dataclasses.replace(recorded, **{k: v for k, v in given.items() if v is not None}), state
 
 
 def _refusal(path: Path, reason: str) -> ValueError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 
-from acprop_core._checks import called, check_leaves, dtype_name
+from acprop_core._checks import called, check_count, check_leaves, dtype_name
 from acprop_core._containers import align, flatten
 from acprop_core._optimizer import ACProp, Container, State
 
@@ -63,6 +63,20 @@ def portable(optimizer: ACProp, like: Container) -> ACProp:
     return ACProp(**values)
 
 
+def checked(saved: ACProp, state: State) -> ACProp:
+    """Return the hyperparameters of a state that is to be imported, portable; refuse what is not such a pair."""
+    if not (isinstance(saved, ACProp) and isinstance(state, State)):
+        raise TypeError(
+            f"to import are a {type(saved).__name__} and a {type(state).__name__}; give the acprop_core.ACProp and the "
+            "State that load or export_state returned"
+        )
+    if not (isinstance(state.mu, dict) and isinstance(state.nu, dict)):
+        raise TypeError("the saved moments are no dicts by name; give the State that load or export_state returned")
+    if not isinstance(check_count(state.count), int):
+        raise TypeError(f"the step count (state.count) is {state.count!r}; give an int")
+    return portable(saved, state.mu)
+
+
 def choose(own: ACProp, saved: ACProp, prefer: str | None) -> ACProp:
     """Return the hyperparameters to go on with; refuse those that differ, unless `prefer` says whose to take."""
     if prefer not in (None, "own", "saved"):
@@ -107,9 +121,6 @@ def arrange(saved: State, names: Sequence[str], like: State) -> list[tuple[Any, 
         If dtypes differ.
     """
     by_name((name, None) for name in names)
-    for moments, what in ((saved.mu, "first moments"), (saved.nu, "second moments")):
-        if not isinstance(moments, dict):
-            raise TypeError(f"the saved {what} are a {type(moments).__name__}; give what load or export_state returned")
     here = dict(zip(names, zip(like.mu, like.nu, strict=True), strict=True))
     if missing := [name for name, (own, _) in here.items() if own is not None and name not in {**saved.mu, **saved.nu}]:
         raise ValueError(f"the saved state lacks {_list(missing)}; it has {_list(list(saved.mu))}. Use rename=")

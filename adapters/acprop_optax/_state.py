@@ -15,7 +15,7 @@ import optax
 
 from acprop_core import ACProp, State
 from acprop_core._checks import check_count
-from acprop_core._portable import HYPERPARAMETERS, arrange, by_name, choose, differences, portable, to_numpy
+from acprop_core._portable import HYPERPARAMETERS, arrange, by_name, checked, choose, differences, portable, to_numpy
 
 # States that count updates, by name because optax exports not all of them, and their field that does.
 _COUNTS = {
@@ -97,6 +97,7 @@ def import_state(
     TypeError
         If dtypes differ.
     """
+    saved = checked(saved, saved_state)
     moments = _only(state)
     _counts(state)
     own = _hyperparameters(state, optimizer)

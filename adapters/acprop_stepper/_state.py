@@ -1,8 +1,10 @@
 """Portable state: what `acprop_core.save` takes from a stepper, and what `acprop_core.load` gives to one."""
 
+import dataclasses
+
 from acprop_core import ACProp, State
 from acprop_core._containers import flatten, unflatten
-from acprop_core._portable import arrange, by_name, choose, portable, to_numpy
+from acprop_core._portable import arrange, by_name, checked, choose, portable, to_numpy
 from acprop_stepper._stepper import Stepper
 
 
@@ -30,7 +32,7 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
     mu, nu = (
         {name: to_numpy("moment", name, x) for name, x in by_name(flatten(moments)).items()} for moments in state[1:]
     )
-    return portable(stepper.functional, state.mu), State(state.count, mu, nu)
+    return _hyperparameters(stepper, state), State(state.count, mu, nu)
 
 
 def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str | None = None) -> None:
@@ -57,8 +59,9 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     RuntimeError
         If called from within a step of this stepper.
     """
+    saved = checked(saved, state)
     own = stepper.state
-    chosen = choose(portable(stepper.functional, own.mu), saved, prefer)
+    chosen = choose(_hyperparameters(stepper, own), saved, prefer)
     target = stepper._with(saved) if chosen is saved else stepper
     fresh = target.functional.init(target.params)
     leaves = State(0, *([leaf for _, leaf in flatten(tree)] for tree in fresh[1:]))
@@ -70,3 +73,10 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     target.load_state(State(state.count, unflatten(fresh.mu, mu), unflatten(fresh.nu, nu)))
     if target is not stepper:
         stepper._become(target)
+
+
+def _hyperparameters(stepper: Stepper, state: State) -> ACProp:
+    optimizer = stepper.functional
+    if callable(optimizer.mask):  # the parameters are at hand, so what it says can be recorded
+        optimizer = dataclasses.replace(optimizer, mask=optimizer.mask(stepper.params))
+    return portable(optimizer, state.mu)

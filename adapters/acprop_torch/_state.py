@@ -9,7 +9,7 @@ from torch import Tensor
 
 import acprop_core
 from acprop_core import State
-from acprop_core._portable import arrange, choose, to_numpy
+from acprop_core._portable import arrange, checked, choose, to_numpy
 from acprop_torch._optimizer import _MOMENTS, ACProp, _dtype_of_moments, _step_count
 
 Model = torch.nn.Module | Mapping[str, Tensor]
@@ -95,6 +95,7 @@ def import_state(
     -----
     The step counts of torch.optim are float32: one beyond 2**24 is rounded to it.
     """
+    saved = checked(saved, state)
     named = _named(optimizer, model)
     options: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
     if prefer == "saved":
