@@ -8,7 +8,10 @@ nox.options.sessions = ["demo", "tests"]
 nox.options.reuse_venv = "yes"
 
 PYTHONS = ["3.11", "3.12", "3.13"]
-WITHOUT_TORCH = [f"tests/test_{name}.py" for name in ("containers", "mutants", "optax", "rule", "stepper", "suite")]
+WITHOUT_TORCH = [
+    f"tests/test_{name}.py"
+    for name in ("containers", "mutants", "optax", "optax_devices", "optax_program", "rule", "stepper", "suite")
+]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -87,5 +90,6 @@ def wheel(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Print the benchmarks; `-- quick` for a short run."""
     install(session, "demo")
-    for name in ("import_time", "speed", "stepper", "accuracy"):
-        session.run("python", f"tests/benchmarks/{name}.py", *(session.posargs if name in ("speed", "stepper") else []))
+    for name in ("import_time", "stepper", "torch_speed", "optax_speed", "speed", "accuracy"):
+        quick = name.endswith("speed") or name == "stepper"
+        session.run("python", f"tests/benchmarks/{name}.py", *(session.posargs if quick else []))

@@ -1,9 +1,9 @@
 """The mathematics of ACProp, for one array and one step.
 
 Written once: NumPy, CuPy, PyTorch, JAX and every other array library run these very functions, eagerly or through
-their own compilers. (Learning rate and decay alone are left to optax, whose own transformations bring them.) Hence the
-style: operators and a few standard functions of the namespace ``xp``, nothing written in place, and no arithmetic
-between two numbers, because everything that is a number of the step stands ready in ``Coefficients``.
+their own compilers. Hence the style: operators and a few standard functions of the namespace ``xp``, nothing written in
+place, and no arithmetic between two numbers, because everything that is a number of the step stands ready in
+``Coefficients``.
 
 Read from the top: the two halves of the rule, the rule, what is added to the parameter, the other form of weight decay,
 and the numbers of a step.
@@ -115,7 +115,8 @@ def cast(k: Coefficients, real_dtype: Any, is_complex: bool, tiny: float, xp: An
     `tiny`, the smallest normal number, takes the place of a smaller eps. It is invisible beside the square root of any
     nonzero number, and makes 0 / (sqrt(0) + eps) be 0.
     """
-    numbers = {name: x for name in NUMBERS if hasattr(x := getattr(k, name), "dtype")}
+    # by exclusion: inside torch.compile a float may be a symbol, which cannot be asked whether it has a dtype
+    numbers = {name: x for name in NUMBERS if type(x := getattr(k, name)) not in (float, int, type(None))}
     numbers = {name: as_dtype(x, real_dtype, xp) for name, x in numbers.items()}
     if "eps" in numbers:
         numbers["eps"] = xp.where(numbers["eps"] < tiny, xp.full_like(numbers["eps"], tiny), numbers["eps"])

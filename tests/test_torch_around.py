@@ -102,14 +102,11 @@ def test_grad_scaler_changes_nothing_but_the_range(flags: dict[str, bool]) -> No
             loss = m(x).square().mean()
             (scaler.scale(loss) if m is model else loss).backward()
         if step == 2:
-            before = copy.deepcopy((values(model), optimizer.state_dict()))
+            before = copy.deepcopy((values(model), optimizer.state_dict()["state"]))
             next(model.parameters()).grad[0, 0] = math.inf
         scaler.step(optimizer)
         if step == 2:
-            after = (values(model), optimizer.state_dict())
-            assert str(before) == str(after)
-            with torch.no_grad():
-                assert optimizer.state[next(model.parameters())]["step"].item() == 2
+            torch.testing.assert_close((values(model), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
         else:
             plain.step()
         scaler.update()

@@ -1,6 +1,7 @@
 """The torch adapter under torch.compile: one whole graph, no recompilation, and as many kernels as AdamW's step."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -148,3 +149,57 @@ def test_the_fused_step_compiles_once_whatever_the_number_of_parameters() -> Non
                 optimizer.step()
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [1, 1]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_compiled_step_heeds_the_scaler(fused: bool) -> None:
+    x = torch.ones(2, requires_grad=True)
+    optimizer = ACProp([x], lr=0.1, fused=fused)
+    step = torch.compile(optimizer.step)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for g, after in ((1.0, 0.9), (float("inf"), 0.9)):
+        x.grad = torch.full((2,), 1024.0 * g)
+        scaler._per_optimizer_states.clear()
+        optimizer.step = step  # type: ignore[method-assign]
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        torch.testing.assert_close(x.detach(), torch.full((2,), after))
+        assert optimizer.state[x]["step"].item() == 1
+
+
+def test_a_number_for_a_rate_may_change_without_end() -> None:
+    """Torch makes a symbol of a number that changes: no new program for every value."""
+    counts = []
+    for cls in (ACProp, torch.optim.AdamW):
+        torch._dynamo.reset()
+        x = torch.ones(3, requires_grad=True)
+        x.grad = torch.ones(3)
+        optimizer = cls([x])
+        backend = CompileCounterWithBackend("eager")
+        step = compiled(optimizer, backend)
+        with torch.no_grad():
+            for i in range(6):
+                optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+                step()
+        counts.append(backend.frame_count)
+    assert counts == [2, 2]
+
+
+def test_no_combination_of_options_is_left_uncompiled() -> None:
+    """Past a limit on programs torch would go on uncompiled, without a word."""
+    x = torch.ones(5, requires_grad=True)
+    with mock.patch.object(_fused, "_with_numba", _fused._with_inductor):
+        for decay, l2, clip, centering in itertools.product(
+            (0, 0.1), (False, True), (None, 0.25), ("current", "previous")
+        ):
+            optimizer = ACProp(
+                [x],
+                weight_decay=decay,
+                decoupled_weight_decay=not l2,
+                clip_exponent=clip,
+                centering=centering,
+                fused=True,
+            )
+            x.grad = torch.ones(5)
+            optimizer.step()
+    assert counters["stats"]["unique_graphs"] == 16

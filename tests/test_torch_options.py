@@ -111,25 +111,26 @@ def test_tensors_for_numbers_mean_what_numbers_mean(way: dict[str, bool], shape:
 
 
 @ways
-def test_every_parameter_has_its_own_step(way: dict[str, bool]) -> None:
+@pytest.mark.parametrize("tile", [_steps._CPU_TILE, 100])  # bytes: all at once, or in several lists
+def test_every_parameter_has_its_own_step(way: dict[str, bool], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_steps, "_CPU_TILE", tile)
     grads = stream(5)
     grads[1][0] = grads[0][3] = grads[2][3] = None
     together = run(grads, **way)
-    counts = [torch.tensor(n) for n in (4, 5, 5, 3, 5)]
-    assert [int(x) for x in together[5::3]] == counts
+    assert [int(x) for x in together[5::3]] == [4, 5, 5, 3, 5]
     for i, x in enumerate(tensors(*SHAPES)):
         alone = run([[step[i]] for step in grads], [x], **way)
         assert_close([together[i], *together[5 + 3 * i : 8 + 3 * i]], alone)
 
 
 @ways
-@pytest.mark.parametrize("option", ["weight_decay", "maximize", "decoupled_weight_decay"])
-def test_the_gradient_is_not_written(way: dict[str, bool], option: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"maximize": True}, {"decoupled_weight_decay": False}], ids=str)
+def test_the_gradient_is_not_written(way: dict[str, bool], options: dict[str, bool]) -> None:
     x, g = tensors((4,), (4,))
     x.requires_grad_()
     x.grad = g
     before, version = g.clone(), g._version
-    ACProp([x], **{"weight_decay": 0.1, option: option != "decoupled_weight_decay" and 0.1}, **way).step()
+    ACProp([x], weight_decay=0.1, **options, **way).step()
     assert torch.equal(g, before)
     assert g._version == version
 
@@ -173,7 +174,7 @@ def test_any_layout(way: dict[str, bool], layout: str) -> None:
 def test_large_tensors_are_shared_out(way: dict[str, bool], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_CPU_TILE", 56), ("_TILE", 56), ("_SMALL", 24)):
         monkeypatch.setattr(_steps, name, value)
-    monkeypatch.setattr(_fused, "_SHARE", 5)
+    monkeypatch.setattr(_fused, "_MIN_PER_THREAD", 5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     shapes = ((40,), (2,), (6, 5), (1,), (), (2, 2), (9,))
     params, grads = tensors(*shapes), [tensors(*shapes, seed=seed) for seed in range(1, 4)]
@@ -269,9 +270,17 @@ def test_options_out_of_range_are_refused_in_adamws_words(options: dict[str, Any
         ACProp([{"params": tensors((1,)), **options}])
 
 
-@pytest.mark.parametrize("options", [{"lr": "0.1"}, {"eps": None}, {"moment_dtype": "float32"}], ids=str)
-def test_options_of_a_wrong_type_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=next(iter(options)).replace("lr", "learning rate").replace("eps", "epsilon")):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "0.1"}, "Invalid learning rate: '0.1'; give a number for lr"),
+        ({"eps": None}, "Invalid epsilon value: None; give a number for eps"),
+        ({"moment_dtype": "float32"}, "moment_dtype is 'float32'; give a torch.dtype or None"),
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         ACProp(tensors((1,)), **options)
 
 
@@ -307,23 +316,135 @@ def test_fused_refuses_what_adamws_fused_refuses() -> None:
                 optimizer([x], fused=True).step()
 
 
-def test_an_option_spoilt_later_is_refused_before_anything_changes() -> None:
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ({"lr": float("nan")}, "Invalid learning rate: nan"),
+        ({"clip_exponent": -1.0}, "clip_exponent is -1.0"),
+        ({"centering": "next"}, "centering is 'next'"),
+    ],
+    ids=str,
+)
+def test_an_option_spoilt_later_is_refused_before_anything_changes(spoilt: dict[str, Any], message: str) -> None:
     a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
     optimizer = ACProp([{"params": [a]}, {"params": [b]}])
     a.grad = b.grad = torch.ones(1)
-    optimizer.param_groups[1]["lr"] = float("nan")
-    with pytest.raises(ValueError, match="Invalid learning rate: nan"):
+    optimizer.param_groups[1].update(spoilt)
+    with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert a.item() == b.item() == 1.0
 
 
-def test_the_default_way_is_the_for_loop_on_a_cpu() -> None:
-    (x,) = tensors((3,))
-    x.grad = torch.ones_like(x)
-    for flags, name in (({}, "single"), ({"foreach": True}, "multi"), ({"differentiable": True}, "single")):
-        with mock.patch.object(_optimizer, f"_{name}_tensor_acprop") as chosen:
-            ACProp([x], **flags).step()
-        assert chosen.called
+def test_lists_do_not_follow_derivatives() -> None:
+    x = torch.ones(2)
+    x.grad = torch.ones(2)
+    for optimizer in (ACProp, torch.optim.AdamW):
+        with pytest.raises(AssertionError, match="_foreach ops don't support autograd"):
+            optimizer([x], foreach=True, differentiable=True).step()
+
+
+def test_a_group_is_a_dict() -> None:
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        ACProp(tensors((1,))).add_param_group(tensors((1,)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", ["for-loop", "foreach", "fused", "fused by inductor"], indirect=True)
+def test_lazy_gradients(way: dict[str, bool]) -> None:
+    """A gradient that is a lazy negation, or torch's zero without memory, is what it says, not what its memory says."""
+    (start,) = tensors((3,))
+    for lazy, plain in (
+        (torch._neg_view(torch.ones(3, dtype=torch.float64)), -torch.ones(3, dtype=torch.float64)),
+        (torch._efficientzerotensor(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)),
+    ):
+        for results in zip(run([[lazy]] * 2, [start], **way), run([[plain]] * 2, [start], **way), strict=True):
+            assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("way", ["for-loop", "foreach", "fused"], indirect=True)
+def test_a_conjugate_parameter_is_refused(way: dict[str, bool]) -> None:
+    """As by AdamW: its memory is not its value, so that a step in place would be lost."""
+    x = torch.ones(2, dtype=torch.complex64).conj().requires_grad_()
+    x.grad = torch.ones(2, dtype=torch.complex64)
+    for optimizer in (ACProp, torch.optim.AdamW):
+        with pytest.raises(RuntimeError, match="unresolved conjugated|must be floating|requires all the params"):
+            optimizer([x], **way).step()
+
+
+@pytest.mark.parametrize("way", ["for-loop", "foreach", "fused"], indirect=True)
+def test_wrapper_subclasses(way: dict[str, bool]) -> None:
+    """Tensors that stand for others have no memory of their own."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    xs = [torch.ones(3), torch.ones(3)]
+    x = TwoTensor(*xs).requires_grad_()
+    x.grad = TwoTensor(torch.ones(3), -torch.ones(3))
+    ACProp([x], lr=0.5, **way).step()
+    assert x.a.tolist() == [0.5] * 3
+    assert x.b.tolist() == [1.5] * 3
+
+
+@pytest.mark.parametrize("way", ["for-loop", "foreach", "fused", "fused by inductor"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_device_does_not_matter(way: dict[str, bool], dtype: torch.dtype) -> None:
+    x = torch.ones(3, dtype=dtype, requires_grad=True)
+    x.grad = torch.ones(3, dtype=dtype)
+    optimizer = ACProp([x], lr=0.5, **way)
+    with torch.device("meta"):
+        optimizer.step()
+    assert x.tolist() == [0.5] * 3
+    assert optimizer.state[x]["step"].item() == 1
+
+
+@pytest.mark.parametrize("way", ["for-loop", "foreach", "fused", "fused by inductor"], indirect=True)
+def test_moments_of_another_size_are_refused(way: dict[str, bool]) -> None:
+    x = torch.ones(64, requires_grad=True)
+    x.grad = torch.ones(64)
+    optimizer = ACProp([x], **way)
+    optimizer.step()
+    optimizer.state[x]["exp_avg"] = torch.zeros(8)
+    with pytest.raises(RuntimeError, match="shape|size"):
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del optimizer.state[x]
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(8,\), the parameter \(64,\); load"):
+        optimizer.load_state_dict(saved)
+    assert x not in optimizer.state
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])  # the scaler adds up what it found on several devices
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_the_step_for_accelerators(found: float, shape: tuple[int, ...]) -> None:
+    """What runs where nothing may be read, run on a CPU."""
+    grads = stream(3)
+    xs = tensors(*SHAPES)
+    moments = [[torch.zeros_like(x) for x in xs] for _ in range(2)]
+    steps = [torch.tensor(0.0) for _ in xs]
+    options = _optimizer._options_of({**ACProp(tensors((1,)), **OPTIONS).param_groups[0]}, traced=False)
+    for step in grads:
+        lists = _steps.Row(xs, [1024 * g for g in step], *moments)
+        _fused._on_accelerator(lists, steps, options, torch.full(shape, 1024.0), torch.full(shape, found))
+    expected = run(grads, foreach=False) if not found else [*tensors(*SHAPES)]
+    assert_close(xs, expected[: len(SHAPES)])
+    assert [int(step) for step in steps] == [0 if found else 3] * len(SHAPES)
+    assert all(bool(found) == (not m.any()) for m in moments[0] if m.numel())
+
+
+def test_without_numba_the_fused_step_is_compiled_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fused._has_numba.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(_fused, "_with_numba", None)
+    grads = stream(2)
+    assert_close(run(grads, fused=True), run(grads, foreach=False))
+    monkeypatch.undo()
+    _fused._has_numba.cache_clear()
+
+
+def test_lists_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule on lists with numbers that have been read, the default on a GPU, run on a CPU."""
+    grads = stream(3)
+    expected = run(grads, weight_decay=0.1, decoupled_weight_decay=False, foreach=False)
+    monkeypatch.setattr(_steps, "in_tiles", _steps.in_lists)
+    assert_close(run(grads, weight_decay=0.1, decoupled_weight_decay=False, foreach=False), expected)
 
 
 def test_options_survive_deepcopy() -> None:

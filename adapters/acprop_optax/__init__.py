@@ -4,14 +4,15 @@ The states are optax's own classes, so whatever reads the state of ``optax.contr
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from acprop_core import ACProp
-from acprop_core._checks import check_leaves
+from acprop_core._checks import called, check_leaves
 from acprop_optax._state import export_state, import_state
 
 __all__ = ["acprop", "export_state", "import_state", "scale_by_acprop"]
@@ -26,7 +27,7 @@ def acprop(
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    clip_exponent: float | None = None,
+    clip_exponent: jax.typing.ArrayLike | None = None,
     centering: str = "current",
     moment_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,12 +47,15 @@ def acprop(
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        The chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and ``optax.scale_by_learning_rate``.
+        Its state is that of the chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and
+        ``optax.scale_by_learning_rate``. Its updates have the dtypes of the parameters; with 16-bit parameters they are
+        rounded once, after the learning rate. Extra arguments of `update` are accepted and not used.
 
     Raises
     ------
     TypeError, ValueError
-        As in `scale_by_acprop`, and for a learning rate or weight decay that is negative or not finite.
+        As in `scale_by_acprop`; for a learning rate or weight decay that is no number, negative or not finite (arrays
+        are not looked into); from `update`, if there is weight decay and no `params`.
 
     Examples
     --------
@@ -63,22 +67,59 @@ def acprop(
     >>> optax.apply_updates(params, updates)["w"]
     Array([0.9995, 1.    , 1.001 ], dtype=float32)
     """
-    # checked, and made Python floats: a NumPy float64 would widen float32 updates in 64-bit mode
-    checked = ACProp(learning_rate=learning_rate, weight_decay=weight_decay)
-    chain = optax.chain(
-        scale_by_acprop(
-            b1, b2, eps, eps_root, clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype
-        ),
-        optax.add_decayed_weights(checked.weight_decay, mask),
-        optax.scale_by_learning_rate(checked.learning_rate),
+    optimizer = _optimizer(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        weight_decay=weight_decay,
+        clip_exponent=clip_exponent,
+        centering=centering,
+        moment_dtype=moment_dtype,
     )
+    decays = isinstance(optimizer.weight_decay, jax.core.Tracer) or bool(optimizer.weight_decay != 0.0)
+    # Which parameters decay is read from optax's own `masked`: it marks those with True, and leaves the others alone.
+    marked = optax.stateless(lambda params, _: jax.tree.map(lambda _: True, params))
+    if mask is not None:
+        marked = optax.masked(marked, mask)
+    # The states are those of the three transformations. The last two are applied by the rule itself, in its own dtypes:
+    # an array of another dtype then widens nothing, and 16-bit updates are rounded once, after the learning rate.
+    chain = optax.chain(_scale_by(optimizer), marked, optax.scale_by_learning_rate(optimizer.learning_rate))
 
     def update(
         grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = chain.update(grads, state, params, **extra_args)
-        # a learning rate or decay that is an array, as from inject_hyperparams, would widen 16-bit updates
-        return optax.tree_utils.tree_cast_like(updates, grads if params is None else params), state
+        if decays and params is None:
+            raise ValueError(
+                f"weight_decay is {optimizer.weight_decay!r}, which needs the parameters: "
+                "call update(grads, state, params)"
+            )
+        if isinstance(state, optax.ScaleByBeliefState) or len(state) != 3:
+            raise TypeError("the state is not of acprop; give the one that its init or update returned")
+        moments, decay_state, rate_state = state
+        rows, tree = _side_by_side(grads, moments, params)
+        now = optimizer
+        if callable(optimizer.learning_rate):
+            now = replace(optimizer, learning_rate=_number("learning_rate", optimizer.learning_rate(rate_state.count)))
+            rate_state = rate_state._replace(count=optax.safe_increment(rate_state.count))
+        decayed = [False] * len(rows)
+        if decays:
+            marks, decay_state = marked.update(params, decay_state)
+            decayed = [mark is True for mark in tree.flatten_up_to(marks)]
+        step = now.at(jnp.asarray(moments.count), jnp)
+        results = [
+            (None, row.mu, row.nu) if row.grad is None else step(*row, decay)
+            for row, decay in zip(rows, decayed, strict=True)
+        ]
+
+        def written(row: _Row, update: Any) -> Any:
+            # what the caller will compute: XLA sees that it is the same, and computes it once
+            return update if params is None else optax.apply_updates(row.param, update)
+
+        results = _in_order(rows, results, written, moments.count, optimizer.centering)
+        updates, moments = _join(tree, results, moments)
+        return updates, (moments, decay_state, rate_state)
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
 
@@ -89,7 +130,7 @@ def scale_by_acprop(
     eps: jax.typing.ArrayLike = 1e-16,
     eps_root: jax.typing.ArrayLike = 1e-16,
     *,
-    clip_exponent: float | None = None,
+    clip_exponent: jax.typing.ArrayLike | None = None,
     centering: str = "current",
     moment_dtype: Any = None,
 ) -> optax.GradientTransformation:
@@ -98,59 +139,173 @@ def scale_by_acprop(
     Parameters
     ----------
     b1, b2, eps, eps_root, clip_exponent, centering, moment_dtype
-        As in `acprop_core.ACProp`.
+        As in `acprop_core.ACProp`. A `b1` or `b2` that is a 16-bit array of 1 stands for the numbers that round to it:
+        ``optax.inject_hyperparams`` rounds to the dtype of the parameters, and 0.999 is 1 in bfloat16.
 
     Returns
     -------
     optax.GradientTransformation
         Its state is an ``optax.ScaleByBeliefState``: `count`, 0-d int32; `mu` and `nu`, pytrees like the parameters.
+        A gradient of None leaves the moments of its parameter as they are, and gives an update of None.
 
     Raises
     ------
     TypeError
         If a hyperparameter is no number; from `init` and `update`, if a leaf is of a dtype that does not fit.
     ValueError
-        If a hyperparameter is out of its range or not finite (arrays are not looked into); from `update`, if shapes
-        differ.
+        If a hyperparameter is out of its range or not finite (arrays are not looked into); from `update`, if
+        structures or shapes differ.
 
     Notes
     -----
     Zhuang et al. 2021, arXiv:2110.05454, algorithm 2.
     """
-    optimizer = ACProp(
-        learning_rate=1.0,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        eps_root=eps_root,
-        clip_exponent=clip_exponent,
-        centering=centering,
-        moment_dtype=moment_dtype,
+    return _scale_by(
+        _optimizer(
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            clip_exponent=clip_exponent,
+            centering=centering,
+            moment_dtype=moment_dtype,
+        )
     )
 
+
+def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
     def init(params: optax.Params) -> optax.ScaleByBeliefState:
-        names, leaves, tree = _flatten(params)
+        names, leaves, tree = _flatten("parameter", params)
         check_leaves({"parameter": leaves}, names)
-        _, mu, nu = optimizer.init(leaves)
-        return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), tree.unflatten(mu), tree.unflatten(nu))
+        # Parameters may be abstract, so only the dtypes come from the core; zeros_like keeps each parameter's sharding.
+        _, *dtypes = jax.eval_shape(optimizer.init, leaves)
+        mu, nu = (
+            tree.unflatten(
+                [None if x is None else jnp.zeros_like(x, m.dtype) for x, m in zip(leaves, like, strict=True)]
+            )
+            for like in dtypes
+        )
+        return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(
         grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
-        names, g, tree = _flatten(grads)
-        mu, nu = ([jnp.asarray(x) for x in tree.flatten_up_to(moment)] for moment in (state.mu, state.nu))
-        x = g if params is None else [jnp.asarray(x) for x in tree.flatten_up_to(params)]
-        owner = "gradient" if params is None else "parameter"
-        check_leaves({owner: x, "gradient": g, "first moment": mu, "second moment": nu}, names)
+        rows, tree = _side_by_side(grads, state, params)
         step = optimizer.at(jnp.asarray(state.count), jnp)
-        rows = [step.without_rate(*row) for row in zip(g, mu, nu, x, strict=True)]
-        d, mu, nu = (tree.unflatten([row[i] for row in rows]) for i in range(3))
-        return d, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)
+        results = [(None, row.mu, row.nu) if row.grad is None else step.without_rate(*row) for row in rows]
+        results = _in_order(rows, results, lambda _, d: d, state.count, optimizer.centering)
+        return _join(tree, results, state)
 
     return optax.GradientTransformation(init, update)
 
 
-def _flatten(tree: Any) -> tuple[list[str], list[jax.Array], Any]:
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+_Result = tuple[Any, Any, Any]  # update, first and second moment of one parameter
+
+
+class _Row(NamedTuple):
+    """One parameter; the gradient stands in for it where there are no parameters."""
+
+    grad: Any
+    mu: Any
+    nu: Any
+    param: Any
+
+
+def _side_by_side(grads: Any, state: optax.ScaleByBeliefState, params: Any) -> tuple[list[_Row], Any]:
+    """Return the leaves, None among them, and their tree; refuse what does not fit together."""
+    if not isinstance(state, optax.ScaleByBeliefState):
+        raise TypeError(f"the state is a {type(state).__name__}; give the one that init or update returned")
+    names, mu, tree = _flatten("first moment", state.mu)
+    groups = {"first moment": mu}
+    for what, other in (("second moment", state.nu), ("gradient", grads), ("parameter", params)):
+        if other is None and what == "parameter":
+            continue
+        try:
+            leaves = tree.flatten_up_to(other)
+        except ValueError as error:
+            raise ValueError(f"the {what}s are not in the structure of the first moments: {error}") from None
+        groups[what] = [_array(what, name, x) for name, x in zip(names, leaves, strict=True)]
+    owner = "first moment" if params is None else "parameter"
+    check_leaves({owner: groups[owner], **groups}, names)
+    columns = [groups["gradient"], mu, groups["second moment"], groups["gradient" if params is None else "parameter"]]
+    return [_Row(*row) for row in zip(*columns, strict=True)], tree
+
+
+def _in_order(
+    rows: list[_Row], results: list[_Result], written: Callable[[_Row, Any], Any], count: Any, centering: str
+) -> list[_Result]:
+    """Return the results as they are, but so that XLA computes what is `written` from an update before the moments.
+
+    Both are made from s_{t-1}, whose memory s_t takes over where the state is donated. XLA orders only what depends on
+    each other. Left alone, it copies s_{t-1} on the CPU: a parameter-sized temporary, and three times the time.
+    """
+    if not isinstance(count, jax.core.Tracer):
+        return results
+    ordered = []
+    for row, (update, mu, nu) in zip(rows, results, strict=True):
+        if update is not None:
+            nu = _after(written(row, update), nu, count)
+            if centering == "previous":  # s_t is made from m_{t-1}, which m_t takes over
+                mu = _after(nu, mu, count)
+        ordered.append((update, mu, nu))
+    return ordered
+
+
+def _after(first: jax.Array, x: jax.Array, count: jax.Array) -> jax.Array:
+    """Return `x`, made to depend on `first`.
+
+    A count is never negative, but XLA cannot know that; and as the condition is one number for all elements, nothing of
+    `first` is read. Its bits, because XLA drops the rounding from a value that it rounds and widens again, and because
+    they have no derivative.
+    """
+    first = jnp.real(first)
+    bits = jax.lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
+    return jnp.where(count < 0, bits.astype(x.dtype), x)
+
+
+def _join(
+    tree: Any, results: list[_Result], state: optax.ScaleByBeliefState
+) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
+    """Return the updates and the next state."""
+    updates, mu, nu = (tree.unflatten([result[i] for result in results]) for i in range(3))
+    return updates, optax.ScaleByBeliefState(optax.safe_increment(state.count), mu, nu)
+
+
+def _optimizer(**hyperparameters: Any) -> ACProp:
+    return ACProp(**{name: _number(name, value) for name, value in hyperparameters.items()})
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return a hyperparameter as the rule can use it: a number as it is, an array in JAX's own width of float.
+
+    inject_hyperparams makes arrays of all numbers, int32 of 0, and of others the dtype of the parameters: in bfloat16
+    0.999 is 1.
+    """
+    if not isinstance(value, jax.Array) or value.ndim:
+        return value
+    below_one = _BELOW_ONE.get(value.dtype.name) if name in ("b1", "b2") else None
+    value = value.astype(float)
+    return value if below_one is None else jnp.where(value == 1.0, below_one, value)
+
+
+_BELOW_ONE = {"float16": 1.0 - 2.0**-13, "bfloat16": 1.0 - 2.0**-10}  # the middle of what rounds to 1
+
+
+def _flatten(what: str, tree: Any) -> tuple[list[str], list[Any], Any]:
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in pairs]
-    return names, [jnp.asarray(x) for _, x in pairs], structure
+    return names, [_array(what, name, x) for name, (_, x) in zip(names, pairs, strict=True)], structure
+
+
+def _array(what: str, name: str, x: Any) -> Any:
+    """Return a leaf as an array; None and abstract arrays as they are. Python's integers count as floats."""
+    if x is None or isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):  # ValueError of some containers, which end up here if structures differ
+        raise TypeError(
+            f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}); give an array or a number"
+        ) from None
+    is_python_int = getattr(x, "weak_type", False) and jnp.issubdtype(x.dtype, jnp.integer)  # keys have no weak_type
+    return x.astype(float) if is_python_int else x

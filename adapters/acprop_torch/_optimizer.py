@@ -1,12 +1,14 @@
 """The optimizer: options, state, the choice of a way to step, and what is saved."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# torch's own helpers of optimizers, so that what AdamW refuses, finds or chooses is refused, found or chosen here
 from torch.optim.optimizer import (
     ParamsT,
     _default_to_fused_or_foreach,
@@ -18,22 +20,12 @@ from torch.optim.optimizer import (
 )
 
 import acprop_core
-from acprop_torch._fused import fused as _fused_acprop
-from acprop_torch._steps import Numbers, Row
+from acprop_torch._fused import fused_step as _fused_acprop
+from acprop_torch._steps import PLAIN, Options, Row, transposed
 from acprop_torch._steps import multi_tensor as _multi_tensor_acprop
 from acprop_torch._steps import single_tensor as _single_tensor_acprop
 
 _MOMENTS = ("exp_avg", "exp_avg_var")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-# What a state_dict or a pickle may lack, and its meaning then.
-_LATER_OPTIONS = {
-    "decoupled_weight_decay": True,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
 
 
 class ACProp(torch.optim.Optimizer):
@@ -64,7 +56,8 @@ class ACProp(torch.optim.Optimizer):
     fused : bool, optional
         Run the rule compiled, in one pass over the memory: by Numba on a CPU if it is installed, or by torch.compile.
     clip_exponent : float, optional
-        No element moves by more than ``lr * t**clip_exponent`` at step t; None for no clip. 0.25 is recommended.
+        Weight decay aside, no element moves by more than ``lr * t**clip_exponent`` at step t; None for no clip. 0.25 is
+        recommended.
     centering : {"current", "previous"}
         Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
     moment_dtype : torch.dtype, optional
@@ -125,24 +118,16 @@ class ACProp(torch.optim.Optimizer):
         _check(defaults)
         defaults["betas"] = tuple(map(_to_scalar, betas))
         super().__init__(params, defaults)
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # asked by GradScaler, which then leaves it to `step` to unscale, and to skip where it found an infinity
-        return all(group["fused"] for group in self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in _LATER_OPTIONS.items():
+            for name, value in self.defaults.items():  # options that came after the state was saved
                 group.setdefault(name, value)
             for p in group["params"]:
                 if (own := self.state.get(p)) and not torch.is_tensor(own["step"]):
                     own["step"] = _step_count(group, p, float(own["step"]))
+        self._note_who_unscales()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, whose options default to those of the constructor.
@@ -157,8 +142,14 @@ class ACProp(torch.optim.Optimizer):
         ValueError, TypeError
             If an option is out of its range or of a wrong type.
         """
-        _check({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # or else the base class refuses it
+            _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._note_who_unscales()
+
+    def _note_who_unscales(self) -> None:
+        # GradScaler asks for this; if so, it leaves it to `step` to unscale, and to skip where it found an infinity
+        self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -209,11 +200,11 @@ class ACProp(torch.optim.Optimizer):
         exp_avg_vars: list[Tensor],
         steps: list[Tensor],
     ) -> bool:
-        """Fill the lists, making state where there is none; return whether a parameter is complex.
+        """Fill the lists, as Dynamo expects of a method of this name, which it runs instead of tracing it.
 
-        Dynamo knows a method of this name, and runs it instead of tracing it.
+        State is made where there is none. Returns whether a parameter is complex.
         """
-        _check_numbers(group, step=True)
+        _check(group, step=True)
         has_complex = False
         for p in group["params"]:
             grad = p.grad
@@ -250,14 +241,20 @@ class ACProp(torch.optim.Optimizer):
                 raise AssertionError(
                     f"If capturable=True, params and state_steps must be on supported devices: {supported}."
                 )
-        own = _numbers_of(group, traced)
+        own = _options_of(group, traced)
         foreach = group["foreach"]
         if foreach is None and group["fused"] is None:
             _, foreach = _default_to_fused_or_foreach(lists.param, group["differentiable"])
             foreach = foreach and (group["capturable"] or not isinstance(group["lr"], Tensor))
-        if group["fused"] and not compiling:
-            _fused_acprop(lists, steps, own, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        elif foreach and not group["fused"]:
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if group["fused"]:
+            _fused_acprop(lists, steps, own, grad_scale, found_inf)
+            return
+        if grad_scale is not None or found_inf is not None:
+            raise AssertionError("Expected grad_scale and found_inf to be None: only fused steps unscale gradients")
+        if foreach:
+            if group["differentiable"]:
+                raise AssertionError("_foreach ops don't support autograd")
             _multi_tensor_acprop(lists, steps, own, traced)
         else:
             _single_tensor_acprop(lists, steps, own, traced, group["differentiable"])
@@ -282,15 +279,24 @@ class ACProp(torch.optim.Optimizer):
         """
         saved: dict[str, Any] = {}
 
+        def owners() -> Iterator[tuple[Any, dict[str, Any], Tensor]]:
+            keys = (key for group in saved["param_groups"] for key in group["params"])
+            return ((next(keys, None), group, p) for group in self.param_groups for p in group["params"])
+
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             saved.update(_translated(state_dict, self.param_groups))
+            for key, _, p in owners():
+                for name in _MOMENTS if saved["state"].get(key) else ():
+                    if (shape := saved["state"][key][name].shape) != p.shape:
+                        raise ValueError(
+                            f"{name} of parameter {key} has shape {tuple(shape)}, the parameter {tuple(p.shape)}; load "
+                            "the state of this model"
+                        )
             return saved
 
         def restore(optimizer: torch.optim.Optimizer) -> None:
             # The base class casts moments to their parameter's dtype, which would round those of 16-bit parameters.
-            keys = [key for group in saved["param_groups"] for key in group["params"]]
-            owners = [(group, p) for group in self.param_groups for p in group["params"]]
-            for key, (group, p) in zip(keys, owners, strict=True):
+            for key, group, p in owners():
                 for name in _MOMENTS if saved["state"].get(key) else ():
                     moment = saved["state"][key][name]
                     self.state[p][name] = moment.to(p.device, _dtype_of_moments(group, p), copy=True)
@@ -309,34 +315,27 @@ class ACProp(torch.optim.Optimizer):
                 hook.remove()
 
 
-def _check(options: dict[str, Any]) -> None:
-    lr, betas, late = options["lr"], options["betas"], options["foreach"] and not options["capturable"]
-    if late and isinstance(lr, Tensor):
-        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-    _check_numbers(options)
-    if not (all(isinstance(b, float) for b in betas) or all(isinstance(b, Tensor) for b in betas)):
-        raise ValueError("betas must be either both floats or both Tensors")
-    if late and isinstance(betas[0], Tensor):
-        raise ValueError("betas[0] as a Tensor is not supported for capturable=False and foreach=True")
-    if not isinstance(options["moment_dtype"], torch.dtype | None):
-        raise TypeError(f"moment_dtype is {options['moment_dtype']!r}; give a torch.dtype or None")
-    acprop_core.ACProp(**{name: options[name] for name in ("clip_exponent", "centering", "moment_dtype")})
-
-
-def _check_numbers(options: dict[str, Any], step: bool = False) -> None:
-    """Refuse numbers out of range; at a step without reading tensors, which may be on an accelerator."""
-    betas = options["betas"]
+def _check(options: dict[str, Any], step: bool = False) -> None:
+    """Refuse options out of range; at a step without reading tensors, which may be on an accelerator."""
+    if options["fused"] and options["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    lr, betas = options["lr"], options["betas"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
         raise ValueError(f"Invalid betas: {betas!r}; give two decay rates, such as (0.9, 0.999)")
-    checks: list[tuple[str, str, Any, float]] = [
-        ("lr", "learning rate", options["lr"], math.inf),
+    uncaptured_lists = options["foreach"] and not options["capturable"]
+    if uncaptured_lists and isinstance(lr, Tensor):
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    numbers: list[tuple[str, str, Any, float]] = [
+        ("lr", "learning rate", lr, math.inf),
         ("eps", "epsilon value", options["eps"], math.inf),
         ("eps_root", "eps_root value", options["eps_root"], math.inf),
         ("betas[0]", "beta parameter at index 0", betas[0], 1.0),
         ("betas[1]", "beta parameter at index 1", betas[1], 1.0),
         ("weight_decay", "weight_decay value", options["weight_decay"], math.inf),
     ]
-    for name, what, x, below in checks:
+    for name, what, x, below in numbers:
         if isinstance(x, Tensor):
             if x.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element")
@@ -348,9 +347,17 @@ def _check_numbers(options: dict[str, Any], step: bool = False) -> None:
         if not 0.0 <= value < below:
             upper = "finite" if below == math.inf else f"below {below:g}"
             raise ValueError(f"Invalid {what}: {x}; give a number that is at least 0 and {upper}")
+    if not step:  # afterwards schedulers may have replaced one of the two
+        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+            raise ValueError("betas must be either both floats or both Tensors")
+        if uncaptured_lists and isinstance(betas[0], Tensor):
+            raise ValueError("betas[0] as a Tensor is not supported for capturable=False and foreach=True")
+    if not isinstance(options["moment_dtype"], torch.dtype | None):
+        raise TypeError(f"moment_dtype is {options['moment_dtype']!r}; give a torch.dtype or None")
+    acprop_core.ACProp(**{name: options[name] for name in ("clip_exponent", "centering", "moment_dtype")})
 
 
-def _numbers_of(group: dict[str, Any], traced: bool) -> Numbers:
+def _options_of(group: dict[str, Any], traced: bool) -> Options:
     def number(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return float(x)
@@ -358,7 +365,7 @@ def _numbers_of(group: dict[str, Any], traced: bool) -> Numbers:
         return x.item() if x.is_cpu and not traced else _to_scalar(x)
 
     b1, b2 = group["betas"]
-    return Numbers(
+    return Options(
         learning_rate=number(group["lr"]),
         b1=number(b1),
         b2=number(b2),
@@ -378,14 +385,12 @@ def _lists(
     """Return what the rule works on: of sharded tensors the local shard, and complex tensors as real ones."""
     lists = Row(params, grads, exp_avgs, exp_avg_vars)
     if has_complex:
-        lists = Row(*([_real(x) for x in column] for column in lists))
-    if all(type(p) in _PLAIN for p in params):
+        # a gradient may be conjugated lazily; a parameter may not, its memory is what counts
+        resolved = lists._replace(grad=[grad.resolve_conj() for grad in grads])
+        lists = Row(*([torch.view_as_real(x) if x.is_complex() else x for x in column] for column in resolved))
+    if PLAIN.issuperset(map(type, params)):
         return lists
-    return Row(*map(list, zip(*(_local(Row(*row)) for row in zip(*lists, strict=True)), strict=True)))
-
-
-def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return transposed([_local(row) for row in map(Row, *lists)])
 
 
 def _local(row: Row) -> Row:

@@ -1,7 +1,8 @@
 """One step on many tensors: one after the other, or as lists. The rule is the same in both."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
@@ -18,10 +19,12 @@ from acprop_torch._foreach import TensorList
 # memory at every operation, and their page faults cost more than the arithmetic.
 _CPU_TILE, _TILE = 3 * 2**17, 2**23
 _SMALL = 2**17  # bytes: on a CPU, starting the operations on fewer costs more than gathering them into a tile
-_ONE = torch.tensor(1.0)
 
 
-class Numbers(NamedTuple):
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+class Options(NamedTuple):
     """The options of a parameter group, by the names that `coefficients` knows."""
 
     learning_rate: Any
@@ -37,8 +40,8 @@ class Numbers(NamedTuple):
 
     @property
     def decays(self) -> bool:
-        """Whether there is weight decay."""
-        return bool(self.weight_decay != 0)
+        """Whether there may be weight decay; a tensor is not read."""
+        return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0
 
     def at(self, count: Any) -> _rule.Coefficients:
         """Return the numbers of step ``count + 1``; tensors where `count` is one, of one step or of several."""
@@ -65,93 +68,107 @@ class Block(NamedTuple):
     members: Sequence[Row] = ()
 
 
-def single_tensor(lists: Row, steps: list[Tensor], numbers: Numbers, traced: bool, differentiable: bool) -> None:
+def single_tensor(lists: Row, steps: list[Tensor], options: Options, traced: bool, differentiable: bool) -> None:
     """Run the rule on one tensor after the other; `traced` without reading a number, for graphs and derivatives."""
     if not traced:
-        for count, members in alike(lists, steps):
-            in_tiles(members, numbers.at(count), numbers)
-        advance(steps)
+        for count, members, own_steps in by_kind(lists, steps):
+            count_steps(own_steps)
+            in_tiles(members, options.at(count), options)
         return
     for row, done in zip(map(Row, *lists), steps, strict=True):
-        step = Step(numbers.at(done), xp, numbers.decoupled)
+        step = Step(options.at(done), xp, options.decoupled)
         # derivatives need the old values of what is overwritten
         param, grad, mu, nu = (x.clone() for x in row) if differentiable else row
-        update, new_mu, new_nu = step(grad, mu, nu, param, numbers.decays)
+        update, new_mu, new_nu = step(grad, mu, nu, param, options.decays)
         row.param.add_(update)
         row.mu.copy_(new_mu)
         row.nu.copy_(new_nu)
         done.add_(1)
 
 
-def in_tiles(rows: list[Row], k: _rule.Coefficients, numbers: Numbers) -> None:
+def in_tiles(lists: Row, k: _rule.Coefficients, options: Options) -> None:
     """Run the rule on rows of one device and alike in dtypes, as much at once as `blocks` says."""
     _keep_freed_memory()
     # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster
-    step = Step(as_tensors(k)._replace(limit=k.limit), xp, numbers.decoupled)
-    for block in blocks(rows):
+    step = Step(as_tensors(k)._replace(limit=k.limit), xp, options.decoupled)
+    for block in blocks(lists):
         param, grad, mu, nu = block.row
-        write([block], *([new] for new in step(grad, mu, nu, param, numbers.decays)))
+        write([block], *([new] for new in step(grad, mu, nu, param, options.decays)))
 
 
-def multi_tensor(lists: Row, steps: list[Tensor], numbers: Numbers, traced: bool) -> None:
+def in_lists(lists: Row, k: _rule.Coefficients, options: Options) -> None:
+    """Run the rule on lists of what `blocks` makes of rows of one device and alike in dtypes."""
+    step = Step(k, _foreach, options.decoupled)
+    for chunk in _chunks(blocks(lists)):
+        _step_list(chunk, step, options.decays)
+
+
+def multi_tensor(lists: Row, steps: list[Tensor], options: Options, traced: bool) -> None:
     """Run the rule on lists of tensors; `traced` without reading a number, and each with those of its own step."""
     if not traced:
-        for count, members in alike(lists, steps):
-            k = numbers.at(count)
-            if members[0].param.is_cpu:  # where torch's operations on lists are loops themselves
-                in_tiles(members, k, numbers)
-            else:
-                step = Step(k, _foreach, numbers.decoupled)
-                for chunk in _chunks(blocks(members)):
-                    _step_list(chunk, step, numbers.decays)
-        advance(steps)
+        for count, members, own_steps in by_kind(lists, steps):
+            count_steps(own_steps)
+            # on a CPU torch's operations on lists are loops themselves
+            (in_tiles if members.param[0].is_cpu else in_lists)(members, options.at(count), options)
         return
     rows = list(map(Row, *lists))
     kinds: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         kinds.setdefault(_kind(row), []).append(i)
     for chosen in kinds.values():
-        k = numbers.at(torch.stack([steps[i] for i in chosen]))
+        k = options.at(torch.stack([steps[i] for i in chosen]))
         start = 0
         for chunk in _chunks(Block(rows[i]) for i in chosen):
             part = slice(start, start + len(chunk))
-            own = each_step(k, lambda x, part=part: TensorList(x[part].unbind()))
-            _step_list(chunk, Step(own, _foreach, numbers.decoupled), numbers.decays)
+            own = numbers_of_each(k, lambda x, part=part: TensorList(x[part].unbind()))
+            _step_list(chunk, Step(own, _foreach, options.decoupled), options.decays)
             start += len(chunk)
     torch._foreach_add_(steps, 1)
 
 
-def each_step(k: _rule.Coefficients, take: Any) -> _rule.Coefficients:
+def numbers_of_each(k: _rule.Coefficients, take: Any) -> _rule.Coefficients:
     """Return the numbers of several steps with `take` applied to those that differ from step to step."""
     numbers = {name: getattr(k, name) for name in _rule.NUMBERS}
     return k._replace(**{name: take(x) for name, x in numbers.items() if isinstance(x, Tensor) and x.ndim == 1})
 
 
 def as_tensors(k: _rule.Coefficients) -> _rule.Coefficients:
-    """Return `k` with 0-d tensors for its Python numbers."""
+    """Return `k` with 0-d tensors for its Python numbers: on the CPU, from where they go with tensors of any device."""
     numbers: dict[str, Any] = {name: getattr(k, name) for name in _rule.NUMBERS}
-    numbers = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items() if isinstance(x, float)}
+    for name in [name for name, x in numbers.items() if isinstance(x, float)]:
+        numbers[name] = torch.tensor(numbers[name], dtype=torch.float64, device="cpu")
     return k._replace(**numbers)
 
 
-def alike(lists: Row, steps: list[Tensor]) -> Iterator[tuple[int, list[Row]]]:
-    """Sort rows by count, device and dtypes; yield each count with its rows."""
-    groups: dict[Any, list[Row]] = {}
-    for row, step in zip(map(Row, *lists), steps, strict=True):
-        groups.setdefault((step.item(), *_kind(row)), []).append(row)
+def by_kind(lists: Row, steps: list[Tensor]) -> Iterator[tuple[int, Row, list[Tensor]]]:
+    """Sort rows by count, device and dtypes; yield each count with the lists and the steps of its rows."""
+    counts = list(map(Tensor.item, steps))
+    on_cpu, dtype = attrgetter("is_cpu"), attrgetter("dtype")
+    if all(map(on_cpu, lists.param)) and len({*counts}) == 1 and all(len({*map(dtype, x)}) == 1 for x in lists):
+        yield int(counts[0]), lists, steps  # the usual case, asked in few words: with many small parameters they count
+        return
+    groups: dict[Any, list[tuple[Row, Tensor]]] = {}
+    for row, step, count in zip(map(Row, *lists), steps, counts, strict=True):
+        groups.setdefault((count, *_kind(row)), []).append((row, step))
     for key, members in groups.items():
-        yield int(key[0]), members
+        yield int(key[0]), transposed([row for row, _ in members]), [step for _, step in members]
 
 
-def blocks(rows: list[Row], tile: int | None = None) -> Iterator[Block]:
+def transposed(rows: list[Row]) -> Row:
+    """Return the lists of the parameters, gradients and moments of several rows."""
+    return Row(*map(list, zip(*rows, strict=True))) if rows else Row([], [], [], [])
+
+
+def blocks(lists: Row, tile: int | None = None) -> Iterator[Block]:
     """Cut large tensors into tiles, and gather small ones on a CPU. The rows are of one device and alike in dtypes."""
+    rows = list(map(Row, *lists))
     tile = tile or _tile_of(rows[0])
     small: list[Row] = []
     gathered = 0
     for row in rows:
         size = row.mu.nbytes
         if size < _SMALL and row.param.is_cpu:
-            if gathered + size > _CPU_TILE:
+            if small and gathered + size > _CPU_TILE:
                 yield _gathered(small)
                 small, gathered = [], 0
             small.append(row)
@@ -175,20 +192,27 @@ def contiguous(row: Row) -> Row | None:
 
 def write(blocks: Sequence[Block], updates: Sequence[Tensor], mus: Sequence[Tensor], nus: Sequence[Tensor]) -> None:
     """Add the updates to the parameters of the blocks, and put the new moments in the place of the old."""
-    for name, news in (("param", updates), ("mu", mus), ("nu", nus)):
-        olds: list[Tensor] = []
-        parts: list[Tensor] = []
-        for block, new in zip(blocks, news, strict=True):
-            owners = [getattr(row, name) for row in block.members or [block.row]]
-            olds += owners
-            parts += _unflatten_dense_tensors(new, owners) if block.members else [new]
-        (torch._foreach_add_ if name == "param" else torch._foreach_copy_)(olds, parts)
+    bring(updates, "param", blocks, torch._foreach_add_)
+    bring(mus, "mu", blocks, torch._foreach_copy_)
+    bring(nus, "nu", blocks, torch._foreach_copy_)
 
 
-def advance(steps: list[Tensor]) -> None:
+def bring(values: Sequence[Tensor], name: str, blocks: Sequence[Block], operation: Callable[..., None]) -> None:
+    """Add or copy a value for each block to its tensor of this name, or to those of which it is made."""
+    targets: list[Tensor] = []
+    parts: list[Tensor] = []
+    for block, value in zip(blocks, values, strict=True):
+        owners = [getattr(row, name) for row in block.members or [block.row]]
+        targets += owners
+        parts += _unflatten_dense_tensors(value, owners) if block.members else [value]
+    operation(targets, parts)
+
+
+def count_steps(steps: list[Tensor]) -> None:
     """Add one to the step counts."""
-    if steps and steps[0].is_cpu:
-        torch._foreach_add_(steps, _ONE, alpha=1.0)  # a number would be made a tensor for every step
+    if steps[0].is_cpu:
+        one = torch.tensor(1.0, device="cpu")  # a Python number would be made a tensor for every step
+        torch._foreach_add_(steps, one, alpha=1.0)
     else:
         torch._foreach_add_(steps, 1)
 
@@ -197,7 +221,7 @@ def advance(steps: list[Tensor]) -> None:
 def _keep_freed_memory() -> None:
     # What is free beyond twice the largest block that was ever mapped and freed, glibc returns to the system, and each
     # temporary would be new memory again. So let there have been such a block; untouched, it costs nothing.
-    torch.empty(2**24, dtype=torch.uint8)
+    torch.empty(2**24, dtype=torch.uint8, device="cpu")
 
 
 def _step_list(chunk: list[Block], step: Step, decays: bool) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from acprop_torch import ACProp
 
 CONTEXT, BATCH = 96, 24
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SHORT = 150  # steps of the runs that choose the rate
 MakeOptimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/speed.py [quick]
 
 NumPy counts against the time that np.add(a, b, out=a) takes to move the bytes of one step (28 a parameter in float32:
-read parameter, gradient and two moments, write parameter and moments); torch and JAX against their AdamW, with one
-thread if you ask for it as above.
+read parameter, gradient and two moments, write parameter and moments); torch against its AdamW, with one thread if you
+ask for it as above. JAX has a benchmark of its own, optax_speed.py.
 """
 
 import statistics
@@ -82,41 +82,11 @@ def torch_steps(arrays: int, size: int) -> dict[str, Step]:
     }
 
 
-def jax_steps(arrays: int, size: int) -> dict[str, Step]:
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    import acprop_optax
-
-    def transform(tx: optax.GradientTransformation) -> Step:
-        params = [jnp.ones(size) for _ in range(arrays)]
-        grads = [jnp.linspace(-1.0, 1.0, size) for _ in range(arrays)]
-
-        def step(params, state):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        held = [(params, tx.init(params))]
-        compiled = jax.jit(step, donate_argnums=(0, 1))
-
-        def run() -> None:
-            held[0] = jax.block_until_ready(compiled(*held[0]))
-
-        return run
-
-    return {
-        "optax.adamw": transform(optax.adamw(1e-3)),
-        "optax.contrib.acprop": transform(optax.contrib.acprop(1e-3)),
-        "acprop_optax": transform(acprop_optax.acprop(1e-3, clip_exponent=0.25)),
-    }
-
-
 def main() -> None:
     """Print one line a host, size and contender; the first of each is the unit."""
     quick = "quick" in sys.argv[1:]
     shapes = [(1, 1_000_000)] if quick else [(1, 1_000_000), (1, 16_000_000), (1_000, 1_000)]
-    for host, make in (("NumPy", numpy_steps), ("torch", torch_steps), ("JAX", jax_steps)):
+    for host, make in (("NumPy", numpy_steps), ("torch", torch_steps)):
         for arrays, size in shapes:
             medians = measure(make(arrays, size), rounds=5 if quick else 15)
             unit, seconds = next(iter(medians.items()))
