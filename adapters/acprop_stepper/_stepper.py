@@ -356,7 +356,7 @@ class Stepper:
                 return leaves, None
         except (AttributeError, ValueError):
             pass  # None, no array, or a view: what is comes out below
-        # NumPy's arithmetic makes scalars of arrays without axes, and a scalar has no memory that compiled code could read
+        # NumPy's arithmetic makes scalars of 0-d arrays, and compiled code cannot read the memory of a scalar
         leaves = [np.asarray(g) if isinstance(g, np.generic) else g for g in leaves]
         groups = {"parameter": self._leaves, "gradient": leaves}
         common_namespace(groups, self._names)
