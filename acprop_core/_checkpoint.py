@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import importlib
 import os
-from pathlib import Path
 from typing import Any
 
 import acprop_core
@@ -75,13 +74,13 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
     """
     safetensors = _safetensors()
     tensors, metadata = _contents(optimizer, state)
-    path = Path(os.path.realpath(path))  # a link stays one
+    folder, name = os.path.split(os.path.realpath(os.fsdecode(path)))  # a link stays one
     # Beside the target, because a rename is atomic within one file system only; a name of its own for each writer.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
-        safetensors.numpy.save_file(tensors, os.fspath(temporary), metadata)
+        safetensors.numpy.save_file(tensors, temporary, metadata)
         os.chmod(temporary, mode)  # safetensors makes files that their owner alone can read
         with open(temporary, "r+b") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
@@ -91,17 +90,16 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
             file.write(checksum.encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, os.path.join(folder, name))
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary)
         raise
     if os.name == "posix":  # the rename is an entry in the directory, which is on disk only when that is
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
+        directory = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some file systems cannot; the new file is whole and in its place
             os.fsync(directory)
-        finally:
-            os.close(directory)
+        os.close(directory)
 
 
 def load(
@@ -124,8 +122,9 @@ def load(
     path : path
         The file.
     params : container of arrays, optional
-        Parameters of the functional core. The moments then come in their structure, checked against their names, shapes
-        and dtypes; without, as dicts by dotted name, which is what an adapter's `import_state` takes.
+        Parameters of the functional core, of any array library. The moments, NumPy arrays still, then come in their
+        structure, checked against their names, shapes and dtypes; without, as dicts by dotted name, which is what an
+        adapter's `import_state` takes.
     learning_rate : float or callable, optional
         In the place of the recorded one. Must be given if that was a callable.
     mask : container of bool or callable, optional
@@ -159,7 +158,7 @@ def load(
     OSError
         If the file cannot be read.
     """
-    optimizer, state = _read(Path(path), {"learning_rate": learning_rate, "mask": mask}, verify)
+    optimizer, state = _read(os.fsdecode(path), {"learning_rate": learning_rate, "mask": mask}, verify)
     optimizer, state = renamed(optimizer, state, rename, transform)
     if params is None:
         return optimizer, state
@@ -227,7 +226,7 @@ def _contents(optimizer: ACProp, state: State) -> tuple[dict[str, Any], dict[str
     return tensors, metadata
 
 
-def _read(path: Path, given: dict[str, Any], verify: bool) -> tuple[ACProp, State]:
+def _read(path: str, given: dict[str, Any], verify: bool) -> tuple[ACProp, State]:
     import json
 
     import numpy as np
@@ -235,7 +234,7 @@ def _read(path: Path, given: dict[str, Any], verify: bool) -> tuple[ACProp, Stat
     safetensors = _safetensors()
     with open(path, "rb") as file:
         try:
-            with safetensors.safe_open(os.fspath(path), "numpy") as opened:
+            with safetensors.safe_open(path, "numpy") as opened:
                 metadata = opened.metadata() or {}
         except safetensors.SafetensorError as error:
             raise _refusal(path, f"is no safetensors file, or a damaged one ({error})") from None
@@ -285,14 +284,14 @@ def _read(path: Path, given: dict[str, Any], verify: bool) -> tuple[ACProp, Stat
     for name, value in given.items():
         if value is None and hyperparameters.get(name) == "callable":
             raise ValueError(
-                f"{name} was a callable, which no file can hold, when {os.fspath(path)!r} was saved; give it again: "
+                f"{name} was a callable, which no file can hold, when {path!r} was saved; give it again: "
                 f"load(path, {name}=...)"
             )
     return dataclasses.replace(recorded, **{k: v for k, v in given.items() if v is not None}), state
 
 
-def _refusal(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{os.fspath(path)!r} {reason}")
+def _refusal(path: str, reason: str) -> ValueError:
+    return ValueError(f"{path!r} {reason}")
 
 
 def _checksum(content: memoryview, digits: int) -> str:

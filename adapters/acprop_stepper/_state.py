@@ -32,7 +32,7 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
     mu, nu = (
         {name: to_numpy("moment", name, x) for name, x in by_name(flatten(moments)).items()} for moments in state[1:]
     )
-    return _hyperparameters(stepper, state), State(state.count, mu, nu)
+    return _hyperparameters(stepper), State(state.count, mu, nu)
 
 
 def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str | None = None) -> None:
@@ -60,8 +60,7 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
         If called from within a step of this stepper.
     """
     saved = checked(saved, state)
-    own = stepper.state
-    chosen = choose(_hyperparameters(stepper, own), saved, prefer)
+    chosen = choose(_hyperparameters(stepper), saved, prefer)
     target = stepper._with(saved) if chosen is saved else stepper
     fresh = target.functional.init(target.params)
     leaves = State(0, *([leaf for _, leaf in flatten(tree)] for tree in fresh[1:]))
@@ -75,8 +74,8 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
         stepper._become(target)
 
 
-def _hyperparameters(stepper: Stepper, state: State) -> ACProp:
+def _hyperparameters(stepper: Stepper) -> ACProp:
     optimizer = stepper.functional
     if callable(optimizer.mask):  # the parameters are at hand, so what it says can be recorded
         optimizer = dataclasses.replace(optimizer, mask=optimizer.mask(stepper.params))
-    return portable(optimizer, state.mu)
+    return portable(optimizer, stepper.params)
