@@ -212,7 +212,7 @@ def _contents(optimizer: ACProp, state: State) -> tuple[dict[str, Any], dict[str
             mu = np.stack([mu.real, mu.imag], axis=-1)
         if mu is not None:
             for key, x in (("mu", mu), ("nu", nu)):
-                tensors[f"{key}/{name}"] = np.asarray(x, dtype=x.dtype.newbyteorder("="), order="C")
+                tensors[f"{key}/{name}"] = np.asarray(x, order="C")
     record = portable(optimizer, state.mu)
     values = {name: getattr(record, name) for name in HYPERPARAMETERS}
     metadata = {

@@ -1,4 +1,4 @@
-"""Portable state: what a file keeps, what it refuses, that writing it is safe, and that every host goes on from it."""
+"""Portable state: what a file keeps, what it refuses, and that writing it is safe."""
 
 import dataclasses
 import hashlib
@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-import torch
 
 import acprop_core
 import acprop_core._checkpoint as module
 from acprop_core import ACProp, State, load, save
-from backends import _from_torch
 
 GOLDEN = Path(__file__).parent / "golden"
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
@@ -50,7 +48,7 @@ def assert_same_bits(a: State, b: State) -> None:
 
 
 def everything() -> tuple[ACProp, State]:
-    """Return one of everything that a file can hold: what the golden files hold too."""
+    """Return one of everything that a file can hold: what the golden files hold too, each saved when its version was."""
     x = np.arange(6.0).reshape(2, 3) / 7.0
     arrays = {
         "float32": x.astype(np.float32),
@@ -124,7 +122,7 @@ def test_the_file_is_as_described(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 2**31, 2**53 + 1, 2**63 - 1])
 def test_counts(count: int, tmp_path: Path) -> None:
-    for given in (count, np.asarray(count), torch.tensor(count)):
+    for given in (count, np.asarray(count)):
         save(tmp_path / "a", ACProp(), State(given, {}, {}))
         assert load(tmp_path / "a")[1] == State(count, {}, {})
 
@@ -135,22 +133,6 @@ def test_memory_of_any_layout_and_byte_order(tmp_path: Path) -> None:
         save(tmp_path / "a", ACProp(), state_of({"w": y}))
         (_, got) = load(tmp_path / "a")
         np.testing.assert_array_equal(got.mu["w"], y)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
-def test_the_functional_core_saves_arrays_of_any_library(dtype: torch.dtype, tmp_path: Path) -> None:
-    optimizer = ACProp(**HYPER)
-    if dtype == torch.bfloat16:
-        optimizer = dataclasses.replace(optimizer, moment_dtype="bfloat16")
-    params = [torch.ones(2, 3, dtype=dtype)]
-    _, state = optimizer.update([torch.full((2, 3), 0.3, dtype=dtype)], optimizer.init(params), params)
-    save(tmp_path / "a", optimizer, state)
-    _, got = load(tmp_path / "a")
-    assert got.mu["0"].tobytes() == _from_torch(state.mu[0]).tobytes()
-    params = {"w": jnp.ones((2, 3))}
-    _, state = optimizer.update({"w": jnp.full((2, 3), 0.3)}, ACProp().init(params), params)
-    save(tmp_path / "a", optimizer, state)
-    assert load(tmp_path / "a")[1].nu["w"].tobytes() == np.asarray(state.nu["w"]).tobytes()
 
 
 def test_arrays_are_mapped_and_read_only(tmp_path: Path) -> None:
@@ -167,7 +149,7 @@ def test_arrays_are_mapped_and_read_only(tmp_path: Path) -> None:
 
 
 def test_hyperparameters_are_pythons(tmp_path: Path) -> None:
-    given = ACProp(np.float32(0.1), jnp.asarray(0.9), torch.tensor(0.99), moment_dtype=np.float64)
+    given = ACProp(np.float32(0.1), jnp.asarray(0.9), np.asarray(0.99), moment_dtype=np.float64)
     save(tmp_path / "a", given, State(0, {}, {}))
     optimizer, _ = load(tmp_path / "a")
     assert (optimizer.learning_rate, optimizer.b1) == (float(np.float32(0.1)), float(np.float32(0.9)))
@@ -267,13 +249,13 @@ def test_every_exchange_of_bytes_is_refused(tmp_path: Path) -> None:
     content = small(tmp_path / "a")
     rng = np.random.default_rng(0)
     variants = []
-    while len(variants) < 2000:
+    while len(variants) < 500:
         i, j = sorted(rng.integers(len(content), size=2))
         if content[i] != content[j]:
             variants.append(
                 content[:i] + content[j : j + 1] + content[i + 1 : j] + content[i : i + 1] + content[j + 1 :]
             )
-    assert refusals(tmp_path / "b", variants)[:2] == (2000, 2000)
+    assert refusals(tmp_path / "b", variants)[:2] == (500, 500)
 
 
 def sealed(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

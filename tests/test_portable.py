@@ -194,6 +194,25 @@ def given(case: Case) -> dict[str, Any]:
     return callables(ACProp(**case.hyper))
 
 
+# arrays of other libraries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_the_functional_core_saves_arrays_of_any_library(dtype: torch.dtype, tmp_path: Path) -> None:
+    optimizer = ACProp(**HYPER)
+    if dtype == torch.bfloat16:
+        optimizer = dataclasses.replace(optimizer, moment_dtype="bfloat16")
+    params = [torch.ones(2, 3, dtype=dtype)]
+    _, state = optimizer.update([torch.full((2, 3), 0.3, dtype=dtype)], optimizer.init(params), params)
+    save(tmp_path / "a", optimizer, state)
+    _, got = load(tmp_path / "a")
+    assert got.mu["0"].tobytes() == _from_torch(state.mu[0]).tobytes()
+    params = {"w": jnp.ones((2, 3))}
+    _, state = optimizer.update({"w": jnp.full((2, 3), 0.3)}, ACProp().init(params), params)
+    save(tmp_path / "a", optimizer, state)
+    assert load(tmp_path / "a")[1].nu["w"].tobytes() == np.asarray(state.nu["w"]).tobytes()
+
+
 # hyperparameters that differ
 
 

@@ -129,6 +129,10 @@ def _named(optimizer: ACProp, model: Model) -> _Named:
     groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     pairs = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
     named = {name: (p, groups.pop(p, None)) for name, p in pairs}
+    if sharded := [name for name, (p, _) in named.items() if hasattr(p, "to_local")]:
+        raise TypeError(
+            f"parameter {sharded[0]!r} is sharded, which a portable state cannot be; export the whole model"
+        )
     if groups:
         p, i = next(iter(groups.items()))
         raise ValueError(
