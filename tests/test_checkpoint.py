@@ -48,7 +48,7 @@ def assert_same_bits(a: State, b: State) -> None:
 
 
 def everything() -> tuple[ACProp, State]:
-    """Return one of everything that a file can hold: what the golden files hold too, each saved when its version was."""
+    """Return one of everything that a file can hold: what each golden file held when its version was new."""
     x = np.arange(6.0).reshape(2, 3) / 7.0
     arrays = {
         "float32": x.astype(np.float32),
