@@ -157,6 +157,9 @@ def renamed(
     optimizer: ACProp, state: State, rename: Rename | None, transform: Transform | None
 ) -> tuple[ACProp, State]:
     """Return a portable state under other names, without those whose new name is None, and with arrays transformed."""
+    for what, bridge in (("rename", rename), ("transform", transform)):
+        if not (bridge is None or callable(bridge) or isinstance(bridge, Mapping)):
+            raise TypeError(f"{what} is {bridge!r}; give a mapping by name, or a callable")
     new = {name: _new_name(name, rename) for name in state.mu}
     _refuse_unknown("rename", rename, new)
     kept = {name: now for name, now in new.items() if now is not None}

@@ -524,6 +524,7 @@ def test_rename_and_transform(tmp_path: Path) -> None:
         assert optimizer.mask == {"dense": {"kernel": True, "bias": False}}
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"rename": {"w": "v"}}, ValueError, "rename names 'w', which the saved state lacks"),
+        ({"rename": ["w"]}, TypeError, "rename is ['w']; give a mapping by name, or a callable"),
         ({"rename": lambda name: "w"}, ValueError, "two arrays are called 'w'"),
         ({"rename": {"dense.bias": 3}}, TypeError, "rename makes 3 of 'dense.bias'"),
         ({"transform": {"dense.kernel": np.transpose}}, ValueError, "transform names 'dense.kernel'"),
