@@ -2,6 +2,8 @@
 
 import doctest
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +74,11 @@ def test_the_explosion_is_as_documented() -> None:
 
 def test_readme_keeps_its_length() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 120
+
+
+def test_the_language_model_trains(tmp_path: Path) -> None:
+    script = ROOT / "docs" / "examples" / "language_model.py"
+    run = [sys.executable, script, "--steps", "2", "--out", tmp_path]
+    printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert len(re.findall(r"^(?:ACProp, clip_exponent=0.25|AdamW), lr=.* after 2 steps", printed, re.MULTILINE)) == 2
+    assert (tmp_path / "language_model.png").stat().st_size > 10_000

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from operator import attrgetter
@@ -42,19 +43,24 @@ def fused_step(
             _step_in_place(*row, options.at(step), options.decays, options.decoupled, grad_scale, skip)
             step.add_(1 if skip is None else (~skip).to(step.dtype))
         return
+    for device, members, own_steps in _by_device(lists, steps):
+        if device.type != "cpu":
+            scale, skip = (None if x is None else x.to(device, non_blocking=True) for x in (grad_scale, found_inf))
+            _on_accelerator(members, own_steps, options, scale, skip)
+        elif found_inf is None or not found_inf.item():
+            for count, alike, counted in by_kind(members, own_steps):
+                _on_cpu(alike, counted, options.at(count), options, grad_scale)
+
+
+def _by_device(lists: Row, steps: list[Tensor]) -> Iterator[tuple[torch.device, Row, list[Tensor]]]:
+    if all(map(attrgetter("is_cpu"), lists.param)):
+        yield lists.param[0].device, lists, steps
+        return
     devices: dict[torch.device, list[int]] = {}
     for i, param in enumerate(lists.param):
         devices.setdefault(param.device, []).append(i)
     for device, chosen in devices.items():
-        rows, own_steps = lists, steps
-        if len(devices) > 1:
-            rows, own_steps = Row(*([column[i] for i in chosen] for column in lists)), [steps[i] for i in chosen]
-        if device.type != "cpu":
-            scale, skip = (None if x is None else x.to(device, non_blocking=True) for x in (grad_scale, found_inf))
-            _on_accelerator(rows, own_steps, options, scale, skip)
-        elif found_inf is None or not found_inf.item():
-            for count, members, counted in by_kind(rows, own_steps):
-                _on_cpu(members, counted, options.at(count), options, grad_scale)
+        yield device, Row(*([column[i] for i in chosen] for column in lists)), [steps[i] for i in chosen]
 
 
 def _on_accelerator(
@@ -68,7 +74,7 @@ def _on_accelerator(
         flat = contiguous(row)
         seen = row if flat is None else map(_memory, flat)
         _compiled()(*(x.detach() for x in seen), own, options.decays, options.decoupled, grad_scale, skip)
-    torch.autograd.graph.increment_version(chain(lists.param, lists.mu, lists.nu))
+    torch.autograd.graph.increment_version(lists.param)
     torch._foreach_add_(steps, 1 if skip is None else (~skip).to(steps[0].dtype))
 
 
@@ -76,10 +82,10 @@ def _on_cpu(
     lists: Row, steps: list[Tensor], k: _rule.Coefficients, options: Options, grad_scale: Tensor | None
 ) -> None:
     plain, others = _sorted(lists)
-    # First: Python looks for signals when the compiled step returns, and an exception must find all of it done.
-    count_steps(steps)
     if plain.param:
-        (_with_numba if _has_numba() else _with_inductor)(plain, k, options, grad_scale)
+        (_with_numba if _has_numba() else _with_inductor)(plain, steps, k, options, grad_scale)
+    else:
+        count_steps(steps)
     if others.param:
         if grad_scale is not None:
             pairs = zip(others.grad, others.mu, strict=True)
@@ -101,34 +107,28 @@ def _sorted(lists: Row) -> tuple[Row, Row]:
     if {column[0].dtype for column in lists} not in ({torch.float32}, {torch.float64}):
         return transposed([]), lists
     # With many small parameters this is what counts, so it is asked in few words where all are plain.
-    if _are_memory(*chain(*lists)) and all(map(Tensor.is_contiguous, chain(*lists))):
+    if _are_memory(lists) and all(map(Tensor.is_contiguous, chain(*lists))):
         plain, others = lists, transposed([])
     else:
-        dense = [contiguous(row) if _are_memory(*row) else None for row in map(Row, *lists)]
+        dense = [contiguous(row) if _are_memory(transposed([row])) else None for row in map(Row, *lists)]
         plain = transposed([row for row in dense if row is not None])
         others = transposed([row for row, flat in zip(map(Row, *lists), dense, strict=True) if flat is None])
-    sizes = [list(map(Tensor.numel, column)) for column in plain]
-    if sizes.count(sizes[0]) < len(sizes):
-        i = next(i for i, row in enumerate(zip(*sizes, strict=True)) if len(set(row)) > 1)
-        shapes = ", ".join(str(tuple(column[i].shape)) for column in plain)
-        raise RuntimeError(
-            f"a parameter, its gradient, exp_avg and exp_avg_var have the shapes {shapes}; clear `optimizer.state`, or "
-            "load the state of this model"
-        )
     return plain, others
 
 
-def _are_memory(*tensors: Tensor) -> bool:
+def _are_memory(lists: Row) -> bool:
     """Return whether the memory of the tensors says what their values are."""
     return (
-        PLAIN.issuperset(map(type, tensors))
-        and all(map(attrgetter("is_cpu"), tensors))
-        and not any(map(Tensor.is_neg, tensors))
-        and not any(map(Tensor._is_zerotensor, tensors))
+        PLAIN.issuperset(map(type, chain(*lists)))
+        and all(map(attrgetter("is_cpu"), chain(*lists)))
+        and not any(map(Tensor.is_neg, chain(lists.param, lists.grad)))  # moments are made here, and are not
+        and not any(map(Tensor._is_zerotensor, lists.grad))
     )
 
 
-def _with_numba(lists: Row, k: _rule.Coefficients, options: Options, grad_scale: Tensor | None) -> None:
+def _with_numba(
+    lists: Row, steps: list[Tensor], k: _rule.Coefficients, options: Options, grad_scale: Tensor | None
+) -> None:
     import numpy as np
 
     from acprop_core import _numba
@@ -137,8 +137,18 @@ def _with_numba(lists: Row, k: _rule.Coefficients, options: Options, grad_scale:
     k = _numba.scalars_of(Step(k, xp).numbers_for(lists.mu[0].dtype)[0], like.dtype)
     decay = _numba.NO_DECAY if not options.decays else _numba.DECOUPLED if options.decoupled else _numba.L2
     factor = like.dtype.type(1.0 if grad_scale is None else 1.0 / grad_scale.item())
-    sizes = np.array(list(map(Tensor.numel, lists.param)))
+    all_sizes = np.array([list(map(Tensor.numel, column)) for column in lists])
+    sizes = all_sizes[0]
+    if wrong := np.flatnonzero((all_sizes != sizes).any(axis=0)).tolist():
+        shapes = ", ".join(str(tuple(column[wrong[0]].shape)) for column in lists)
+        raise RuntimeError(
+            f"a parameter, its gradient, exp_avg and exp_avg_var have the shapes {shapes}; clear `optimizer.state`, or "
+            "load the state of this model"
+        )
     addresses = np.array([list(map(Tensor.data_ptr, column)) for column in lists])
+    # Both before the compiled step: when it returns Python looks for signals, whose exception must find all of it done.
+    count_steps(steps)
+    torch.autograd.graph.increment_version(lists.param)  # autograd does not see it happen
     threads = min(torch.get_num_threads(), int(sizes.sum()) // _MIN_PER_THREAD)
     if threads < 2:
         _numba.step_each(addresses, sizes, like, k, decay, factor)
@@ -153,17 +163,18 @@ def _with_numba(lists: Row, k: _rule.Coefficients, options: Options, grad_scale:
         cuts = np.linspace(0, ends[-1], threads + 1).astype(np.int64)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(run, cuts[:-1], cuts[1:]))
-    # which lets autograd learn that the memory has changed
-    torch.autograd.graph.increment_version(chain(lists.param, lists.mu, lists.nu))
 
 
-def _with_inductor(lists: Row, k: _rule.Coefficients, options: Options, grad_scale: Tensor | None) -> None:
+def _with_inductor(
+    lists: Row, steps: list[Tensor], k: _rule.Coefficients, options: Options, grad_scale: Tensor | None
+) -> None:
+    count_steps(steps)
+    torch.autograd.graph.increment_version(lists.param)
     k = as_tensors(k)  # arguments of the compiled function: numbers it would build in
     for block in blocks(lists, tile=sys.maxsize):
         _compiled()(*map(_memory, block.row), k, options.decays, options.decoupled, grad_scale, None)
         for name in ("param", "mu", "nu") if block.members else ():
             bring([getattr(block.row, name)], name, [block], torch._foreach_copy_)
-    torch.autograd.graph.increment_version(chain(lists.param, lists.mu, lists.nu))
 
 
 def _memory(x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Train a small transformer to write documentation, letter by letter, with ACProp and with AdamW.
+"""Train a small transformer to write documentation, character by character, with ACProp and with AdamW.
 
     python docs/examples/language_model.py [--steps 600] [--out out]
 
 The text is what ships with every Python: the docstrings of its standard library. The same model starts from the same
 weights, sees the same batches and follows the same schedule (warm-up, then a cosine); each optimizer uses the learning
-rate that was best for it in short runs. Printed and drawn is the loss on text that was held out, in nats a letter.
+rate that was best for it in short runs. Printed and drawn is the loss on text that was held out, in nats a character.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def docstrings() -> str:
     texts = []
     for file in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        texts += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
-    return "".join(letter for text in texts for letter in f"{text}\n\n" if text and letter.isascii())
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts += [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return "\n\n".join(filter(None, texts)).encode("ascii", "ignore").decode()
 
 
 class Block(nn.Module):
@@ -52,43 +52,43 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.before_attention, self.before_layers = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.queries_keys_values, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        per_head = self.queries_keys_values(self.before_attention(x)).unflatten(-1, (3, self.heads, -1))
+        per_head = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = per_head.permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
-        return x + self.layers(self.before_layers(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class Transformer(nn.Module):
-    """Predict the next letter."""
+    """Predict the next character."""
 
-    def __init__(self, letters: int, width: int = 128, heads: int = 4, depth: int = 3) -> None:
+    def __init__(self, vocabulary: int, width: int = 128, heads: int = 4, depth: int = 3) -> None:
         super().__init__()
-        self.letter, self.place = nn.Embedding(letters, width), nn.Embedding(CONTEXT, width)
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, letters))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.letter(x) + self.place.weight[: x.shape[1]]))
+        return self.head(self.blocks(self.token(x) + self.position.weight[: x.shape[1]]))
 
 
 def loss_of(model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
-    """Return the mean loss, in nats a letter, on the windows of `text` that begin at `starts`."""
+    """Return the mean loss, in nats a character, on the windows of `text` that begin at `starts`."""
     windows = torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()])
     return functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
 def train(
-    make: MakeOptimizer, rate: float, text: Tensor, held_out: Tensor, letters: int, steps: int, name: str
+    make: MakeOptimizer, rate: float, text: Tensor, held_out: Tensor, vocabulary: int, steps: int, name: str
 ) -> dict:
     """Return {step: loss on held-out text}."""
     torch.manual_seed(0)
-    model = Transformer(letters)
+    model = Transformer(vocabulary)
     optimizer = make(model.parameters(), rate)
     warm_up = 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -117,7 +117,7 @@ def draw(curves: dict[str, dict[int, float]], file: pathlib.Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, losses), style in zip(curves.items(), ("-", "--"), strict=True):
         axes.plot(list(losses), list(losses.values()), style, label=name)
-    axes.set(xlabel="step", ylabel="loss on held-out text (nats a letter)")
+    axes.set(xlabel="step", ylabel="loss on held-out text (nats a character)")
     axes.set_title("A transformer on the docstrings of Python's standard library")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -132,10 +132,10 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     options = parser.parse_args()
 
-    letters, text = torch.unique(torch.tensor(list(docstrings().encode("ascii"))), return_inverse=True)
+    vocabulary, text = torch.unique(torch.tensor(list(docstrings().encode("ascii"))), return_inverse=True)
     cut = len(text) * 9 // 10
-    data = (text[:cut], text[cut:], len(letters))
-    print(f"{len(text):,} letters of {len(letters)} kinds, {CONTEXT * BATCH:,} a step")
+    data = (text[:cut], text[cut:], len(vocabulary))
+    print(f"{len(text):,} characters of {len(vocabulary)} kinds, {CONTEXT * BATCH:,} a step")
 
     curves = {}
     for name, make in OPTIMIZERS.items():

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/speed.py [quick]
 
-NumPy counts against the time that np.add(a, b, out=a) takes to move the bytes of one step (28 a parameter in float32:
-read parameter, gradient and two moments, write parameter and moments); torch against its AdamW, with one thread if you
-ask for it as above. JAX has a benchmark of its own, optax_speed.py.
+What a NumPy user may choose from, against the time that np.add(a, b, out=a) takes to move the bytes of one step (28 a
+parameter in float32: read parameter, gradient and two moments, write parameter and moments). stepper.py, torch_speed.py
+and optax_speed.py have the figures of the adapters.
 """
 
 import statistics
@@ -64,35 +64,16 @@ def numpy_steps(arrays: int, size: int) -> dict[str, Step]:
     }
 
 
-def torch_steps(arrays: int, size: int) -> dict[str, Step]:
-    import torch
-
-    from acprop_torch import ACProp
-
-    def optimizer(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> Step:
-        params = [torch.ones(size, requires_grad=True) for _ in range(arrays)]
-        for p in params:
-            p.grad = torch.randn(size)
-        return make(params).step
-
-    return {
-        "AdamW(foreach=False)": optimizer(lambda p: torch.optim.AdamW(p, foreach=False)),
-        "AdamW(fused=True)": optimizer(lambda p: torch.optim.AdamW(p, fused=True)),
-        "ACProp": optimizer(lambda p: ACProp(p, clip_exponent=0.25)),
-    }
-
-
 def main() -> None:
-    """Print one line a host, size and contender; the first of each is the unit."""
+    """Print one line a size and contender; the first of each is the unit."""
     quick = "quick" in sys.argv[1:]
     shapes = [(1, 1_000_000)] if quick else [(1, 1_000_000), (1, 16_000_000), (1_000, 1_000)]
-    for host, make in (("NumPy", numpy_steps), ("torch", torch_steps)):
-        for arrays, size in shapes:
-            medians = measure(make(arrays, size), rounds=5 if quick else 15)
-            unit, seconds = next(iter(medians.items()))
-            print(f"{host}, {arrays:,} x {size:,} float32; {unit} = {1e3 * seconds:.2f} ms")
-            for name, s in list(medians.items())[1:]:
-                print(f"    {name:24}{s / seconds:8.2f}")
+    for arrays, size in shapes:
+        medians = measure(numpy_steps(arrays, size), rounds=5 if quick else 15)
+        unit, seconds = next(iter(medians.items()))
+        print(f"{arrays:,} x {size:,} float32; {unit} = {1e3 * seconds:.2f} ms")
+        for name, s in list(medians.items())[1:]:
+            print(f"    {name:24}{s / seconds:8.2f}")
 
 
 if __name__ == "__main__":
