@@ -10,7 +10,17 @@ nox.options.reuse_venv = "yes"
 PYTHONS = ["3.11", "3.12", "3.13"]
 WITHOUT_TORCH = [
     f"tests/test_{name}.py"
-    for name in ("containers", "mutants", "optax", "optax_devices", "optax_program", "rule", "stepper", "suite")
+    for name in (
+        "checkpoint",
+        "containers",
+        "mutants",
+        "optax",
+        "optax_devices",
+        "optax_program",
+        "rule",
+        "stepper",
+        "suite",
+    )
 ]
 PROJECT = nox.project.load_toml("pyproject.toml")
 

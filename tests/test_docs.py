@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import acprop_core._checkpoint
 import acprop_core._optimizer
 import acprop_optax
 import acprop_stepper._stepper
@@ -29,7 +30,14 @@ def test_snippets_run(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [acprop_core._optimizer, acprop_optax, acprop_torch._optimizer, acprop_stepper._stepper]
+    "module",
+    [
+        acprop_core._optimizer,
+        acprop_core._checkpoint,
+        acprop_optax,
+        acprop_torch._optimizer,
+        acprop_stepper._stepper,
+    ],
 )
 def test_examples_of_docstrings_hold(module: object) -> None:
     failed, tried = doctest.testmod(module)

@@ -21,10 +21,10 @@ def python(code: str) -> str:
 
 
 def test_public_names() -> None:
-    assert acprop_core.__all__ == ["ACProp", "State"]
-    assert acprop_optax.__all__ == ["acprop", "scale_by_acprop"]
-    assert acprop_torch.__all__ == ["ACProp"]
-    assert acprop_stepper.__all__ == ["StepRecord", "Stepper"]
+    assert acprop_core.__all__ == ["ACProp", "State", "load", "save"]
+    assert acprop_optax.__all__ == ["acprop", "export_state", "import_state", "scale_by_acprop"]
+    assert acprop_torch.__all__ == ["ACProp", "export_state", "import_state"]
+    assert acprop_stepper.__all__ == ["StepRecord", "Stepper", "export_state", "import_state"]
 
 
 def test_import_of_the_core_imports_no_framework() -> None:

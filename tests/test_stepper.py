@@ -66,6 +66,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_may_be_a_numpy_scalar(engine: str) -> None:
+    start, g = {"w": np.ones(3), "scale": np.array(2.0)}, {"w": np.full(3, 0.5), "scale": np.float64(0.25)}
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine=engine)
+    for _ in range(2):
+        stepper.step(g)
+    assert_same(stepper, functional(start, [g, g]))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 @pytest.mark.parametrize("tile", [64, 2**17])

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim import lr_scheduler, swa_utils
 
-from acprop_torch import ACProp
+from acprop_torch import ACProp, export_state
 
 WAYS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 ways = pytest.mark.parametrize("flags", WAYS.values(), ids=WAYS)
@@ -489,6 +489,8 @@ def test_sharded_parameters(one_process: Any, flags: dict[str, bool]) -> None:
         assert isinstance(state["exp_avg"], DTensor)
         assert not isinstance(state["step"], DTensor)
         assert torch.equal(p.full_tensor(), q)
+    with pytest.raises(TypeError, match="is sharded, which a portable state cannot be"):
+        export_state(optimizer, model)
 
 
 def on_a_rank(rank: int, file: str, flags: dict[str, bool]) -> None:

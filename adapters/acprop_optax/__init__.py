@@ -13,8 +13,9 @@ import optax
 
 from acprop_core import ACProp
 from acprop_core._checks import called, check_leaves
+from acprop_optax._state import export_state, import_state
 
-__all__ = ["acprop", "scale_by_acprop"]
+__all__ = ["acprop", "export_state", "import_state", "scale_by_acprop"]
 
 
 def acprop(

@@ -173,10 +173,23 @@ class Stepper:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy steps copies of the parameters: those that are pickled or deep-copied along with it
-        options = {field.name: getattr(self.functional, field.name) for field in dataclasses.fields(self.functional)}
+        return _restored, (type(self), self.params, self._options(self.functional), self.state)
+
+    def _options(self, functional: ACProp) -> dict[str, Any]:
+        options = {field.name: getattr(functional, field.name) for field in dataclasses.fields(functional)}
         options |= {"clip_norm": self._clip_norm, "nonfinite": self._nonfinite}
-        options |= {"engine": self._engine, "threads": self._threads}
-        return _restored, (type(self), self.params, options, self.state)
+        return options | {"engine": self._engine, "threads": self._threads}
+
+    def _with(self, functional: ACProp) -> "Stepper":
+        """Return a new stepper of the same parameters and options with other hyperparameters, their mask by name."""
+        if isinstance(functional.mask, dict):
+            mask = unflatten(self._containers, [functional.mask.get(name, True) for name in self._names])
+            functional = dataclasses.replace(functional, mask=mask)
+        return type(self)(self.params, **self._options(functional))
+
+    def _become(self, other: "Stepper") -> None:
+        """Take over all that another stepper of the same parameters is, but for the lock on which threads wait."""
+        self._alone(vars(self).update, {**vars(other), "_lock": self._lock, "_busy": True})
 
     @property
     def state(self) -> State:
@@ -343,6 +356,8 @@ class Stepper:
                 return leaves, None
         except (AttributeError, ValueError):
             pass  # None, no array, or a view: what is comes out below
+        # NumPy's arithmetic makes scalars of 0-d arrays, and compiled code cannot read the memory of a scalar
+        leaves = [np.asarray(g) if isinstance(g, np.generic) else g for g in leaves]
         groups = {"parameter": self._leaves, "gradient": leaves}
         common_namespace(groups, self._names)
         check_leaves(groups, self._names)

@@ -1,0 +1,243 @@
+"""Portable state: what `acprop_core.save` takes from an optax state, and what `acprop_core.load` gives to one.
+
+The state of ACProp may be anywhere inside that of a whole optimizer: a chain, MultiSteps, inject_hyperparams. Optax
+keeps other counts of the same updates beside it, a schedule's for example; these go along.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from acprop_core import ACProp, State
+from acprop_core._checks import check_count
+from acprop_core._portable import HYPERPARAMETERS, arrange, by_name, checked, choose, differences, portable, to_numpy
+
+# States that count updates, by name because optax exports not all of them, and their field that does.
+_COUNTS = {
+    "ScaleByScheduleState": "count",
+    "WrappedScheduleState": "count",
+    "InjectHyperparamsState": "count",
+    "InjectStatefulHyperparamsState": "count",
+    "MultiStepsState": "gradient_step",
+}
+
+
+def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, State]:
+    """Return hyperparameters and state of an optax optimizer, for `acprop_core.save` or another `import_state`.
+
+    Parameters
+    ----------
+    state : optax.OptState
+        Holds the state of one `acprop` or `scale_by_acprop`, at any depth.
+    optimizer : acprop_core.ACProp
+        The hyperparameters that the transformation was made with: a transformation does not tell them. Numbers of
+        ``optax.inject_hyperparams`` are read from the state.
+
+    Returns
+    -------
+    acprop_core.ACProp
+        A mask is by name.
+    acprop_core.State
+        NumPy arrays by dotted name, such as ``layers.0.weight``, for pytrees of dicts, lists, flax and equinox modules.
+
+    Raises
+    ------
+    ValueError
+        If there is no such state or more than one, MultiSteps is between two updates, or schedules have counted other
+        updates than ACProp.
+    TypeError
+        If the arrays are traced or abstract.
+    """
+    moments = _only(state)
+    count = check_count(to_numpy("step count", "", _value(moments.count)))
+    for name, other in _counts(state):
+        if other != min(count, 2**31 - 1):
+            raise ValueError(f"{name} has counted {other} updates, ACProp {count}; a portable state has one count")
+    mu, nu = (
+        {name: to_numpy("moment", name, x) for name, x in _named(tree).items() if x is not None}
+        for tree in (moments.mu, moments.nu)
+    )
+    return _hyperparameters(state, optimizer), State(count, mu, nu)
+
+
+def import_state(
+    state: optax.OptState, optimizer: ACProp, saved: ACProp, saved_state: State, *, prefer: str | None = None
+) -> optax.OptState:
+    """Return an optax state that continues the state which `acprop_core.load` or an `export_state` returned.
+
+    Parameters
+    ----------
+    state : optax.OptState
+        From `init` of the transformation, with `acprop` or `scale_by_acprop` at any depth.
+    optimizer : acprop_core.ACProp
+        The hyperparameters that the transformation was made with.
+    saved : acprop_core.ACProp
+        The hyperparameters of the saved state.
+    saved_state : acprop_core.State
+        Moments by name, in the shapes and dtypes of those in `state`; zeros in the place of None.
+    prefer : {"own", "saved"}, optional
+        Whose hyperparameters to go on with where they differ. By default that is refused. "saved" sets the numbers of
+        ``optax.inject_hyperparams``; a transformation cannot be given others, so make it from the saved ones.
+
+    Returns
+    -------
+    optax.OptState
+        A new state; a count beyond that of optax is its largest, where optax itself stops.
+
+    Raises
+    ------
+    ValueError
+        If hyperparameters differ, names are missing or surplus, shapes differ, or there is no state of ACProp or more
+        than one.
+    TypeError
+        If dtypes differ.
+    """
+    saved = checked(saved, saved_state)
+    moments = _only(state)
+    _counts(state)
+    own = _hyperparameters(state, optimizer)
+    if choose(own, saved, prefer) is saved:
+        state = _rewritten(state, lambda x: _injected(x, saved))
+        if lines := differences(_hyperparameters(state, optimizer), saved):
+            raise ValueError(
+                f"{'; '.join(lines)}. The transformation was made with its own: make it from the saved ones, "
+                "or take prefer='own'"
+            )
+    names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in moments[1:]))
+    rows = arrange(saved_state, names, leaves)
+    mu, nu = (_filled(tree, [row[i] for row in rows]) for i, tree in enumerate((moments.mu, moments.nu)))
+
+    def continued(x: Any) -> Any:
+        if isinstance(x, optax.ScaleByBeliefState):
+            return optax.ScaleByBeliefState(_counted(x.count, saved_state.count), mu, nu)
+        field = _COUNTS.get(type(x).__name__)
+        return x if field is None else x._replace(**{field: _counted(getattr(x, field), saved_state.count)})
+
+    return _rewritten(state, continued)
+
+
+def _is_known(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByBeliefState) or type(x).__name__ in _COUNTS
+
+
+def _rewritten(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Return `tree` with `change` done to every state that counts, those within others too."""
+
+    def visit(x: Any) -> Any:
+        if not _is_known(x):
+            return x
+        x = change(x)
+        if isinstance(x, optax.ScaleByBeliefState):
+            return x
+        return x._replace(**{field: _rewritten(getattr(x, field), change) for field in x._fields})
+
+    return jax.tree.map(visit, tree, is_leaf=_is_known)
+
+
+def _known(tree: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def note(x: Any) -> Any:
+        found.append(x)
+        return x
+
+    _rewritten(tree, note)
+    return found
+
+
+def _only(tree: Any) -> optax.ScaleByBeliefState:
+    found = [x for x in _known(tree) if isinstance(x, optax.ScaleByBeliefState)]
+    if len(found) != 1:
+        raise ValueError(
+            f"the optax state holds {len(found)} states of ACProp; give one that holds one: what init of acprop or "
+            "scale_by_acprop returned, or an optimizer that contains it"
+        )
+    return found[0]
+
+
+def _counts(tree: Any) -> list[tuple[str, int]]:
+    """Return how many updates each other state has counted; refuse accumulated gradients, which nothing can carry."""
+    counts = []
+    for x in _known(tree):
+        name = type(x).__name__
+        if name == "MultiStepsState" and (mini_step := int(_value(x.mini_step))):
+            raise ValueError(
+                f"MultiSteps has accumulated the gradients of {mini_step} mini-steps, which are no part of a portable "
+                "state; do it after an update"
+            )
+        if name in _COUNTS:
+            counts.append((name, int(_value(getattr(x, _COUNTS[name])))))
+    return counts
+
+
+def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
+    if not isinstance(optimizer, ACProp):
+        raise TypeError(f"the hyperparameters are a {type(optimizer).__name__}; give an acprop_core.ACProp")
+    mu = _only(state).mu
+    values: dict[str, Any] = {}
+    for x in _known(state):
+        for name in _numbers_in(x):
+            given, now = getattr(optimizer, name), _value(x.hyperparams[name])
+            # inject_hyperparams rounds to its own dtype; the number meant is then the one that was given
+            if callable(given) or given is None or jnp.asarray(given, now.dtype) != now:
+                values[name] = float(now)
+    present = {name: x for name, x in _named(mu).items() if x is not None}
+    if optimizer.mask is not None and not callable(optimizer.mask):
+        marks = jax.tree.map(lambda mark, tree: [mark] * len(jax.tree.leaves(tree)), optimizer.mask, mu)
+        values["mask"] = dict(zip(present, jax.tree.leaves(marks), strict=True))
+    return portable(dataclasses.replace(optimizer, **values), present)
+
+
+def _numbers_in(x: Any) -> list[str]:
+    """Return which of ACProp's numbers inject_hyperparams keeps in this state; not those that follow a schedule."""
+    if not type(x).__name__.startswith("Inject") or not any(
+        isinstance(inner, optax.ScaleByBeliefState) for inner in _known(x.inner_state)
+    ):
+        return []
+    scheduled = getattr(x, "hyperparams_states", {})
+    return [name for name in HYPERPARAMETERS if name in x.hyperparams and name not in scheduled]
+
+
+def _injected(x: Any, saved: ACProp) -> Any:
+    numbers = {name: getattr(saved, name) for name in _numbers_in(x)}
+    new = {
+        name: jax.tree.map(lambda old, value=value: jnp.asarray(value, old.dtype), x.hyperparams[name])
+        for name, value in numbers.items()
+        if isinstance(value, float)
+    }
+    return x._replace(hyperparams={**x.hyperparams, **new}) if new else x
+
+
+def _is_leaf(x: Any) -> bool:
+    # a Variable of flax.nnx is a node around one array; its name is that of the Variable
+    return x is None or any(c.__name__ == "Variable" and c.__module__.startswith("flax.nnx") for c in type(x).__mro__)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    return by_name((jax.tree_util.keystr(path, simple=True, separator="."), _value(x)) for path, x in pairs)
+
+
+def _value(x: Any) -> Any:
+    return None if x is None else jax.tree.leaves(x)[0]
+
+
+def _filled(tree: Any, arrays: list[Any]) -> Any:
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_leaf)
+    new = [jax.tree.map(lambda old, x=x: _placed(x, old), leaf) for leaf, x in zip(leaves, arrays, strict=True)]
+    return jax.tree.unflatten(structure, new)
+
+
+def _placed(x: Any, old: Any) -> jax.Array:
+    """Return a copy of `x` where the array `old` is, or zeros for None."""
+    new = jnp.zeros_like(old) if x is None else jnp.array(x)
+    return jax.device_put(new, old.sharding) if getattr(old, "committed", False) else new
+
+
+def _counted(old: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: _placed(np.asarray(min(count, np.iinfo(x.dtype).max), x.dtype), x), old)

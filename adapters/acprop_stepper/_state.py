@@ -1,0 +1,81 @@
+"""Portable state: what `acprop_core.save` takes from a stepper, and what `acprop_core.load` gives to one."""
+
+import dataclasses
+
+from acprop_core import ACProp, State
+from acprop_core._containers import flatten, unflatten
+from acprop_core._portable import arrange, by_name, checked, choose, portable, to_numpy
+from acprop_stepper._stepper import Stepper
+
+
+def export_state(stepper: Stepper) -> tuple[ACProp, State]:
+    """Return hyperparameters and state of a stepper, for `acprop_core.save` or another adapter's `import_state`.
+
+    Parameters
+    ----------
+    stepper : Stepper
+        Its `clip_norm`, `nonfinite`, `engine` and `threads` are its own and go with no state.
+
+    Returns
+    -------
+    ACProp
+        A mask is by name.
+    State
+        Copies, as NumPy arrays by dotted name.
+
+    Raises
+    ------
+    ValueError
+        If two parameters have one dotted name.
+    """
+    state = stepper.state
+    mu, nu = (
+        {name: to_numpy("moment", name, x) for name, x in by_name(flatten(moments)).items()} for moments in state[1:]
+    )
+    return _hyperparameters(stepper), State(state.count, mu, nu)
+
+
+def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str | None = None) -> None:
+    """Give a stepper the state that `acprop_core.load` or an `export_state` returned; it is copied.
+
+    Parameters
+    ----------
+    stepper : Stepper
+        Its parameters have the dotted names of the state.
+    saved : ACProp
+        The hyperparameters of the state.
+    state : State
+        Moments by name, in the shapes of the parameters and the dtypes that the stepper keeps; zeros in the place of
+        None.
+    prefer : {"own", "saved"}, optional
+        Whose hyperparameters to go on with where they differ. By default that is refused.
+
+    Raises
+    ------
+    ValueError
+        If hyperparameters differ, names are missing or surplus, or shapes differ; nothing has changed then.
+    TypeError
+        If dtypes differ; nothing has changed then.
+    RuntimeError
+        If called from within a step of this stepper.
+    """
+    saved = checked(saved, state)
+    chosen = choose(_hyperparameters(stepper), saved, prefer)
+    target = stepper._with(saved) if chosen is saved else stepper
+    fresh = target.functional.init(target.params)
+    leaves = State(0, *([leaf for _, leaf in flatten(tree)] for tree in fresh[1:]))
+    rows = arrange(state, [name for name, _ in flatten(fresh.mu)], leaves)
+    mu, nu = (
+        [zero if row[i] is None else target._xp.asarray(row[i]) for row, zero in zip(rows, leaves[i + 1], strict=True)]
+        for i in range(2)
+    )
+    target.load_state(State(state.count, unflatten(fresh.mu, mu), unflatten(fresh.nu, nu)))
+    if target is not stepper:
+        stepper._become(target)
+
+
+def _hyperparameters(stepper: Stepper) -> ACProp:
+    optimizer = stepper.functional
+    if callable(optimizer.mask):  # the parameters are at hand, so what it says can be recorded
+        optimizer = dataclasses.replace(optimizer, mask=optimizer.mask(stepper.params))
+    return portable(optimizer, stepper.params)

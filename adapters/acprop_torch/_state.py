@@ -1,0 +1,241 @@
+"""Portable state: what `acprop_core.save` takes from a torch optimizer, and what `acprop_core.load` gives to one."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import acprop_core
+from acprop_core import State
+from acprop_core._portable import arrange, checked, choose, to_numpy
+from acprop_torch._optimizer import _MOMENTS, ACProp, _dtype_of_moments, _step_count
+
+Model = torch.nn.Module | Mapping[str, Tensor]
+# The options of a group in the words of the core; weight decay, its mask and what the core lacks are seen to apart.
+_OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype")
+
+
+def export_state(
+    optimizer: ACProp, model: Model, hyperparameters: acprop_core.ACProp | None = None
+) -> tuple[acprop_core.ACProp, State]:
+    """Return hyperparameters and state of an optimizer, for `acprop_core.save` or another adapter's `import_state`.
+
+    Parameters
+    ----------
+    optimizer : ACProp
+        Its groups may differ in `weight_decay` if that is 0 or one other number; it becomes the mask.
+    model : Module, or mapping of names to parameters
+        Gives every parameter its name, as ``named_parameters`` does.
+    hyperparameters : acprop_core.ACProp, optional
+        What to record in the place of the optimizer's own, where these are more than the core can express.
+
+    Returns
+    -------
+    acprop_core.ACProp
+        The learning rate is that of now, even if a scheduler set it.
+    acprop_core.State
+        Copies, as NumPy arrays by name. The moments of a parameter that has taken no step yet (frozen, without a
+        gradient so far, or not in the optimizer) are None. A complex parameter counts as two real ones, as in the
+        optimizer: its moments are real with a last axis of two, those of its ``torch.view_as_real``.
+
+    Raises
+    ------
+    ValueError
+        If parameters have taken different numbers of steps, the optimizer has one that the model has not, or groups
+        differ, maximize, or decay in the L2 form, which the core cannot express.
+    """
+    named = _named(optimizer, model)
+    if hyperparameters is None:
+        hyperparameters = _hyperparameters(optimizer, named)
+    states = {name: optimizer.state[p] for name, (p, _) in named.items() if optimizer.state.get(p)}
+    counts = {int(state["step"]): name for name, state in states.items()}
+    if len(counts) > 1:
+        (few, late), *_, (many, early) = sorted(counts.items())
+        raise ValueError(
+            f"{late!r} has taken {few} steps, {early!r} {many}; the other hosts count the steps of all parameters "
+            "together. Within PyTorch use state_dict"
+        )
+
+    def moments(key: str) -> dict[str, Any]:
+        return {name: _to_numpy(name, states[name][key]) if name in states else None for name in named}
+
+    return hyperparameters, State(next(iter(counts), 0), *map(moments, _MOMENTS))
+
+
+def import_state(
+    optimizer: ACProp, model: Model, saved: acprop_core.ACProp, state: State, *, prefer: str | None = None
+) -> None:
+    """Give an optimizer the state that `acprop_core.load` or an `export_state` returned; it is copied.
+
+    Parameters
+    ----------
+    optimizer : ACProp
+        For the parameters of `model`, or some of them.
+    model : Module, or mapping of names to parameters
+        Gives every parameter its name.
+    saved : acprop_core.ACProp
+        The hyperparameters of the state.
+    state : acprop_core.State
+        Moments by name, in the shapes of the parameters and the dtypes that the optimizer keeps. A parameter whose
+        moments are None has yet to take its first step.
+    prefer : {"own", "saved"}, optional
+        Whose hyperparameters to go on with where they differ. By default that is refused.
+
+    Raises
+    ------
+    ValueError
+        If hyperparameters differ, names are missing or surplus, shapes differ, or the optimizer cannot have the saved
+        hyperparameters; nothing has changed then.
+    TypeError
+        If dtypes differ; nothing has changed then.
+
+    Notes
+    -----
+    The step counts of torch.optim are float32: one beyond 2**24 is rounded to it.
+    """
+    saved = checked(saved, state)
+    named = _named(optimizer, model)
+    options: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
+    if prefer == "saved":
+        options = list(_options(optimizer, named, saved))
+    elif prefer != "own":  # whose options need not be any that the core can express
+        choose(_hyperparameters(optimizer, named), saved, prefer)
+    groups = [{**group, **new} for group, new in zip(optimizer.param_groups, options, strict=True)]
+    owners = [(p, None if i is None else groups[i]) for p, i in named.values()]
+    like = [None if group is None else _like(group, p) for p, group in owners]
+    rows = arrange(state, list(named), State(0, like, like))
+    new_states = [
+        None if mu is None else {"step": _step_count(group, p, float(state.count))} | _moments(group, p, (mu, nu))
+        for (p, group), (mu, nu) in zip(owners, rows, strict=True)
+        if group is not None
+    ]
+    for group, new in zip(optimizer.param_groups, options, strict=True):
+        for key, value in new.items():
+            _set(group, key, value)
+    for p, new_state in zip((p for p, group in owners if group is not None), new_states, strict=True):
+        optimizer.state.pop(p, None)
+        if new_state is not None:
+            optimizer.state[p] = new_state
+
+
+_Named = dict[str, tuple[Tensor, int | None]]  # the parameter, and which group it is in
+
+
+def _named(optimizer: ACProp, model: Model) -> _Named:
+    if not isinstance(optimizer, ACProp):
+        raise TypeError(f"the optimizer is a {type(optimizer).__name__}; give an acprop_torch.ACProp")
+    groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    pairs = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
+    named = {name: (p, groups.pop(p, None)) for name, p in pairs}
+    if sharded := [name for name, (p, _) in named.items() if hasattr(p, "to_local")]:
+        raise TypeError(
+            f"parameter {sharded[0]!r} is sharded, which a portable state cannot be; export the whole model"
+        )
+    if groups:
+        p, i = next(iter(groups.items()))
+        raise ValueError(
+            f"parameter group {i} has a parameter of shape {tuple(p.shape)} that the model has not; give the "
+            "model whose parameters the optimizer was made for"
+        )
+    return named
+
+
+def _hyperparameters(optimizer: ACProp, named: _Named) -> acprop_core.ACProp:
+    """Return the options of all groups as one optimizer of the core, or say why that is not possible."""
+    remedy = "give export_state the hyperparameters to record, or import_state prefer='own'"
+    records: list[dict[str, Any]] = []
+    decays = [float(group["weight_decay"]) for group in optimizer.param_groups]
+    for i, (group, decay) in enumerate(zip(optimizer.param_groups, decays, strict=True)):
+        if group["maximize"]:
+            raise ValueError(f"parameter group {i} has maximize=True, which the other hosts do not have; {remedy}")
+        if decay and not group["decoupled_weight_decay"]:
+            raise ValueError(
+                f"parameter group {i} has weight_decay={decay} with decoupled_weight_decay=False, the L2 form, which "
+                f"the other hosts do not have; {remedy}"
+            )
+        b1, b2 = map(float, group["betas"])
+        records.append({"learning_rate": float(group["lr"]), "b1": b1, "b2": b2, **{k: group[k] for k in _OPTIONS}})
+    for i, record in enumerate(records):
+        if apart := [f"{key} {records[0][key]} and {x}" for key, x in record.items() if x != records[0][key]]:
+            raise ValueError(
+                f"parameter groups 0 and {i} have {', '.join(apart)}; the other hosts have one for all parameters. "
+                f"{remedy}"
+            )
+    if len(set(decays) - {0.0}) > 1:
+        raise ValueError(
+            f"parameter groups have weight_decay {', '.join(map(str, decays))}; the other hosts have one, and a mask. "
+            f"{remedy}"
+        )
+    mask = (
+        None if len(set(decays)) == 1 else {name: i is not None and decays[i] > 0.0 for name, (_, i) in named.items()}
+    )
+    return acprop_core.ACProp(**records[0], weight_decay=max(decays), mask=mask)
+
+
+def _options(optimizer: ACProp, named: _Named, saved: acprop_core.ACProp) -> Iterator[dict[str, Any]]:
+    """Yield what the saved hyperparameters make of the options of each group."""
+    for name in ("learning_rate", "mask"):
+        if callable(getattr(saved, name)):
+            raise ValueError(
+                f"the saved {name} is a callable, which a torch optimizer cannot have; give load another, or take "
+                "prefer='own'"
+            )
+    mask: Any = saved.mask or {}
+    for i in range(len(optimizer.param_groups)):
+        names = [name for name, (_, own) in named.items() if own == i]
+        decay = {mask.get(name, True) for name in names}
+        if len(decay) > 1 and saved.weight_decay:
+            raise ValueError(
+                f"some parameters of group {i} decay in the saved state and some do not; "
+                "put these into a group of their own"
+            )
+        yield {
+            "lr": saved.learning_rate,
+            "betas": (saved.b1, saved.b2),
+            "weight_decay": saved.weight_decay if any(decay) else 0.0,
+            "decoupled_weight_decay": True,
+            "maximize": False,
+            **{key: getattr(saved, key) for key in _OPTIONS},
+            "moment_dtype": None if saved.moment_dtype is None else getattr(torch, saved.moment_dtype),
+        }
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    # numbers that are tensors stay those tensors: a captured or compiled step reads them
+    own = group[key]
+    if isinstance(own, Tensor):
+        own.fill_(value)
+    elif key == "betas" and isinstance(own[0], Tensor):
+        for tensor, number in zip(own, value, strict=True):
+            tensor.fill_(number)
+    else:
+        group[key] = value
+
+
+def _like(group: dict[str, Any], p: Tensor) -> Tensor:
+    return _real(torch.empty(p.shape, dtype=_dtype_of_moments(group, p), device="meta"))
+
+
+def _moments(group: dict[str, Any], p: Tensor, rows: tuple[Any, Any]) -> dict[str, Tensor]:
+    made = {}
+    for key, x in zip(_MOMENTS, rows, strict=True):
+        made[key] = torch.zeros_like(p, dtype=_dtype_of_moments(group, p), requires_grad=False)
+        _real(made[key]).copy_(_from_numpy(x))
+    return made
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _to_numpy(name: str, x: Tensor) -> Any:
+    return np.array(to_numpy("moment", name, _real(x.resolve_conj())))
+
+
+def _from_numpy(x: Any) -> Tensor:
+    x = np.array(x)  # torch takes no read-only memory
+    if x.dtype.name == "bfloat16":  # ml_dtypes'
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)

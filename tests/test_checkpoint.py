@@ -1,0 +1,536 @@
+"""Portable state: what a file keeps, what it refuses, and that writing it is safe."""
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+import acprop_core
+import acprop_core._checkpoint as module
+from acprop_core import ACProp, State, load, save
+
+GOLDEN = Path(__file__).parent / "golden"
+HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
+
+
+def schedule(count: Any) -> Any:
+    return 0.1 / (count + 1.0)
+
+
+def state_of(arrays: dict[str, np.ndarray], count: int = 3) -> State:
+    nu = {name: x.real.astype(x.real.dtype) for name, x in arrays.items()}
+    return State(count, arrays, nu)
+
+
+def assert_same_bits(a: State, b: State) -> None:
+    assert a.count == b.count
+    for x, y in zip(a[1:], b[1:], strict=True):
+        assert set(x) == set(y)
+        for name in x:
+            if x[name] is None or y[name] is None:
+                assert x[name] is y[name]
+                continue
+            assert (x[name].dtype, x[name].shape) == (y[name].dtype, y[name].shape), name
+            assert np.asarray(x[name]).tobytes() == np.asarray(y[name]).tobytes(), name
+
+
+def everything() -> tuple[ACProp, State]:
+    """Return one of everything that a file can hold: what each golden file held when its version was new."""
+    x = np.arange(6.0).reshape(2, 3) / 7.0
+    arrays = {
+        "float32": x.astype(np.float32),
+        "float64": x,
+        "bfloat16": x.astype(ml_dtypes.bfloat16),
+        "float16": x.astype(np.float16),
+        "complex64": (x - 1j * x).astype(np.complex64),
+        "complex128": x + 2j * x,
+        "zero-d": np.asarray(1 / 3),
+        "empty": np.zeros((0, 3), np.float32),
+        "nan": np.array([np.nan, -np.inf, -0.0, 5e-324]),
+        "layers.0.weight": x[:1],
+        'é "\x1f\\': x[1:],
+        "": np.ones(1),
+    }
+    state = state_of(arrays, count=2**31 + 12345)
+    mask = {name: i % 2 == 0 for i, name in enumerate([*arrays, "frozen"])}
+    optimizer = ACProp(
+        1 / 3, 0.95, 0.9995, 1e-12, 1e-13, 0.01, mask, clip_exponent=0.25, centering="previous", moment_dtype="float64"
+    )
+    return optimizer, State(state.count, {**state.mu, "frozen": None}, {**state.nu, "frozen": None})
+
+
+# what a file keeps
+
+
+def test_everything_survives_to_the_bit(tmp_path: Path) -> None:
+    optimizer, state = everything()
+    save(tmp_path / "a", optimizer, state)
+    loaded = load(tmp_path / "a")
+    assert loaded[0] == optimizer
+    assert_same_bits(loaded[1], state)
+    save(str(tmp_path / "b"), *loaded)
+    again = load(str(tmp_path / "b"))
+    assert again[0] == optimizer
+    assert_same_bits(again[1], state)
+
+
+def test_a_golden_file_of_each_version_loads_for_ever() -> None:
+    files = sorted(GOLDEN.glob("*.safetensors"))
+    assert [file.stem for file in files] == [f"v{i + 1}" for i in range(module.FORMAT_VERSION)]
+    for file in files:
+        optimizer, state = load(file)
+        assert optimizer == everything()[0]
+        assert_same_bits(state, everything()[1])
+
+
+def test_the_file_is_as_described(tmp_path: Path) -> None:
+    optimizer, state = everything()
+    save(tmp_path / "a", optimizer, state)
+    with safetensors.safe_open(tmp_path / "a", "numpy") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    present = [name for name in state.mu if name != "frozen"]
+    assert set(tensors) == {"count", *(f"{key}/{name}" for key in ("mu", "nu") for name in present)}
+    assert tensors["count"].dtype == np.int64
+    assert tensors["count"].shape == ()
+    assert tensors["count"] == state.count
+    np.testing.assert_array_equal(tensors["mu/float64"], state.mu["float64"])
+    np.testing.assert_array_equal(tensors["mu/complex64"][..., 1], state.mu["complex64"].imag)
+    assert metadata["format"] == "acprop-core state"
+    assert metadata["format_version"] == "1"
+    assert metadata["library_version"] == acprop_core.__version__
+    assert json.loads(metadata["hyperparameters"]) == dataclasses.asdict(optimizer)
+    kinds = {"complex64": "complex", "complex128": "complex", "frozen": "absent"}
+    assert json.loads(metadata["parameters"]) == {name: kinds.get(name, "real") for name in state.mu}
+    # the checksum can be checked without us
+    content = (tmp_path / "a").read_bytes()
+    assert hashlib.sha256(content.replace(metadata["checksum"].encode(), b"0" * 64)).hexdigest() == metadata["checksum"]
+
+
+@pytest.mark.parametrize("count", [0, 2**31, 2**53 + 1, 2**63 - 1])
+def test_counts(count: int, tmp_path: Path) -> None:
+    for given in (count, np.asarray(count)):
+        save(tmp_path / "a", ACProp(), State(given, {}, {}))
+        assert load(tmp_path / "a")[1] == State(count, {}, {})
+
+
+def test_memory_of_any_layout_and_byte_order(tmp_path: Path) -> None:
+    x = np.arange(24.0).reshape(4, 6)
+    for y in (x.T, x[::-1, ::2], x.astype(">f8"), np.asfortranarray(x)):
+        save(tmp_path / "a", ACProp(), state_of({"w": y}))
+        (_, got) = load(tmp_path / "a")
+        np.testing.assert_array_equal(got.mu["w"], y)
+
+
+def test_arrays_are_mapped_and_read_only(tmp_path: Path) -> None:
+    save(tmp_path / "a", ACProp(), state_of({"w": np.ones(3), "c": np.ones(3) * 1j}))
+    _, state = load(tmp_path / "a", transform=lambda name, x: x[::-1])
+    for x in (*state.mu.values(), *state.nu.values()):
+        assert not x.flags.writeable
+        while isinstance(x, np.ndarray):
+            x = x.base
+        assert isinstance(x, mmap.mmap)
+    save(tmp_path / "a", ACProp(), state_of({"w": np.zeros(3)}))  # the same path
+    np.testing.assert_array_equal(state.mu["w"], 1.0)
+    assert not load(tmp_path / "a")[1].mu["w"].any()
+
+
+def test_hyperparameters_are_pythons(tmp_path: Path) -> None:
+    given = ACProp(np.float32(0.1), jnp.asarray(0.9), np.asarray(0.99), moment_dtype=np.float64)
+    save(tmp_path / "a", given, State(0, {}, {}))
+    optimizer, _ = load(tmp_path / "a")
+    assert (optimizer.learning_rate, optimizer.b1) == (float(np.float32(0.1)), float(np.float32(0.9)))
+    assert {type(getattr(optimizer, name)) for name in ("learning_rate", "b1", "b2")} == {float}
+    assert optimizer.moment_dtype == "float64"
+
+
+def test_callables_must_be_given_again(tmp_path: Path) -> None:
+    def mask(params: Any) -> Any:
+        return params
+
+    for name, value in (("learning_rate", schedule), ("mask", mask)):
+        save(tmp_path / "a", ACProp(**{name: value}), state_of({"w": np.ones(2)}))
+        with pytest.raises(ValueError, match=rf"{name} was a callable.* give it again: load\(path, {name}="):
+            load(tmp_path / "a")
+        assert load(tmp_path / "a", **{name: value})[0] == ACProp(**{name: value})
+    save(tmp_path / "a", ACProp(), state_of({"w": np.ones(2)}))
+    assert load(tmp_path / "a", learning_rate=schedule)[0] == ACProp(schedule)
+
+
+def test_nothing_is_written_for_what_cannot_be_saved(tmp_path: Path) -> None:
+    good = state_of({"w": np.ones(2)})
+    twice = {"a": {"b": np.ones(1)}, "a.b": np.ones(1)}
+    cases: list[tuple[Any, Any, type[Exception], str]] = [
+        ("optimizer", good, TypeError, "the optimizer is a str"),
+        (ACProp(), (3, {}, {}), TypeError, "the state is a tuple"),
+        (ACProp(), good._replace(count=-1), ValueError, "-1"),
+        (ACProp(), good._replace(count=2**63), ValueError, "2\\*\\*63"),
+        (ACProp(), good._replace(count=0.5), TypeError, "0.5"),
+        (ACProp(), State(0, twice, twice), ValueError, "two arrays are called 'a.b'"),
+        (ACProp(), good._replace(nu={"w": np.ones(3)}), ValueError, "second moment of 'w' has shape"),
+        (ACProp(), good._replace(nu={}), ValueError, "second moments lacks 'w'"),
+        (ACProp(), good._replace(mu={"w": np.ones(2, int)}), TypeError, "first moment of 'w' has dtype int64"),
+        (ACProp(mask={"v": True}), good, ValueError, "the mask lacks 'w'"),
+    ]
+    for optimizer, state, error, message in cases:
+        with pytest.raises(error, match=message):
+            save(tmp_path / "a", optimizer, state)
+    with pytest.raises(TypeError, match="cannot be made a NumPy array"):
+        jax.jit(lambda x: save(tmp_path / "a", ACProp(), State(0, x, x)))(jnp.ones(2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a", ACProp(), State(0, {}, {}))
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    for call in (lambda: save(tmp_path / "b", ACProp(), State(0, {}, {})), lambda: load(tmp_path / "a")):
+        with pytest.raises(ModuleNotFoundError, match=r"python -m pip install 'acprop-core\[checkpoint\]'"):
+            call()
+
+
+# what is refused
+
+
+def small(path: Path) -> bytes:
+    save(path, ACProp(mask={"é\x1f": True}), State(3, {"é\x1f": np.array([0.5, 32.0])}, {"é\x1f": np.ones(2)}))
+    return path.read_bytes()
+
+
+def refusals(path: Path, variants: Any) -> tuple[int, int, set[str]]:
+    """Return how many variants of a file were tried and refused, and what was said."""
+    tried, refused, reasons = 0, 0, set()
+    for content in variants:
+        path.write_bytes(content)
+        tried += 1
+        try:
+            load(path)
+        except ValueError as error:
+            refused += str(error).startswith(repr(str(path)))
+            reasons.add(str(error).removeprefix(repr(str(path)))[:30])
+    return tried, refused, reasons
+
+
+def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path / "a")
+
+    def flipped() -> Any:
+        for i in range(8 * len(content)):
+            damaged = bytearray(content)
+            damaged[i // 8] ^= 1 << i % 8
+            yield damaged
+
+    tried, refused, _ = refusals(tmp_path / "b", flipped())
+    assert (tried, refused) == (8 * len(content), 8 * len(content))
+    assert load(tmp_path / "a")[1].count == 3
+
+
+def test_every_truncation_and_every_surplus_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path / "a")
+    shorter = [content[:i] for i in range(len(content))]
+    assert refusals(tmp_path / "b", shorter)[:2] == (len(content), len(content))
+    longer = [content + bytes(i) for i in range(1, 17)] + [bytes(i) + content for i in range(1, 17)]
+    assert refusals(tmp_path / "b", longer)[:2] == (32, 32)
+
+
+def test_every_exchange_of_bytes_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path / "a")
+    rng = np.random.default_rng(0)
+    variants = []
+    while len(variants) < 500:
+        i, j = sorted(rng.integers(len(content), size=2))
+        if content[i] != content[j]:
+            variants.append(
+                content[:i] + content[j : j + 1] + content[i + 1 : j] + content[i : i + 1] + content[j + 1 :]
+            )
+    assert refusals(tmp_path / "b", variants)[:2] == (500, 500)
+
+
+def sealed(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a file with a checksum that fits, whatever it holds."""
+    metadata = {**metadata, "checksum": "0" * 64}
+    content = safetensors.numpy.save(tensors, metadata)
+    path.write_bytes(content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode()))
+
+
+def parts(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    with safetensors.safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def without(mapping: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: x for name, x in mapping.items() if name not in names}
+
+
+def test_content_that_save_does_not_write_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    save(path, ACProp(), state_of({"w": np.ones((2, 3)), "b": np.ones(3), "c": np.ones(2) * 1j}))
+    tensors, metadata = parts(path)
+    hyper = json.loads(metadata["hyperparameters"])
+    sealed(path, tensors, metadata)
+    assert load(path)[1].count == 3
+    hypers = [
+        without(hyper, "b1") | {"beta": 1.0},
+        hyper | {"b1": 2.0},
+        hyper | {"b1": "0.9"},
+        hyper | {"centering": None},
+        hyper | {"mask": {"w": True}},
+        hyper | {"mask": True},
+        [],
+    ]
+    wrong: list[tuple[dict[str, np.ndarray], dict[str, str], str]] = [
+        (tensors | {"nu/w": np.ones((3, 2))}, metadata, "second moment of 'w' has shape (3, 2)"),
+        (tensors | {"nu/w": np.ones((2, 3), np.int64)}, metadata, "dtype int64"),
+        (tensors | {"mu/c": np.ones((2, 3))}, metadata, "complex"),
+        (tensors | {"count": np.ones(1, np.int64)}, metadata, "count"),
+        (tensors | {"count": np.asarray(-1)}, metadata, "-1"),
+        (tensors | {"count": np.asarray(1.0)}, metadata, "count"),
+        (without(tensors, "nu/w"), metadata, "names"),
+        (without(tensors, "mu/w", "nu/w"), metadata, "names"),
+        (without(tensors, "count"), metadata, "count"),
+        (tensors | {"mu/x": np.ones(1), "nu/x": np.ones(1)}, metadata, "names"),
+        (tensors | {"other": np.ones(1)}, metadata, "names"),
+        (tensors | {"nu/w": np.ones((2, 3), bool)}, metadata, "BOOL"),
+        *((tensors, metadata | {"hyperparameters": json.dumps(h)}, "") for h in hypers),
+        (tensors, metadata | {"hyperparameters": "{"}, ""),
+        (tensors, metadata | {"parameters": "[]"}, ""),
+        (tensors, without(metadata, "parameters"), "parameters"),
+    ]
+    refused = 0
+    for new_tensors, new_metadata, message in wrong:
+        sealed(path, new_tensors, new_metadata)
+        with pytest.raises(ValueError, match="holds what save does not write") as caught:
+            load(path)
+        assert message in str(caught.value)
+        refused += 1
+    assert refused == len(wrong)
+
+
+def test_other_files_and_versions_are_refused_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    content = small(path)
+    tensors, metadata = parts(path)
+    for new, message in (
+        (metadata | {"format_version": "2"}, "has format version 2, newer than 1; install a newer acprop-core"),
+        (metadata | {"format_version": "-1"}, "has format version '-1', which does not exist"),
+        (metadata | {"format": "pt"}, "none that acprop_core.save wrote"),
+        ({}, "none that acprop_core.save wrote"),
+    ):
+        sealed(path, tensors, new)
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    safetensors.numpy.save_file({"w": np.ones(2)}, path)
+    with pytest.raises(ValueError, match="is a safetensors file, but none that acprop_core.save wrote"):
+        load(path)
+    for junk in (b"", b"junk", b"PK\x03\x04" * 50, b"\x80\x04" * 50):
+        path.write_bytes(junk)
+        with pytest.raises(ValueError, match="is no safetensors file, or a damaged one"):
+            load(path)
+    path.write_bytes(content[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="is damaged: its checksum does not fit its content"):
+        load(path)
+    load(path, verify=False)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none")
+    with pytest.raises(IsADirectoryError):
+        load(tmp_path)
+
+
+# writing is safe
+
+
+CRASH = """
+import os, sys
+import numpy as np
+import acprop_core, safetensors.numpy
+from acprop_core import _checkpoint as module
+path, way = sys.argv[1:]
+state = lambda c: acprop_core.State(c, {"w": np.full(3, float(c))}, {"w": np.full(3, float(c))})
+acprop_core.save(path, acprop_core.ACProp(), state(1))
+lines = 0
+def crash_at(k):
+    def trace(frame, event, arg):
+        global lines
+        if frame.f_code.co_filename not in (module.__file__, os.__file__):
+            return None if frame.f_code.co_filename.startswith("<") else trace
+        if event == "line":
+            lines += 1
+            if lines == k:
+                if way == "exit":
+                    os._exit(17)
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+    return trace
+def attempt(k):
+    global lines
+    lines = 0
+    sys.settrace(crash_at(k))
+    try:
+        acprop_core.save(path, acprop_core.ACProp(), state(2))
+    except KeyboardInterrupt:
+        return 17
+    finally:
+        sys.settrace(None)
+    return 0
+tried, old, new, k = 0, 0, 0, 0
+while True:
+    k += 1
+    acprop_core.save(path, acprop_core.ACProp(), state(1))
+    if way == "exit":
+        child = os.fork()
+        if not child:
+            os._exit(attempt(k))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    else:
+        code = attempt(k)
+    _, got = acprop_core.load(path)
+    assert (got.mu["w"] == got.count).all()
+    if way == "raise":
+        assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
+    if code == 0:
+        assert got.count == 2
+        break
+    assert code == 17
+    tried += 1
+    old += got.count == 1
+    new += got.count == 2
+print(tried, old, new)
+"""
+
+
+@pytest.mark.parametrize("way", ["raise", "exit"])
+def test_a_crash_at_any_line_leaves_the_old_file_or_the_new_one(way: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, tmp_path / "a", way], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    tried, old, new = map(int, done.stdout.split())
+    assert tried == old + new
+    assert old > 20
+    assert new > 1
+
+
+def test_the_new_file_is_on_disk_before_it_takes_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        stat = os.fstat(descriptor)
+        events.append(("fsync", stat.st_ino))
+        fsync(descriptor)
+
+    def replaced(a: Any, b: Any) -> None:
+        assert Path(a).parent == Path(b).parent
+        load(a)  # whole, checksum and all
+        events.append(("replace", os.stat(a).st_ino))
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    save(tmp_path / "a", ACProp(), state_of({"w": np.ones(2)}))
+    inode = (tmp_path / "a").stat().st_ino
+    assert events == [("fsync", inode), ("replace", inode), ("fsync", tmp_path.stat().st_ino)]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = small(tmp_path / "a")
+
+    def fail(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "chmod"), (safetensors.numpy, "save_file")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(OSError, match="no space"):
+                save(tmp_path / "a", ACProp(), State(0, {}, {}))
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+        assert (tmp_path / "a").read_bytes() == content
+
+
+def test_modes_and_links_are_those_of_any_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    save(tmp_path / "link", ACProp(), State(0, {}, {}))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# names
+
+
+NESTED = {"layers": [{"weight": np.ones((2, 3)), "bias": np.zeros(2)}, (np.ones(()),)], "none": None}
+NAMES = ["layers.0.weight", "layers.0.bias", "layers.1.0", "none"]
+
+
+def test_moments_come_in_the_structure_of_the_parameters(tmp_path: Path) -> None:
+    mask = {"layers": [{"weight": True, "bias": False}, False], "none": None}
+    optimizer = ACProp(**HYPER, mask=mask)
+    grads = jax.tree.map(lambda x: x + 0.5, NESTED)
+    _, state = optimizer.update(grads, optimizer.init(NESTED), NESTED)
+    save(tmp_path / "a", optimizer, state)
+    named, flat = load(tmp_path / "a")
+    assert list(flat.mu) == NAMES
+    assert named.mask == dict(zip(NAMES, (True, False, False, False), strict=True))
+    again, got = load(tmp_path / "a", NESTED)
+    assert jax.tree.structure(got) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, got, state)
+    for a, b in zip(optimizer.update(grads, state, NESTED), again.update(grads, got, NESTED), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_what_does_not_fit_the_parameters_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a", ACProp(), state_of({"w": np.ones((2, 3)), "b": np.ones(3)}))
+    w, b = np.ones((2, 3)), np.ones(3)
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        ({"w": w, "v": b}, ValueError, "the saved state lacks 'v'; it has 'w', 'b'"),
+        ({"w": w}, ValueError, "the saved state has 'b', for which there is no parameter"),
+        ({"w": w.T, "b": b}, ValueError, "first moment of 'w' has shape (2, 3), here it is (3, 2); use transform="),
+        ({"w": w.astype(np.float32), "b": b}, TypeError, "first moment of 'w' has dtype float64, here it is float32"),
+        ({"w": w, "b": None}, ValueError, "first moment of 'b' is an array, for which there is no parameter"),
+    ]
+    for params, error, message in wrong:
+        with pytest.raises(error) as caught:
+            load(tmp_path / "a", params)
+        assert message in str(caught.value)
+
+
+def test_rename_and_transform(tmp_path: Path) -> None:
+    x = np.arange(6.0).reshape(2, 3)
+    mask = {"dense.weight": True, "dense.bias": False, "old.bias": False}
+    state = state_of({"dense.weight": x, "dense.bias": np.ones(2), "old.bias": np.ones(1)})
+    save(tmp_path / "a", ACProp(weight_decay=0.1, mask=mask), state)
+    mapping = {"dense.weight": "dense.kernel", "old.bias": None}
+    params = {"dense": {"kernel": np.ones((3, 2)), "bias": np.ones(2)}}
+    for rename, transform in (
+        (mapping, {"dense.kernel": np.transpose}),
+        (lambda name: mapping.get(name, name), lambda name, x: x.T if name == "dense.kernel" else x),
+    ):
+        optimizer, got = load(tmp_path / "a", params, rename=rename, transform=transform)
+        for moments in got[1:]:
+            np.testing.assert_array_equal(moments["dense"]["kernel"], x.T)
+        assert optimizer.mask == {"dense": {"kernel": True, "bias": False}}
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"rename": {"w": "v"}}, ValueError, "rename names 'w', which the saved state lacks"),
+        ({"rename": ["w"]}, TypeError, "rename is ['w']; give a mapping by name, or a callable"),
+        ({"rename": lambda name: "w"}, ValueError, "two arrays are called 'w'"),
+        ({"rename": {"dense.bias": 3}}, TypeError, "rename makes 3 of 'dense.bias'"),
+        ({"transform": {"dense.kernel": np.transpose}}, ValueError, "transform names 'dense.kernel'"),
+        ({"transform": lambda name, x: x.astype(int)}, TypeError, "dtype int64"),
+    ]
+    for options, error, message in wrong:
+        with pytest.raises(error) as caught:
+            load(tmp_path / "a", **options)
+        assert message in str(caught.value)
