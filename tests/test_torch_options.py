@@ -411,6 +411,69 @@ def test_moments_of_another_size_are_refused(way: dict[str, bool]) -> None:
     assert x not in optimizer.state
 
 
+def other_gradient(x: torch.Tensor, optimizer: ACProp) -> None:
+    x.grad = x.grad.clone()
+
+
+def other_memory(x: torch.Tensor, optimizer: ACProp) -> None:
+    x.data = x.data.clone()
+
+
+def other_order(x: torch.Tensor, optimizer: ACProp) -> None:
+    """Keep the address, and change what lies there."""
+    x.data = x.data.t()
+    x.grad = x.grad.clone().t()
+
+
+def fewer(x: torch.Tensor, optimizer: ACProp) -> None:
+    x.data, x.grad = x.data[:2], x.grad[:2].clone()
+    for key in ("exp_avg", "exp_avg_var"):
+        optimizer.state[x][key] = optimizer.state[x][key][:2]
+
+
+def other_dtype(x: torch.Tensor, optimizer: ACProp) -> None:
+    grad, x.grad = x.grad.float(), None
+    x.data = x.data.float()
+    x.grad = grad
+
+
+def other_moments(x: torch.Tensor, optimizer: ACProp) -> None:
+    optimizer.state[x]["exp_avg"] = optimizer.state[x]["exp_avg"] * 0.5
+
+
+def moments_changed_behind(x: torch.Tensor, optimizer: ACProp) -> None:
+    optimizer.state[x]["exp_avg_var"].data = 2 * optimizer.state[x]["exp_avg_var"]
+
+
+def no_state(x: torch.Tensor, optimizer: ACProp) -> None:
+    optimizer.state.clear()
+
+
+def loaded(x: torch.Tensor, optimizer: ACProp) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+CHANGES = (other_gradient, other_memory, other_order, fewer, other_dtype, other_moments, moments_changed_behind)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, no_state, loaded], ids=lambda change: change.__name__)
+def test_a_fused_step_sees_what_has_changed_since_the_last(change: Any) -> None:
+    """It does not ask again what it knows of tensors that are the same."""
+    results = []
+    for flags in ({"fused": True}, {"foreach": False}):
+        xs = [x.requires_grad_() for x in tensors((3, 3), (4,))]
+        optimizer = ACProp(xs, **OPTIONS, **flags)
+        for g in tensors((3, 3), (3, 3), (3, 3), seed=1):
+            xs[0].grad, xs[1].grad = g, torch.ones(4, dtype=torch.float64)
+            optimizer.step()
+        change(xs[0], optimizer)
+        optimizer.param_groups[0].update(foreach=flags.get("foreach"), fused=flags.get("fused"))
+        for _ in range(2):
+            optimizer.step()
+        results.append([x.detach() for x in xs] + [s for x in xs for s in optimizer.state[x].values()])
+    assert_close(*results)
+
+
 @pytest.mark.parametrize("found", [0.0, 1.0, 2.0])  # the scaler adds up what it found on several devices
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_the_step_for_accelerators(found: float, shape: tuple[int, ...]) -> None:

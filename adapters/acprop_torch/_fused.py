@@ -2,12 +2,13 @@
 
 import functools
 import importlib.util
+import operator
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
 import torch
@@ -35,9 +36,17 @@ _MIN_PER_THREAD = 2**21  # elements: fewer are not worth a thread
 
 
 def fused_step(
-    lists: Row, steps: list[Tensor], options: Options, grad_scale: Tensor | None, found_inf: Tensor | None
+    lists: Row,
+    steps: list[Tensor],
+    options: Options,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    known: dict[str, Any],
 ) -> None:
-    """Run the compiled rule on gradients divided by `grad_scale`; change nothing where `found_inf` is not 0."""
+    """Run the compiled rule on gradients divided by `grad_scale`; change nothing where `found_inf` is not 0.
+
+    `known` is what a step leaves for the next one of the same optimizer and group.
+    """
     if torch.compiler.is_compiling():  # by the user: the step becomes a part of that graph
         skip = None if found_inf is None else found_inf.squeeze() != 0
         for row, step in zip(map(Row, *lists), steps, strict=True):
@@ -49,8 +58,7 @@ def fused_step(
             scale, skip = (None if x is None else x.to(device, non_blocking=True) for x in (grad_scale, found_inf))
             _on_accelerator(members, own_steps, options, scale, skip)
         elif found_inf is None or not found_inf.item():
-            for count, alike, counted in by_kind(members, own_steps, one_device=True):
-                _on_cpu(alike, counted, options.at(count), options, grad_scale)
+            _on_cpu(members, own_steps, options, grad_scale, known)
 
 
 def _by_device(lists: Row, steps: list[Tensor]) -> Iterator[tuple[torch.device, Row, list[Tensor]]]:
@@ -80,18 +88,32 @@ def _on_accelerator(
 
 
 def _on_cpu(
-    lists: Row, steps: list[Tensor], k: _rule.Coefficients, options: Options, grad_scale: Tensor | None
+    lists: Row, steps: list[Tensor], options: Options, grad_scale: Tensor | None, known: dict[str, Any]
 ) -> None:
-    plain, others = _sorted(lists)
-    if plain.param:
-        (_with_numba if _has_numba() else _with_inductor)(plain, steps, k, options, grad_scale)
-    else:
-        count_steps(steps)
-    if others.param:
-        if grad_scale is not None:
-            pairs = zip(others.grad, others.mu, strict=True)
-            others = others._replace(grad=[grad.to(mu.dtype) / grad_scale for grad, mu in pairs])
-        in_tiles(others, k, options)
+    memory = _memory_of(lists, known) if _has_numba() else None
+    if memory is not None and len({*map(Tensor.item, steps)}) == 1:  # the usual case
+        _with_numba(memory, lists.param, steps, options, grad_scale)
+        return
+    for count, alike, counted in by_kind(lists, steps, one_device=True):
+        # What is not plain memory keeps to the rule as it is, operation by operation. So do 16-bit tensors: on the way
+        # to their new values the rule rounds to 16 bits in between, which a compiler would leave out.
+        flat = [contiguous(row) for row in map(Row, *alike)]
+        plain = [row if row is not None and _is_plain(transposed([row])) else None for row in flat]
+        rows = transposed([row for row in plain if row is not None])
+        if rows.param:
+            own_steps = [step for step, row in zip(counted, plain, strict=True) if row is not None]
+            if (memory := _memory_of(rows, {}) if _has_numba() else None) is not None:
+                _with_numba(memory, rows.param, own_steps, options, grad_scale)
+            else:
+                _with_inductor(rows, own_steps, options.at(count), options, grad_scale)
+        others = [i for i, row in enumerate(plain) if row is None]
+        if others:
+            rest = Row(*([column[i] for i in others] for column in alike))
+            if grad_scale is not None:
+                pairs = zip(rest.grad, rest.mu, strict=True)
+                rest = rest._replace(grad=[grad.to(mu.dtype) / grad_scale for grad, mu in pairs])
+            count_steps([counted[i] for i in others])
+            in_tiles(rest, options.at(count), options)
 
 
 @functools.cache
@@ -99,57 +121,81 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def _sorted(lists: Row) -> tuple[Row, Row]:
-    """Return the rows whose tensors are contiguous memory of float32 or float64, all of one, and the others.
-
-    The others keep to the rule as it is, operation by operation. Among them are those with 16-bit tensors: on the way
-    to their new values the rule rounds to 16 bits in between, which a compiler would leave out.
-    """
-    if {column[0].dtype for column in lists} not in ({torch.float32}, {torch.float64}):
-        return transposed([]), lists
-    # With many small parameters this is what counts, so it is asked in few words where all are plain.
-    if _are_memory(lists) and all(map(Tensor.is_contiguous, chain(*lists))):
-        plain, others = lists, transposed([])
-    else:
-        dense = [contiguous(row) if _are_memory(transposed([row])) else None for row in map(Row, *lists)]
-        plain = transposed([row for row in dense if row is not None])
-        others = transposed([row for row, flat in zip(map(Row, *lists), dense, strict=True) if flat is None])
-    return plain, others
-
-
-def _are_memory(lists: Row) -> bool:
-    """Return whether the memory of the tensors, whose parameters are on a CPU, says what their values are."""
+def _is_plain(lists: Row) -> bool:
+    """Return whether all is contiguous memory of a CPU, of one dtype that is compiled, and says what the values are."""
+    tensors = [x for column in lists for x in column]
     return (
-        PLAIN.issuperset(map(type, chain(*lists)))
-        and all(map(attrgetter("is_cpu"), chain(*lists[1:])))
-        and not any(map(Tensor.is_neg, chain(lists.param, lists.grad)))  # moments are made here, and are not
+        PLAIN.issuperset(map(type, tensors))
+        and all(map(attrgetter("is_cpu"), tensors))
+        and {*map(attrgetter("dtype"), tensors)} in ({torch.float32}, {torch.float64})
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, lists.param + lists.grad))  # moments are made here, and are not
         and not any(map(Tensor._is_zerotensor, lists.grad))
     )
 
 
-def _with_numba(
-    lists: Row, steps: list[Tensor], k: _rule.Coefficients, options: Options, grad_scale: Tensor | None
-) -> None:
+class Memory(NamedTuple):
+    """Where rows lie: int64 arrays of their (4, n) addresses and of their (n,) numbers of elements."""
+
+    dtype: Any
+    addresses: Any
+    sizes: Any
+
+
+def _memory_of(lists: Row, known: dict[str, Any]) -> Memory | None:
+    """Return where plain rows of one dtype lie; None if they are not.
+
+    With many small parameters these questions cost more than the step. So parameters and moments that are the objects
+    of the last step, at the same addresses, are not asked again: gradients are new, have the dtype, shape and order of
+    their parameters, and answer for them.
+    """
     import numpy as np
 
-    from acprop_core import _numba
+    def ask(question: Any, *columns: list[Tensor]) -> Any:
+        return np.fromiter(map(question, chain(*columns)), np.int64).reshape(len(columns), -1)
 
-    like = np.empty(0, str(lists.mu[0].dtype).removeprefix("torch."))
-    k = _numba.scalars_of(Step(k, xp).numbers_for(lists.mu[0].dtype)[0], like.dtype)
-    decay = _numba.NO_DECAY if not options.decays else _numba.DECOUPLED if options.decoupled else _numba.L2
-    factor = like.dtype.type(1.0 if grad_scale is None else 1.0 / grad_scale.item())
-    all_sizes = np.array([list(map(Tensor.numel, column)) for column in lists])
-    sizes = all_sizes[0]
-    if wrong := np.flatnonzero((all_sizes != sizes).any(axis=0)).tolist():
+    lasting = (lists.param, lists.mu, lists.nu)
+    dtype = lists.grad[0].dtype
+    if known and _are_same(known["lasting"], lasting) and _is_plain(Row([], lists.grad, [], [])):
+        before: Memory = known["memory"]
+        addresses = ask(Tensor.data_ptr, *lists)
+        stayed = (addresses == before.addresses)[[0, 2, 3]].all()
+        if stayed and dtype == known["dtype"] and (ask(Tensor.numel, lists.grad) == before.sizes).all():
+            return before._replace(addresses=addresses)
+    known.clear()
+    if not _is_plain(lists):
+        return None
+    addresses, sizes = ask(Tensor.data_ptr, *lists), ask(Tensor.numel, *lists)
+    if wrong := np.flatnonzero((sizes != sizes[0]).any(axis=0)).tolist():
         shapes = ", ".join(str(tuple(column[wrong[0]].shape)) for column in lists)
         raise RuntimeError(
             f"a parameter, its gradient, exp_avg and exp_avg_var have the shapes {shapes}; clear `optimizer.state`, or "
             "load the state of this model"
         )
-    addresses = np.array([list(map(Tensor.data_ptr, column)) for column in lists])
+    memory = Memory(np.dtype(str(dtype).removeprefix("torch.")), addresses, sizes[0])
+    known.update(lasting=lasting, memory=memory, dtype=dtype)
+    return memory
+
+
+def _are_same(olds: tuple[list[Tensor], ...], news: tuple[list[Tensor], ...]) -> bool:
+    return len(olds[0]) == len(news[0]) and all(map(operator.is_, chain(*olds), chain(*news)))
+
+
+def _with_numba(
+    memory: Memory, params: list[Tensor], steps: list[Tensor], options: Options, grad_scale: Tensor | None
+) -> None:
+    import numpy as np
+
+    from acprop_core import _numba
+
+    dtype, addresses, sizes = memory
+    like = np.empty(0, dtype)
+    k = _numba.scalars_of(Step(options.at(int(steps[0].item())), xp).numbers_for(dtype)[0], dtype)
+    decay = _numba.NO_DECAY if not options.decays else _numba.DECOUPLED if options.decoupled else _numba.L2
+    factor = dtype.type(1.0 if grad_scale is None else 1.0 / grad_scale.item())
     # Both before the compiled step: when it returns Python looks for signals, whose exception must find all of it done.
     count_steps(steps)
-    torch.autograd.graph.increment_version(lists.param)  # autograd does not see it happen
+    torch.autograd.graph.increment_version(params)  # autograd does not see it happen
     threads = min(torch.get_num_threads(), int(sizes.sum()) // _MIN_PER_THREAD)
     if threads < 2:
         _numba.step_each(addresses, sizes, like, k, decay, factor)

@@ -116,12 +116,14 @@ class ACProp(torch.optim.Optimizer):
             "centering": centering,
             "moment_dtype": moment_dtype,
         }
+        self._known_memory: dict[int, dict[str, Any]] = {}  # of each group, what a fused step leaves for the next
         _check(defaults)
         defaults["betas"] = tuple(map(_to_scalar, betas))
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._known_memory = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():  # options that came after the state was saved
                 group.setdefault(name, value)
@@ -249,7 +251,8 @@ class ACProp(torch.optim.Optimizer):
             foreach = foreach and (group["capturable"] or not isinstance(group["lr"], Tensor))
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         if group["fused"]:
-            _fused_acprop(lists, steps, own, grad_scale, found_inf)
+            known = {} if compiling else self._known_memory.setdefault(id(group), {})
+            _fused_acprop(lists, steps, own, grad_scale, found_inf, known)
             return
         if grad_scale is not None or found_inf is not None:
             raise AssertionError("Expected grad_scale and found_inf to be None: only fused steps unscale gradients")
