@@ -29,9 +29,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[dict[str, bool]]:
     """Give the flags of a way to step, and make it possible on a CPU."""
     with (
         mock.patch.object(_optimizer, "_get_capturable_supported_devices", return_value=["cpu"]),
-        mock.patch.object(
-            _fused, "_with_numba", _fused._with_inductor if "inductor" in request.param else _fused._with_numba
-        ),
+        mock.patch.object(_fused, "_has_numba", return_value="inductor" not in request.param),
     ):
         if request.param in ("fused", "fused capturable"):
             pytest.importorskip("numba")
@@ -495,7 +493,7 @@ def test_the_step_for_accelerators(found: float, shape: tuple[int, ...]) -> None
 def test_without_numba_the_fused_step_is_compiled_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     _fused._has_numba.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(_fused, "_with_numba", None)
+    monkeypatch.setattr(_fused, "_memory_of", None)
     grads = stream(2)
     assert_close(run(grads, fused=True), run(grads, foreach=False))
     monkeypatch.undo()
