@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -231,10 +230,14 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _to_numpy(name: str, x: Tensor) -> Any:
+    import numpy as np
+
     return np.array(to_numpy("moment", name, _real(x.resolve_conj())))
 
 
 def _from_numpy(x: Any) -> Tensor:
+    import numpy as np
+
     x = np.array(x)  # torch takes no read-only memory
     if x.dtype.name == "bfloat16":  # ml_dtypes'
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
