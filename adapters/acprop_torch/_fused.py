@@ -81,7 +81,10 @@ def _on_accelerator(
     for i, row in enumerate(map(Row, *lists)):
         own = numbers_of_each(k, lambda x, i=i: x[i])
         flat = contiguous(row)
-        seen = row if flat is None else map(_memory, flat)
+        is_memory = (
+            flat is not None and PLAIN.issuperset(map(type, row)) and not (row.param.is_neg() or row.grad.is_neg())
+        )
+        seen = map(_memory, flat) if flat is not None and is_memory else row
         _compiled()(*(x.detach() for x in seen), own, options.decays, options.decoupled, grad_scale, skip)
     torch.autograd.graph.increment_version(lists.param)
     torch._foreach_add_(steps, 1 if skip is None else (~skip).to(steps[0].dtype))
