@@ -331,7 +331,7 @@ class Backend(Enum):
     OPTAX = optax, "optax", ()
     TORCH_OPTIMIZER = _torch(foreach=False), "torch", ()
     TORCH_FOREACH = _torch(foreach=True), "torch", ()
-    TORCH_FUSED = _torch(fused=True), "numba", ("complex64", "complex128")
+    TORCH_FUSED = _torch(fused=True), "torch+numba", ("complex64", "complex128")
     TORCH_FUSED_BY_INDUCTOR = torch_fused_by_inductor, "torch", ("complex64", "complex128")
     TORCH_DIFFERENTIABLE = _torch(differentiable=True), "torch", ()
     TORCH_CAPTURABLE = _torch_capturable(foreach=False), "torch", ()
@@ -362,11 +362,12 @@ class Backend(Enum):
 
     def cannot_run(self) -> str | None:
         """Return why this backend cannot run here, or None."""
-        module = self.value[1].partition(":")[0]
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
+        modules = self.value[1].partition(":")[0].split("+")
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed"
         if self.needs_gpu:
-            return _no_gpu(module)
+            return _no_gpu(modules[0])
         return None
 
     def cannot_take(self, case: Case) -> str | None:
