@@ -20,7 +20,6 @@ from acprop_torch._foreach import TensorList
 _CPU_TILE, _TILE = 3 * 2**17, 2**23
 _SMALL = 2**17  # bytes: on a CPU, starting the operations on fewer costs more than gathering them into a tile
 
-
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
