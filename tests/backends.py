@@ -60,7 +60,7 @@ def numpy_readonly(case: Case) -> Trajectory:
 
     def freeze(f: Any) -> Any:
         def call(grads: Any, *rest: Any) -> Any:
-            for leaf in [x for tree in rest if isinstance(tree, State) for d in tree[1:] for x in d.values()]:
+            for leaf in [x for tree in rest if isinstance(tree, State) for d in (tree.mu, tree.nu) for x in d.values()]:
                 leaf.flags.writeable = False
             return f(grads, *rest)
 

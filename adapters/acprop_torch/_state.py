@@ -9,11 +9,11 @@ from torch import Tensor
 import acprop_core
 from acprop_core import State
 from acprop_core._portable import arrange, checked, choose, to_numpy
-from acprop_torch._optimizer import _MOMENTS, ACProp, _dtype_of_moments, _step_count
+from acprop_torch._optimizer import _MOMENTS, ACProp, _dtype_of_moments, _is_compensated, _step_count
 
 Model = torch.nn.Module | Mapping[str, Tensor]
 # The options of a group in the words of the core; weight decay, its mask and what the core lacks are seen to apart.
-_OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype")
+_OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype", "compensate")
 
 
 def export_state(
@@ -57,10 +57,13 @@ def export_state(
             "together. Within PyTorch use state_dict"
         )
 
-    def moments(key: str) -> dict[str, Any]:
-        return {name: _to_numpy(name, states[name][key]) if name in states else None for name in named}
+    def kept(key: str) -> dict[str, Any]:
+        found = {name: states[name][key] for name in states if key in states[name]}
+        return {name: _to_numpy(name, found[name]) if name in found else None for name in named}
 
-    return hyperparameters, State(next(iter(counts), 0), *map(moments, _MOMENTS))
+    compensates = any(group["compensate"] for group in optimizer.param_groups)
+    keys = (*_MOMENTS, "carry") if compensates else _MOMENTS
+    return hyperparameters, State(next(iter(counts), 0), *map(kept, keys))
 
 
 def import_state(
@@ -104,10 +107,13 @@ def import_state(
     groups = [{**group, **new} for group, new in zip(optimizer.param_groups, options, strict=True)]
     owners = [(p, None if i is None else groups[i]) for p, i in named.values()]
     like = [None if group is None else _like(group, p) for p, group in owners]
-    rows = arrange(state, list(named), State(0, like, like))
+    compensated = [group is not None and _is_compensated(group, p) for p, group in owners]
+    carries = [p if has_carry else None for (p, _), has_carry in zip(owners, compensated, strict=True)]
+    compensates = any(group["compensate"] for group in groups)
+    rows = arrange(state, list(named), State(0, like, like, carries if compensates else None))
     new_states = [
-        None if mu is None else {"step": _step_count(group, p, float(state.count))} | _moments(group, p, (mu, nu))
-        for (p, group), (mu, nu) in zip(owners, rows, strict=True)
+        None if row[0] is None else {"step": _step_count(group, p, float(state.count)), **_kept(group, p, row)}
+        for (p, group), row in zip(owners, rows, strict=True)
         if group is not None
     ]
     for group, new in zip(optimizer.param_groups, options, strict=True):
@@ -217,11 +223,13 @@ def _like(group: dict[str, Any], p: Tensor) -> Tensor:
     return _real(torch.empty(p.shape, dtype=_dtype_of_moments(group, p), device="meta"))
 
 
-def _moments(group: dict[str, Any], p: Tensor, rows: tuple[Any, Any]) -> dict[str, Tensor]:
-    made = {}
-    for key, x in zip(_MOMENTS, rows, strict=True):
-        made[key] = torch.zeros_like(p, dtype=_dtype_of_moments(group, p), requires_grad=False)
-        _real(made[key]).copy_(_from_numpy(x))
+def _kept(group: dict[str, Any], p: Tensor, row: tuple[Any, Any, Any]) -> dict[str, Tensor]:
+    made = {key: torch.zeros_like(p, dtype=_dtype_of_moments(group, p), requires_grad=False) for key in _MOMENTS}
+    if _is_compensated(group, p):
+        made["carry"] = torch.zeros_like(p, requires_grad=False)
+    for own, x in zip(made.values(), row, strict=False):
+        if x is not None:
+            _real(own).copy_(_from_numpy(x))
     return made
 
 
