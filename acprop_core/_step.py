@@ -77,7 +77,7 @@ def compensated(update: Array, param: Array, carry: Array, k: _rule.Coefficients
     return added, carry
 
 
-_SIXTEEN_BITS = {"float16": (2.0**-11, 2.0**-3), "bfloat16": (2.0**-8, 0.0)}
+_SIXTEEN_BITS = {"float16": (2.0**-11, 2.0**-3), "bfloat16": (2.0**-8, 2.0**-110)}
 _SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
 

@@ -66,11 +66,11 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     target = stepper._with(saved) if chosen is saved else stepper
     fresh = target.functional.init(target.params)
     trees = [tree for tree in fresh[1:] if tree is not None]
-    leaves = State(0, *([leaf for _, leaf in flatten(tree)] for tree in trees))
-    rows = arrange(state, [name for name, _ in flatten(fresh.mu)], leaves)
+    leaves = [[leaf for _, leaf in flatten(tree)] for tree in trees]
+    rows = arrange(state, [name for name, _ in flatten(fresh.mu)], State(0, *leaves))
     kept = (
-        [zero if row[i] is None else target._xp.asarray(row[i]) for row, zero in zip(rows, leaves[i + 1], strict=True)]
-        for i in range(len(trees))
+        [zero if row[i] is None else target._xp.asarray(row[i]) for row, zero in zip(rows, zeros, strict=True)]
+        for i, zeros in enumerate(leaves)
     )
     target.load_state(State(state.count, *map(unflatten, trees, kept)))
     if target is not stepper:

@@ -461,8 +461,10 @@ class Stepper:
         for (_, decay, _), members in groups.items():
             first, size = rows[members[0]], sum(rows[i].param.size for i in members)
             with on_device_of(first.param):
-                kept = [None if x is None else self._xp.zeros(size, x.dtype) for x in (first.mu, first.nu, first.carry)]
-            buffers.append(Buffer(members, [rows[i].param for i in members], *kept, decay, self._xp))
+                mu, nu, carry = (
+                    None if x is None else self._xp.zeros(size, x.dtype) for x in (first.mu, first.nu, first.carry)
+                )
+            buffers.append(Buffer(members, [rows[i].param for i in members], mu, nu, carry, decay, self._xp))
         return buffers
 
     def _make_engine(self, engine: str | None, buffer: Buffer) -> Tiles | Numba | Cupy:

@@ -413,7 +413,7 @@ def _lists(lists: Row, has_complex: bool) -> Row:
         # a gradient may be conjugated lazily; a parameter may not, its memory is what counts
         resolved = lists._replace(grad=[grad.resolve_conj() for grad in lists.grad])
         real = [[torch.view_as_real(x) if x.is_complex() else x for x in column] for column in resolved[:4]]
-        lists = Row(*real, lists.carry)
+        lists = Row._make((*real, lists.carry))
     if PLAIN.issuperset(map(type, lists.param)):
         return lists
     return transposed([_local(row) for row in map(Row, *lists)])

@@ -204,10 +204,10 @@ def contiguous(row: Row) -> Row | None:
 
 def write(
     blocks: Sequence[Block],
-    updates: Sequence[Tensor],
-    mus: Sequence[Tensor],
-    nus: Sequence[Tensor],
-    carries: Sequence[Tensor | None],
+    updates: Sequence[Any],
+    mus: Sequence[Any],
+    nus: Sequence[Any],
+    carries: Sequence[Any],
 ) -> None:
     """Add the updates to the parameters of the blocks, and put new moments and carries in the place of the old."""
     bring(updates, "param", blocks, torch._foreach_add_)
