@@ -271,6 +271,10 @@ def _in_order(
         return results
     ordered = []
     for row, (update, mu, nu, carry) in zip(rows, results, strict=True):
+        if carry is not None and update is not None:
+            # both are made from the old carry; either order costs a copy of one, this one the fewest
+            carry = _after(update, carry, count)
+            update = _after(carry, update, count)
         if update is not None:
             nu = _after(written(row, update), nu, count)
             if centering == "previous":  # s_t is made from m_{t-1}, which m_t takes over
