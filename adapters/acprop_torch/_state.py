@@ -265,8 +265,10 @@ def _keeps(params: Iterable[Tensor]) -> bool:
 
 def _whole(x: Tensor, keep: bool) -> Tensor:
     """Return a copy of a tensor on the CPU, whole if it is sharded; only its shape on a rank that does not keep it."""
-    whole = _real((x.full_tensor() if _is_sharded(x) else x).detach().resolve_conj())
-    return whole.to("cpu", copy=True) if keep else whole.to("meta")
+    if _is_sharded(x):
+        x = x.to(x.device_mesh.device_type).full_tensor()  # FSDP2 may offload it to where its mesh cannot gather it
+    x = _real(x.detach().resolve_conj())
+    return x.to("cpu", copy=True) if keep else x.to("meta")
 
 
 def _part(x: Tensor, p: Tensor) -> Tensor:

@@ -4,8 +4,8 @@
 
 Parameters, gradients and moments are each spread over the processes, which talk to each other by gloo, on CPUs. Every
 50 steps torch.distributed.checkpoint saves model and optimizer. A run that finds a checkpoint in the folder goes on
-from the last: after a process was killed (`torchrun --max-restarts 1` starts all of them again), to do more steps, or on
-another number of processes. In the end the whole state of the optimizer is gathered and exported to one file, from
+from the last: after a process was killed (`torchrun --max-restarts 1` starts all of them again), to do more steps, or
+on another number of processes. In the end the whole state of the optimizer is gathered and exported to one file, from
 which any framework can go on.
 
 clip_exponent=0.25, because pixels in the digits' margins are 0 for a while and then are not: plain ACProp explodes.
