@@ -148,8 +148,8 @@ _Named = dict[str, tuple[Tensor, int | None]]  # the parameter, and which group 
 def _named(optimizer: ACProp, model: Model) -> _Named:
     if not isinstance(optimizer, ACProp):
         raise TypeError(
-            f"the optimizer is a {type(optimizer).__name__}; give an acprop_torch.ACProp, or one that has loaded the "
-            "state_dict of what wraps it"
+            f"the optimizer is a {type(optimizer).__name__}; give an acprop_torch.ACProp. If it wraps one, give a "
+            "plain one that has loaded its state_dict"
         )
     groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     pairs = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
@@ -266,7 +266,8 @@ def _keeps(params: Iterable[Tensor]) -> bool:
 def _whole(x: Tensor, keep: bool) -> Tensor:
     """Return a copy of a tensor on the CPU, whole if it is sharded; only its shape on a rank that does not keep it."""
     if _is_sharded(x):
-        x = x.to(x.device_mesh.device_type).full_tensor()  # FSDP2 may offload it to where its mesh cannot gather it
+        there: Any = x.to(x.device_mesh.device_type)  # from where FSDP2 may have offloaded it
+        x = there.full_tensor()
     x = _real(x.detach().resolve_conj())
     return x.to("cpu", copy=True) if keep else x.to("meta")
 
