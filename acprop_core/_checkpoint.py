@@ -2,8 +2,9 @@
 
 The file is a safetensors file, which every framework can read:
 
-- tensors ``mu/<name>`` and ``nu/<name>``, and ``count``, an int64 without axes. A complex first moment is stored as a
-  real one with a last axis of two, since the format has no complex128.
+- tensors ``mu/<name>``, ``nu/<name>`` and, of compensated 16-bit parameters, ``carry/<name>``; and ``count``, an int64
+  without axes. A complex first moment is stored as a real one with a last axis of two, since the format has no
+  complex128.
 - metadata: `format`, `format_version`, `library_version`; `hyperparameters` and `parameters` as JSON, the latter
   "real", "complex" or "absent" (without moments) for every name, in the order of the model; `checksum`.
 
@@ -19,7 +20,7 @@ import os
 from typing import Any
 
 import acprop_core
-from acprop_core._checks import check_count, check_leaves
+from acprop_core._checks import called, check_compensation, check_count, check_leaves, is_compensated
 from acprop_core._containers import align, flatten, unflatten
 from acprop_core._optimizer import ACProp, Container, State
 from acprop_core._portable import (
@@ -34,7 +35,7 @@ from acprop_core._portable import (
 )
 
 FORMAT = "acprop-core state"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no carry
 _ZEROS = "0" * 64
 _KEY = b'"checksum":"'
 
@@ -134,7 +135,7 @@ def load(
         parameter out.
     transform : mapping or callable, optional
         For each name here a function from array to array, such as ``np.transpose``, or one function of name and array.
-        It is applied to both moments.
+        It is applied to both moments, and to the carry.
     verify : bool
         Compare the checksum, which reads the file once. Without, a damaged file may go unnoticed.
 
@@ -176,6 +177,7 @@ def load(
                 ],
             )
             for i, zeros in enumerate(fresh[1:])
+            if zeros is not None
         ),
     )
     if isinstance(optimizer.mask, dict) and mask is None:
@@ -201,6 +203,12 @@ def _contents(optimizer: ACProp, state: State) -> tuple[dict[str, Any], dict[str
         "second moment": [to_numpy("second moment", name, x) for name, x in zip(names, nu, strict=True)],
     }
     check_leaves(leaves, names)
+    check_compensation(optimizer.compensate, state.carry)
+    carries = {}
+    if state.carry is not None:
+        columns = zip(names, align(state.carry, state.mu, "the container of carries"), strict=True)
+        carries = {name: to_numpy("carry", name, x) for name, x in columns if x is not None}
+        _check_carries(carries, dict(zip(names, leaves["first moment"], strict=True)))
     count = check_count(state.count if isinstance(state.count, int) else to_numpy("step count", "", state.count))
     if count >= 2**63:
         raise ValueError(f"the step count (state.count) is {count}; a file holds counts below 2**63")
@@ -213,6 +221,7 @@ def _contents(optimizer: ACProp, state: State) -> tuple[dict[str, Any], dict[str
         if mu is not None:
             for key, x in (("mu", mu), ("nu", nu)):
                 tensors[f"{key}/{name}"] = np.asarray(x, order="C")
+    tensors |= {f"carry/{name}": np.asarray(x, order="C") for name, x in carries.items()}
     record = portable(optimizer, state.mu)
     values = {name: getattr(record, name) for name in HYPERPARAMETERS}
     metadata = {
@@ -244,7 +253,7 @@ def _read(path: str, given: dict[str, Any], verify: bool) -> tuple[ACProp, State
     if metadata.get("format") != FORMAT:
         raise _refusal(path, "is a safetensors file, but none that acprop_core.save wrote")
     version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
+    if version not in ("1", str(FORMAT_VERSION)):
         newer = version.isdecimal() and int(version) > FORMAT_VERSION
         raise _refusal(
             path,
@@ -267,18 +276,22 @@ def _read(path: str, given: dict[str, Any], verify: bool) -> tuple[ACProp, State
         }
         count = tensors.pop("count")
         stored = [name for name, kind in kinds.items() if kind != "absent"]
+        carries = {key.removeprefix("carry/"): tensors.pop(key) for key in list(tensors) if key.startswith("carry/")}
         if sorted(tensors) != sorted(f"{key}/{name}" for name in stored for key in ("mu", "nu")):
             raise ValueError("its arrays do not have the names of its parameters")
         mu, nu = ({name: tensors.get(f"{key}/{name}") for name in kinds} for key in ("mu", "nu"))
         mu |= {name: _complex(mu[name]) for name, kind in kinds.items() if kind == "complex"}
         check_leaves({"first moment": list(mu.values()), "second moment": list(nu.values())}, list(mu))
-        state = State(check_count(count), mu, nu)
+        _check_carries(carries, mu)
         if surplus := hyperparameters.keys() - set(HYPERPARAMETERS):
             raise ValueError(f"the hyperparameters {', '.join(sorted(surplus))} are unknown")
         mask = hyperparameters.get("mask")
         if mask not in (None, "callable") and (mask.keys() != kinds.keys() or {*mask.values()} - {True, False}):
             raise ValueError("the mask is not one bool for each parameter")
         recorded = ACProp(**{name: value for name, value in hyperparameters.items() if value != "callable"})
+        carry = {name: carries.get(name) for name in kinds} if recorded.compensate or carries else None
+        check_compensation(recorded.compensate, carry)
+        state = State(check_count(count), mu, nu, carry)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refusal(path, f"holds what save does not write ({error})") from error
     for name, value in given.items():
@@ -288,6 +301,17 @@ def _read(path: str, given: dict[str, Any], verify: bool) -> tuple[ACProp, State
                 f"load(path, {name}=...)"
             )
     return dataclasses.replace(recorded, **{k: v for k, v in given.items() if v is not None}), state
+
+
+def _check_carries(carries: dict[str, Any], moments: dict[str, Any]) -> None:
+    for name, x in carries.items():
+        if not is_compensated(x):
+            raise TypeError(f"{called('carry', name)} has dtype {x.dtype}; one of 16 bits keeps a carry, and no other")
+        if moments.get(name) is None or x.shape != moments[name].shape:
+            raise ValueError(
+                f"{called('carry', name)} has shape {x.shape}, the first moment "
+                f"{getattr(moments.get(name), 'shape', 'is None')}; make them equal"
+            )
 
 
 def _refusal(path: str, reason: str) -> ValueError:

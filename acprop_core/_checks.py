@@ -123,6 +123,46 @@ def check_leaves(groups: dict[str, list[Any]], names: Sequence[str]) -> None:
                 raise TypeError(f"{called(what, name)} has dtype {kind}, its {owner} {own_kind}; give a complex one")
 
 
+def is_compensated(param: Any) -> bool:
+    """Return whether `compensate` keeps a carry for this parameter: one of 16 bits."""
+    return param is not None and dtype_name(param.dtype) in ("float16", "bfloat16")
+
+
+def check_compensation(compensate: bool, carry: Any) -> None:
+    """Refuse a state without carry for an optimizer with `compensate`, and the reverse."""
+    if compensate and carry is None:
+        raise ValueError(
+            "compensate is True, but the state was made without it and has no carry; begin with "
+            "state._replace(carry=optimizer.init(params).carry)"
+        )
+    if not compensate and carry is not None:
+        raise ValueError(
+            "compensate is False, but the state has a carry; set compensate=True, or give up what rounding took with "
+            "state._replace(carry=None)"
+        )
+
+
+def check_carries(carries: Sequence[Any], params: Sequence[Any], names: Sequence[str]) -> None:
+    """Refuse carries that are not those of the parameters: in their shape and dtype, one for each of 16 bits."""
+    for name, x, param in zip(names, carries, params, strict=True):
+        wanted = is_compensated(param)
+        if wanted == (x is None):
+            have, kind = ("None" if leaf is None else "an array" for leaf in (x, param))
+            kind = kind if param is None else dtype_name(param.dtype)
+            raise ValueError(
+                f"{called('carry', name)} is {have}, its parameter {kind}; give "
+                f"{'zeros_like(parameter)' if wanted else 'None'}, as init does"
+            )
+        if x is None:
+            continue
+        for what, error in (("shape", ValueError), ("dtype", TypeError)):
+            if getattr(x, what, None) != getattr(param, what):
+                raise error(
+                    f"{called('carry', name)} has {what} {getattr(x, what, None)}, its parameter "
+                    f"{getattr(param, what)}; make them equal"
+                )
+
+
 def library(xp: Any) -> str:
     """Return the name by which people know a namespace: torch for array_api_compat.torch."""
     return str(xp.__name__).removeprefix("array_api_compat.")

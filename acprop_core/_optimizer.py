@@ -13,12 +13,15 @@ from acprop_core._checks import (
     FLOATS,
     REAL_OF,
     called,
+    check_carries,
+    check_compensation,
     check_count,
     check_leaves,
     check_library,
     check_number,
     common_namespace,
     dtype_name,
+    is_compensated,
     library,
 )
 from acprop_core._containers import align, flatten, unflatten
@@ -39,11 +42,15 @@ class State(NamedTuple):
         First moment m of every parameter, in the structure of the parameters; zeros at the start.
     nu : container of real arrays
         Second central moment s of every parameter; zeros at the start.
+    carry : container of arrays and None, or None
+        With ``compensate=True``, what rounding has taken from every 16-bit parameter, in its dtype; zeros at the start.
+        None for other parameters, and without it.
     """
 
     count: Any
     mu: Container
     nu: Container
+    carry: Container | None = None
 
 
 class Leaf(NamedTuple):
@@ -55,6 +62,7 @@ class Leaf(NamedTuple):
     nu: Any
     param: Any
     decay: bool
+    carry: Any
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,10 @@ class ACProp:
     moment_dtype : dtype or its name, optional
         Real dtype in which the moments are kept. By default that of the parameter, and float32 for 16-bit
         parameters. It must be one that the array library itself has.
+    compensate : bool
+        Keep what rounding takes from float16 and bfloat16 parameters, and give it back as soon as it is enough to
+        change them: an array of the parameter's dtype in the state. Updates smaller than half the last place of a
+        parameter are otherwise lost. No effect on other parameters.
 
     Raises
     ------
@@ -141,6 +153,7 @@ class ACProp:
     clip_exponent: float | None = None
     centering: str = "current"
     moment_dtype: Any = None
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         checked = {}
@@ -161,6 +174,8 @@ class ACProp:
                     f"moment_dtype is {self.moment_dtype!r}; give one of {', '.join(FLOATS)}, or None for the "
                     "parameter's own (float32 for 16-bit parameters)"
                 )
+        if not isinstance(self.compensate, bool):
+            raise TypeError(f"compensate is {self.compensate!r}; give True or False")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -176,7 +191,8 @@ class ACProp:
         -------
         State
             `mu` and `nu` in the shapes and dtypes of the parameters, with two exceptions: float32 for float16 and
-            bfloat16, and `nu` of a complex parameter is real. `moment_dtype` overrides.
+            bfloat16, and `nu` of a complex parameter is real. `moment_dtype` overrides. `carry` is None unless
+            `compensate` is set.
 
         Raises
         ------
@@ -199,7 +215,8 @@ class ACProp:
             real = x if mu_dtype == nu_dtype else xp.real(x)  # Dask warns of a real zeros_like of a complex array
             mu.append(xp.zeros_like(x, dtype=mu_dtype))
             nu.append(xp.zeros_like(real, dtype=nu_dtype))
-        return State(0, unflatten(params, mu), unflatten(params, nu))
+        carry = [xp.zeros_like(x) if is_compensated(x) else None for x in leaves] if self.compensate else None
+        return State(0, *(None if column is None else unflatten(params, column) for column in (mu, nu, carry)))
 
     def update(self, grads: Container, state: State, params: Container | None = None) -> tuple[Container, State]:
         """Return what to add to the parameters, and the state after the step. Nothing is written to.
@@ -212,12 +229,14 @@ class ACProp:
         state : State
             From `init`, or from the step before.
         params : container of arrays, optional
-            The parameters before the step. Only weight decay needs them; they also fix the dtypes of the updates.
+            The parameters before the step. Only weight decay and `compensate` need them; they also fix the dtypes of
+            the updates.
 
         Returns
         -------
         updates : container of arrays
-            In the dtypes of the parameters (of the gradients, where `params` is None).
+            In the dtypes of the parameters (of the gradients, where `params` is None). With `compensate` the sum of a
+            16-bit parameter and its update is a number of that dtype: whoever adds them rounds nothing away.
         state : State
             The moments keep their dtypes, and `count` its kind: an int, or a 0-d array, which stops at the largest
             value of its dtype.
@@ -228,17 +247,17 @@ class ACProp:
             If a leaf is not a floating-point array, array libraries are mixed, a gradient is complex and its
             parameter is not, the count is no integer, a leaf of the mask no bool, or the schedule's value no number.
         ValueError
-            If structures or shapes differ, there is weight decay and no `params`, or the count or the schedule's
-            value is out of range.
+            If structures or shapes differ, there is weight decay or `compensate` and no `params`, the state was made
+            with another `compensate`, or the count or the schedule's value is out of range.
         """
         xp, leaves = self.match(grads, state, params)
         like = state.mu if params is None else params
         if xp is None:  # no arrays at all
             return like, state._replace(count=_next(state.count))
         step = self.at(check_count(state.count), xp)
-        results = [(None, x.mu, x.nu) if x.grad is None else step(*x[1:]) for x in leaves]
-        updates, mu, nu = (unflatten(like, [result[i] for result in results]) for i in range(3))
-        return updates, State(_next(state.count), mu, nu)
+        results = [(None, x.mu, x.nu, x.carry) if x.grad is None else step(*x[1:]) for x in leaves]
+        updates, mu, nu, carry = (unflatten(like, [result[i] for result in results]) for i in range(4))
+        return updates, State(_next(state.count), mu, nu, carry if self.compensate else None)
 
     def apply(self, params: Container, updates: Container) -> Container:
         """Return the parameters after the step, ``params + updates``, in the dtypes of the parameters.
@@ -299,22 +318,29 @@ class ACProp:
         if not isinstance(state, State):
             raise TypeError(f"the state is a {type(state).__name__}; give the State that init or update returned")
         decays = not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
-        if decays and params is None:
-            raise ValueError(
-                f"weight_decay is {self.weight_decay!r}, which needs the parameters: call update(grads, state, params)"
-            )
+        for name, needed in (("weight_decay", decays), ("compensate", self.compensate)):
+            if needed and params is None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which needs the parameters: call update(grads, state, params)"
+                )
         like, owner = (state.mu, "first moment") if params is None else (params, "parameter")
         names, owners = _unzip(like)
         groups = {owner: owners}
         for what, tree in (("gradient", grads), ("first moment", state.mu), ("second moment", state.nu)):
             groups[what] = list(align(tree, like, f"the container of {what}s"))
-        xp = common_namespace(groups, names)
+        check_compensation(self.compensate, state.carry)
+        carries = [None] * len(names)
+        if self.compensate:
+            carries = list(align(state.carry, like, "the container of carries"))
+        xp = common_namespace({**groups, "carry": carries}, names)
         check_leaves(groups, names)
+        if self.compensate:
+            check_carries(carries, owners, names)
         decay = self._decay(params, names) if decays else [False] * len(names)
         # without parameters the gradients stand in for them: only their dtypes matter then
         columns = [groups[what] for what in ("gradient", "first moment", "second moment")]
         columns.append(groups["gradient" if params is None else owner])
-        return xp, [Leaf(*row) for row in zip(names, *columns, decay, strict=True)]
+        return xp, [Leaf(*row) for row in zip(names, *columns, decay, carries, strict=True)]
 
     def _moment_dtypes(self, dtype: Any, xp: Any) -> tuple[Any, Any]:
         kind = dtype_name(dtype)

@@ -1,7 +1,8 @@
 """What every host shares to hand a state on: names, arrays of NumPy, hyperparameters as plain numbers, and what fits.
 
 A portable state is an `ACProp` whose hyperparameters are Python's own, and a `State` whose moments are dicts of NumPy
-arrays by dotted name; None stands for a parameter that has no moments yet. The adapters make and take such pairs.
+arrays by dotted name; None stands for a parameter that has no moments yet. So is its carry, if there is one. The
+adapters make and take such pairs.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 
-from acprop_core._checks import called, check_count, check_leaves, dtype_name
+from acprop_core._checks import called, check_compensation, check_count, check_leaves, dtype_name
 from acprop_core._containers import align, flatten
 from acprop_core._optimizer import ACProp, Container, State
 
@@ -75,10 +76,11 @@ def checked(saved: ACProp, state: State) -> ACProp:
             f"to import are a {type(saved).__name__} and a {type(state).__name__}; give the acprop_core.ACProp and the "
             "State that load or export_state returned"
         )
-    if not (isinstance(state.mu, dict) and isinstance(state.nu, dict)):
+    if not all(isinstance(tree, dict) for tree in (state.mu, state.nu, state.carry or {})):
         raise TypeError("the saved moments are no dicts by name; give the State that load or export_state returned")
     if not isinstance(check_count(state.count), int):
         raise TypeError(f"the step count (state.count) is {state.count!r}; give an int")
+    check_compensation(saved.compensate, state.carry)
     return portable(saved, state.mu)
 
 
@@ -113,10 +115,10 @@ def differences(own: ACProp, saved: ACProp) -> list[str]:
     return lines
 
 
-def arrange(saved: State, names: Sequence[str], like: State) -> list[tuple[Any, Any]]:
-    """Return (mu, nu) for each of `names`, or (None, None) where the saved state has no moments for it.
+def arrange(saved: State, names: Sequence[str], like: State) -> list[tuple[Any, Any, Any]]:
+    """Return (mu, nu, carry) for each of `names`, None where the saved state has nothing for it or the host no carry.
 
-    `like` holds, as lists in the order of `names`, what the host itself would begin with.
+    `like` holds, as lists in the order of `names`, what the host itself would begin with; no carry if it keeps none.
 
     Raises
     ------
@@ -126,8 +128,11 @@ def arrange(saved: State, names: Sequence[str], like: State) -> list[tuple[Any, 
         If dtypes differ.
     """
     by_name((name, None) for name in names)
-    here = dict(zip(names, zip(like.mu, like.nu, strict=True), strict=True))
-    if missing := [name for name, (own, _) in here.items() if own is not None and name not in {**saved.mu, **saved.nu}]:
+    carries = [None] * len(names) if like.carry is None else like.carry
+    here = dict(zip(names, zip(like.mu, like.nu, carries, strict=True), strict=True))
+    if missing := [
+        name for name, (own, *_) in here.items() if own is not None and name not in {**saved.mu, **saved.nu}
+    ]:
         raise ValueError(f"the saved state lacks {_list(missing)}; it has {_list(list(saved.mu))}. Use rename=")
     there = [name for moments in (saved.mu, saved.nu) for name, x in moments.items() if x is not None]
     if surplus := [name for name in dict.fromkeys(there) if name not in here]:
@@ -135,13 +140,19 @@ def arrange(saved: State, names: Sequence[str], like: State) -> list[tuple[Any, 
             f"the saved state has {_list(surplus)}, for which there is no parameter here; use rename=, whose None "
             "leaves out"
         )
-    rows = [(saved.mu.get(name), saved.nu.get(name)) for name in names]
+    kept = {} if like.carry is None or saved.carry is None else saved.carry
+    rows = [(saved.mu.get(name), saved.nu.get(name), kept.get(name)) for name in names]
     for name, row, own in zip(names, rows, here.values(), strict=True):
         if (row[0] is None) != (row[1] is None):
             raise ValueError(f"of the moments of {name!r} one is None and the other is not; give both or neither")
-        for what, x, mine in zip(("first moment", "second moment"), row, own, strict=True):
+        for what, x, mine in zip(("first moment", "second moment", "carry"), row, own, strict=True):
             if x is None:
                 continue
+            if mine is None and own[0] is not None:
+                raise TypeError(
+                    f"{called(what, name)} is an array, but the parameter here is not of 16 bits; add it to the "
+                    "parameter, which can hold it, and take it out of the saved state"
+                )
             if mine is None:
                 raise ValueError(
                     f"{called(what, name)} is an array, for which there is no parameter here; leave it out"
@@ -168,14 +179,15 @@ def renamed(
     new = {name: _new_name(name, rename) for name in state.mu}
     _refuse_unknown("rename", rename, new)
     kept = {name: now for name, now in new.items() if now is not None}
-    mu, nu = (by_name((now, tree[name]) for name, now in kept.items()) for tree in (state.mu, state.nu))
-    _refuse_unknown("transform", transform, mu)
-    mu, nu = ({name: _transformed(name, x, transform) for name, x in tree.items()} for tree in (mu, nu))
+    trees = [tree for tree in (state.mu, state.nu, state.carry) if tree is not None]
+    trees = [by_name((now, tree[name]) for name, now in kept.items()) for tree in trees]
+    _refuse_unknown("transform", transform, trees[0])
+    mu, nu, *carry = ({name: _transformed(name, x, transform) for name, x in tree.items()} for tree in trees)
     check_leaves({"first moment": list(mu.values()), "second moment": list(nu.values())}, list(mu))
     if isinstance(optimizer.mask, dict):
         mask = {now: optimizer.mask[name] for name, now in kept.items()}
         optimizer = dataclasses.replace(optimizer, mask=mask)
-    return optimizer, State(state.count, mu, nu)
+    return optimizer, State(state.count, mu, nu, *carry)
 
 
 def _new_name(name: str, rename: Rename | None) -> str | None:

@@ -6,11 +6,12 @@ place, and no arithmetic between two numbers, because everything that is a numbe
 ``Coefficients``.
 
 Read from the top: the two halves of the rule, the rule, what is added to the parameter, the other form of weight decay,
-and the numbers of a step.
+what 16-bit parameters lose, and the numbers of a step.
 Equations are those of Zhuang et al. 2021, arXiv:2110.05454, algorithm 2, with g the gradient, m = mu and s = nu.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Array = Any  # an array of any library: the standard defines no common base class
@@ -32,9 +33,18 @@ class Coefficients(NamedTuple):
     is_complex: bool
     rate: Any  # -lr
     weight_decay: Any
+    dither: Any  # within +-1/2, or None without compensation
 
 
-NUMBERS = ("scale", "offset", "eps", "limit", "weight1", "weight2", "eps_root", "rate", "weight_decay")
+NUMBERS = ("scale", "offset", "eps", "limit", "weight1", "weight2", "eps_root", "rate", "weight_decay", "dither")
+
+
+class Format(NamedTuple):
+    """A 16-bit format of numbers."""
+
+    rounded: Callable[[Array], Array]  # to this format, and back to the dtype in which the rule runs
+    unit: float  # half its machine epsilon
+    floor: float  # parameters down to twice this have carries whose last place becomes finer with them
 
 
 def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
@@ -72,6 +82,28 @@ def regularized(grad: Array, param: Array, k: Coefficients) -> Array:
     return grad + k.weight_decay * param
 
 
+def compensated(
+    update: Array, param: Array, carry: Array, k: Coefficients, low: Format, xp: Any
+) -> tuple[Array, Array]:
+    """Return (v_t, c_t): what to add to a 16-bit parameter x_{t-1} for an update u_t, and what is then missing.
+
+    x_t = x_{t-1} + v_t is x_{t-1} + c_{t-1} + u_t rounded to 16 bits, and the carry c_t what the rounding took: the
+    compensated summation of Kahan 1965 (doi:10.1145/363707.363723). v_t is itself a number of 16 bits.
+
+    An update below half the last place of the *carry* would be lost in its turn, at every step alike. So the carry is
+    rounded up as often as down: before it is rounded, `k.dither` times its last place is added, unless it is exact.
+    """
+    wanted = carry + update
+    v = low.rounded(low.rounded(param + wanted) - param)
+    new = low.rounded(param + v)
+    lost = wanted - (new - param)
+    half = low.rounded(0.5 * xp.abs(new) + low.floor)  # half: the next larger number shall not overflow
+    last_place = low.unit * (low.rounded((1.0 + 1.01 * low.unit) * half) - half)
+    dithered = low.rounded(lost + k.dither * last_place)
+    kept = low.rounded(lost)
+    return v, xp.where(xp.equal(kept, lost), kept, dithered)
+
+
 def _average(old: Array, new: Array, weight: Any, old_is_lighter: Any, xp: Any) -> Array:
     # Start at the heavier end and go the lighter weight's way: the two weights then add to one exactly, whatever the
     # rounding of `weight`. In b old + (1 - b) new with b2 = 0.999 rounded to float32 they miss one by 1.3e-8 a step,
@@ -106,6 +138,7 @@ def coefficients(optimizer: Any, count: Any, learning_rate: Any, xp: Any) -> Coe
         is_complex=False,
         rate=-learning_rate,
         weight_decay=optimizer.weight_decay,
+        dither=_dither(count, xp) if optimizer.compensate else None,
     )
 
 
@@ -166,6 +199,17 @@ def _limit(exponent: float | None, count: Any, xp: Any) -> Any:
         # more than float32 can hold is no limit any more
         return float(count + 1) ** exponent if exponent * math.log2(count + 1) < 127.0 else 2.0**127
     return (xp.astype(count, _widest_float(xp)) + 1.0) ** exponent
+
+
+def _dither(count: Any, xp: Any) -> Any:
+    # Multiples of the golden ratio, of which any few that follow each other are spread evenly; here as a fraction, so
+    # that a count on a device gives the very same numbers.
+    if not isinstance(count, int):
+        count = xp.astype(count, xp.int32)
+    turn = count % 4096 * 2531 % 4096
+    if not isinstance(count, int):
+        turn = xp.astype(turn, _widest_float(xp))
+    return (turn + 0.5) / 4096.0 - 0.5
 
 
 def _widest_float(xp: Any) -> Any:

@@ -25,15 +25,22 @@ class Step:
         """The learning rate of this step: a number or a 0-d array."""
         return -self._k.rate
 
-    def __call__(self, grad: Array, mu: Array, nu: Array, param: Array, decay: bool) -> tuple[Array, Array, Array]:
-        """Return (u_t, m_t, s_t); the update has the dtype of `param`, whose values matter only with `decay`."""
+    def __call__(
+        self, grad: Array, mu: Array, nu: Array, param: Array, decay: bool, carry: Array | None = None
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Return (u_t, m_t, s_t, c_t), the last None without a `carry`.
+
+        The update has the dtype of `param`, whose values matter only with `decay` or a carry.
+        """
         k, dtype, _ = self.numbers_for(mu.dtype, param.dtype)
         x = as_dtype(param, dtype, self._xp) if decay else None
         if decay and not self._decoupled:
             grad, x = _rule.regularized(as_dtype(grad, dtype, self._xp), x, k), None
         d, new_mu, new_nu = self._run(grad, mu, nu, param)
         update = _rule.displacement(d, x, k)
-        return restore(update, param, self._xp), new_mu, new_nu
+        if carry is not None:
+            update, carry = compensated(update, param, carry, k, self._xp)
+        return restore(update, param, self._xp), new_mu, new_nu, carry
 
     def without_rate(self, grad: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array]:
         """Return (d_t, m_t, s_t), the step before learning rate and decay, for hosts that bring their own."""
@@ -61,6 +68,16 @@ class Step:
         return d, restore(new_mu, mu, xp), restore(new_nu, nu, xp)
 
 
+def compensated(update: Array, param: Array, carry: Array, k: _rule.Coefficients, xp: Any) -> tuple[Array, Array]:
+    """Return what to add to a 16-bit parameter, and its next carry, both in its dtype, for an update in a wider one."""
+    wide, own = update.dtype, param.dtype
+    low = _rule.Format(lambda x: as_dtype(as_dtype(x, own, xp), wide, xp), *_SIXTEEN_BITS[dtype_name(own)])
+    results = _rule.compensated(update, as_dtype(param, wide, xp), as_dtype(carry, wide, xp), k, low, xp)
+    added, carry = (restore(x, param, xp) for x in results)
+    return added, carry
+
+
+_SIXTEEN_BITS = {"float16": (2.0**-11, 2.0**-3), "bfloat16": (2.0**-8, 0.0)}
 _SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
 

@@ -32,20 +32,23 @@ def _functional(
     if count is not None:
         state = state._replace(count=count)
     steps = []
+    new: Any = None
     for t in range(case.steps):
-        x = {leaf: to(params[leaf][t]) for leaf in params}
+        x = new if case.free and t else {leaf: to(params[leaf][t]) for leaf in params}
         updates, state = update({leaf: to(grads[leaf][t]) for leaf in grads}, state, x)
         new = apply(x, updates)
-        steps.append(_records(case, back, updates, new, state.mu, state.nu))
+        steps.append(_records(case, back, updates, new, state.mu, state.nu, state.carry))
     assert int(back(state.count)) == case.steps
     return steps
 
 
-def _records(case: Case, back: Convert, updates: Any, params: Any, mu: Any, nu: Any) -> dict[str, Record]:
-    return {
-        leaf: Record(None if updates is None else back(updates[leaf]), *(back(x[leaf]) for x in (params, mu, nu)))
-        for leaf in case.leaves
-    }
+def _records(
+    case: Case, back: Convert, updates: Any, params: Any, mu: Any, nu: Any, carry: Any = None
+) -> dict[str, Record]:
+    def of(tree: Any, leaf: str) -> Any:
+        return None if tree is None or tree[leaf] is None else back(tree[leaf])
+
+    return {leaf: Record(*(of(tree, leaf) for tree in (updates, params, mu, nu, carry))) for leaf in case.leaves}
 
 
 def numpy(case: Case) -> Trajectory:
@@ -60,7 +63,7 @@ def numpy_readonly(case: Case) -> Trajectory:
 
     def freeze(f: Any) -> Any:
         def call(grads: Any, *rest: Any) -> Any:
-            for leaf in [x for tree in rest if isinstance(tree, State) for d in tree[1:] for x in d.values()]:
+            for leaf in [x for tree in rest if isinstance(tree, State) for d in (tree.mu, tree.nu) for x in d.values()]:
                 leaf.flags.writeable = False
             return f(grads, *rest)
 
@@ -157,13 +160,17 @@ def jax_scan(case: Case) -> Trajectory:
             leaf: (jax.numpy.asarray(case.grads(leaf)), jax.numpy.asarray(case.params(leaf))) for leaf in case.leaves
         }
 
-        def step(state: State, now: Any) -> Any:
-            grads, params = ({leaf: now[leaf][i] for leaf in now} for i in range(2))
+        def step(carried: Any, now: Any) -> Any:
+            state, params = carried
+            grads, prescribed = ({leaf: now[leaf][i] for leaf in now} for i in range(2))
+            params = params if case.free else prescribed
             updates, state = optimizer.update(grads, state, params)
-            return state, (updates, optimizer.apply(params, updates), state.mu, state.nu)
+            params = optimizer.apply(params, updates)
+            return (state, params), (updates, params, state.mu, state.nu, state.carry)
 
-        state = optimizer.init({leaf: params[0] for leaf, (_, params) in stream.items()})
-        _, columns = jax.lax.scan(step, state, stream)
+        first = {leaf: params[0] for leaf, (_, params) in stream.items()}
+        _, columns = jax.lax.scan(step, (optimizer.init(first), first), stream)
+        columns = jax.tree.map(np.asarray, columns)
         rows = [jax.tree.map(lambda x, t=t: x[t], columns) for t in range(case.steps)]
         return [_records(case, np.array, *row) for row in rows]
 
@@ -209,11 +216,14 @@ def optax(case: Case) -> Trajectory:
         params = {leaf: case.params(leaf) for leaf in case.leaves}
         state = transform.init({leaf: jax.numpy.asarray(x[0]) for leaf, x in params.items()})
         steps = []
+        new: Any = None
         for t in range(case.steps):
             g, x = ({leaf: jax.numpy.asarray(tree[leaf][t]) for leaf in tree} for tree in (grads, params))
+            x = new if case.free and t else x
             updates, state = update(g, state, x)
             new = optax.apply_updates(x, updates)
-            steps.append(_records(case, np.array, updates, new, state[0].mu, state[0].nu))
+            carry = state[3].carry if case.free else None
+            steps.append(_records(case, np.array, updates, new, state[0].mu, state[0].nu, carry))
         assert int(state[0].count) == case.steps
         return steps
 
@@ -241,18 +251,21 @@ def _torch_optimizer(case: Case, device: str, **flags: Any) -> Trajectory:
         **options,
         **flags,
     )
+    grads = {leaf: case.grads(leaf) for leaf in case.leaves}
     steps = []
     for t in range(case.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr(t) if callable(lr) else lr
         for leaf, x in tensors.items():
-            with torch.no_grad():
-                x.copy_(_to_torch(case.params(leaf)[t]))
-            x.grad = _to_torch(case.grads(leaf)[t]).to(device)
+            if not case.free:
+                with torch.no_grad():
+                    x.copy_(_to_torch(case.params(leaf)[t]))
+            x.grad = _to_torch(grads[leaf][t]).to(device)
         optimizer.step()
         mu = {leaf: optimizer.state[x]["exp_avg"] for leaf, x in tensors.items()}
         nu = {leaf: _real_view(optimizer.state[x]["exp_avg_var"]) for leaf, x in tensors.items()}
-        steps.append(_records(case, _from_torch, None, tensors, mu, nu))
+        carry = {leaf: optimizer.state[x].get("carry") for leaf, x in tensors.items()}
+        steps.append(_records(case, _from_torch, None, tensors, mu, nu, carry))
     return steps
 
 
@@ -296,13 +309,15 @@ def _stepper(engine: str | None, **options: Any) -> Callable[[Case], Trajectory]
             to, back = cp.asarray, cp.asnumpy
         params = {leaf: to(case.params(leaf)[0]) for leaf in case.leaves}
         stepper = acprop_stepper.Stepper(params, **case.hyper, engine=engine, **options)
+        grads = {leaf: case.grads(leaf) for leaf in case.leaves}
         steps = []
         for t in range(case.steps):
             for leaf, x in params.items():
-                x[...] = to(case.params(leaf)[t])
-            stepper.step({leaf: to(case.grads(leaf)[t]) for leaf in params})
+                if not case.free:
+                    x[...] = to(case.params(leaf)[t])
+            stepper.step({leaf: to(grads[leaf][t]) for leaf in params})
             state = stepper.state
-            steps.append(_records(case, back, None, params, state.mu, state.nu))
+            steps.append(_records(case, back, None, params, state.mu, state.nu, state.carry))
         assert state.count == case.steps
         return steps
 
@@ -376,8 +391,13 @@ class Backend(Enum):
             return "array-api-strict refuses integer arrays beside floats, so a schedule must be written for it"
         if self is Backend.TORCH_ARRAY_COUNT and callable(case.hyper["learning_rate"]) and "float64" in case.dtypes:
             return "torch computes 0.1 / (integer tensor + 1.0), the schedule, in float32"
+        if case.steps >= 10_000 and self.name in _SLOW:
+            return "10,000 steps take minutes here; the shorter case is run"
         lacking = case.dtypes & set(self.value[2])
         return f"{self} has no {', '.join(sorted(lacking))}" if lacking else None
+
+
+_SLOW = ("DASK", "JAX_EAGER", "TORCH_CAPTURABLE", "TORCH_DIFFERENTIABLE")
 
 
 def _no_gpu(module: str) -> str | None:

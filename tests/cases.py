@@ -39,6 +39,11 @@ class Case:
         return self.name
 
     @property
+    def free(self) -> bool:
+        """Whether the parameters go where the steps lead them, from the first that the case prescribes."""
+        return bool(self.hyper.get("compensate"))
+
+    @property
     def dtypes(self) -> set[str]:
         return {dtype for dtype, _ in self.leaves.values()}
 
@@ -52,6 +57,8 @@ class Case:
 
     def params(self, leaf: str) -> np.ndarray:
         """Return the values of one parameter before each step, (steps, *shape)."""
+        if self.free:
+            return self._draw(leaf, spread, salt=1)
         return self._draw(leaf, noise if self.hyper.get("weight_decay") else zeros, salt=1)
 
     def _draw(self, leaf: str, stream: Callable[..., np.ndarray], salt: int) -> np.ndarray:
@@ -106,8 +113,19 @@ def decades(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.normal(size=shape) * 10.0 ** rng.integers(-4, 4, size=shape)
 
 
-STREAMS = {
-    f.__name__: f for f in (noise, zeros_then_noise, constant, drifting, huge, tiny, sparse, alternating, decades)
+def constant_and_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    x = rng.normal(size=shape)
+    x[..., ::2] = 10.0 ** -np.arange(x[0, ..., ::2].size)
+    return x
+
+
+def spread(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(rng.uniform(0.5, 2.0, size=shape[1:]), shape)
+
+
+STREAMS: dict[str, Callable[..., np.ndarray]] = {
+    f.__name__: f
+    for f in (noise, zeros_then_noise, constant, drifting, huge, tiny, sparse, alternating, decades, constant_and_noise)
 }
 
 # What a mask comes to, leaf by leaf; each case below gives it in another form.
@@ -189,6 +207,7 @@ def _cases() -> list[Case]:
         cases += [
             case(f"{stream}-{dtype}", _HYPERS["clip"], leaves=leaf(dtype, 2, 3), stream=stream, steps=60)
             for stream in STREAMS
+            if stream != "constant_and_noise"
         ]
         cases += [
             case(f"{stream}-unclipped-{dtype}", {}, leaves=leaf(dtype, 2, 3), stream=stream)
@@ -221,6 +240,17 @@ def _cases() -> list[Case]:
         case("mask-prefix", {**masked, "mask": True}, leaves=_TWO_LEAVES),
         case("moment-dtype-wide", {"moment_dtype": "float64"}),
         case("moment-dtype-narrow", {"moment_dtype": "float32"}, leaves=leaf("float64", 2, 3)),
+        *(
+            # an eps that large makes updates of the gradients as they are: constant ones of 1e-4 to 1e-7, and noise
+            case(
+                f"compensated-{steps}",
+                {"learning_rate": 1e-4, "eps": 1.0, "clip_exponent": 0.0, "compensate": True},
+                leaves={name: (name, (size,)) for name in ("bfloat16", "float16")},
+                stream="constant_and_noise",
+                steps=steps,
+            )
+            for size, steps in ((4, 100), (8, 10_000))
+        ),
         case("mixed-dtypes", masked, leaves={"w": ("float32", (2, 3)), "h": ("bfloat16", (3,))}),
     ]
     return cases

@@ -69,5 +69,5 @@ def test_what_of_the_engine_needs_no_device() -> None:
     ]
     assert engines.gather(params, tiles[1], cupy).data.ptr == large.data.ptr
     assert engines.gather(params, tiles[2], cupy).strides == strided.strides
-    assert buffer.moments(2)[0].shape == (2, 4)
+    assert buffer.kept(2)[0].shape == (2, 4)
     assert first_overlap([(str(i), x, True) for i, x in enumerate(params)], cupy) is None

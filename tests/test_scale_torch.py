@@ -18,6 +18,7 @@ import acprop_core
 from acprop_torch import export_state
 from torch_ranks import (
     HALF,
+    OF_16_BITS,
     WAYS,
     Model,
     Results,
@@ -90,12 +91,11 @@ def test_two_processes(tmp_path: Path) -> None:
         **each(ddp),
         **each(fsdp),
         **each(portable, tmp_path),
-        **each(zero, tmp_path),
+        **{f"zero {way}": (zero, (way, tmp_path, options)) for way, options in WAYS.items()},
         **each(placed_otherwise),
-        "portable 16": (portable_16_bits, (tmp_path, None)),
-        "portable 16 alone": (portable_16_bits, (tmp_path, torch.bfloat16)),
+        **{f"portable {name}": (portable_16_bits, (name, tmp_path)) for name in OF_16_BITS},
+        **{f"zero {name}": (zero, (name, tmp_path, o, torch.bfloat16)) for name, o in OF_16_BITS.items()},
         "portable complex": (portable_complex, ()),
-        "zero 16": (zero, ("for-loop", tmp_path, torch.bfloat16)),
         "network": (fsdp_of_a_network, ()),
         "refusals": (refusals, (tmp_path,)),
     }
@@ -104,7 +104,7 @@ def test_two_processes(tmp_path: Path) -> None:
         names = [f"{engine} {way}" for engine in ("ddp", "fsdp", "portable", "zero")]
         assert not wrong(found, alone(Model(), **options), *names)
         assert_same_file(tmp_path / f"fsdp-{way}", Model(), **options)
-        assert_same_file(tmp_path / f"zero-2-{way}-torch.float32", Model(), **options)
+        assert_same_file(tmp_path / f"zero-{way}", Model(), **options)
         assert_only_the_first_has_content(found[f"portable {way}"])
         for results in found[f"zero {way}"]:
             assert (
@@ -113,12 +113,13 @@ def test_two_processes(tmp_path: Path) -> None:
             )
     assert not wrong(found, train_network(network()), "network")
 
-    for moment_dtype, *names in (None, "portable 16", "zero 16"), (torch.bfloat16, "portable 16 alone"):
-        half = alone(Model(dtype=torch.bfloat16), moment_dtype=moment_dtype)
-        assert half["exp_avg/layers.0.weight"].dtype == (moment_dtype or torch.float32)
-        assert not wrong(found, half, *names)
-        file = tmp_path / f"fsdp-{moment_dtype}"
-        assert_same_file(file, Model(dtype=torch.bfloat16), moment_dtype=moment_dtype)
+    for name, options in OF_16_BITS.items():
+        half = alone(Model(dtype=torch.bfloat16), **options)
+        assert half["exp_avg/layers.0.weight"].dtype == options.get("moment_dtype", torch.float32)
+        assert ("carry/layers.0.weight" in half) == (name == "compensated")
+        assert not wrong(found, half, f"portable {name}", f"zero {name}")
+        for engine in ("fsdp", "zero"):
+            assert_same_file(tmp_path / f"{engine}-{name}", Model(dtype=torch.bfloat16), **options)
 
     first, second = found["refusals"]
     assert first == second
@@ -136,7 +137,7 @@ def test_four_processes_and_then_two(tmp_path: Path) -> None:
         **each(portable, tmp_path),
         "hsdp": (hsdp, ("fused", tmp_path)),
         "tensor parallel": (tensor_parallel, ("fused", tmp_path)),
-        "zero": (zero, ("for-loop", tmp_path)),
+        "zero": (zero, ("for-loop", tmp_path, {})),
         "save": (save_checkpoint, (checkpoint,)),
     }
     found = run(4, tmp_path, checks)

@@ -482,7 +482,7 @@ def test_the_step_for_accelerators(found: float, shape: tuple[int, ...]) -> None
     steps = [torch.tensor(0.0) for _ in xs]
     options = _optimizer._options_of({**ACProp(tensors((1,)), **OPTIONS).param_groups[0]}, traced=False)
     for step in grads:
-        lists = _steps.Row(xs, [1024 * g for g in step], *moments)
+        lists = _steps.Row(xs, [1024 * g for g in step], *moments, [None] * len(xs))
         _fused._on_accelerator(lists, steps, options, torch.full(shape, 1024.0), torch.full(shape, found))
     expected = run(grads, foreach=False) if not found else [*tensors(*SHAPES)]
     assert_close(xs, expected[: len(SHAPES)])

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from acprop_core import ACProp
-from acprop_core._checks import called, check_leaves
-from acprop_optax._state import export_state, import_state
+from acprop_core._checks import called, check_carries, check_leaves, is_compensated
+from acprop_optax._state import CarryState, export_state, import_state
 
-__all__ = ["acprop", "export_state", "import_state", "scale_by_acprop"]
+__all__ = ["CarryState", "acprop", "export_state", "import_state", "scale_by_acprop"]
 
 
 def acprop(
@@ -30,6 +30,7 @@ def acprop(
     clip_exponent: jax.typing.ArrayLike | None = None,
     centering: str = "current",
     moment_dtype: Any = None,
+    compensate: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the ACProp optimizer, in the place of ``optax.contrib.acprop``.
 
@@ -43,19 +44,23 @@ def acprop(
         Decoupled decay, multiplied by the learning rate; as in ``optax.add_decayed_weights``.
     mask : pytree of bool, prefix of one, or callable, optional
         Which parameters decay; as in ``optax.add_decayed_weights``.
+    compensate : bool
+        Keep what rounding takes from 16-bit parameters, and give it back as soon as it is enough to change them; as in
+        `acprop_core.ACProp`. What comes behind this in a chain must leave the updates as they are.
 
     Returns
     -------
     optax.GradientTransformationExtraArgs
         Its state is that of the chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and
-        ``optax.scale_by_learning_rate``. Its updates have the dtypes of the parameters; with 16-bit parameters they are
-        rounded once, after the learning rate. Extra arguments of `update` are accepted and not used.
+        ``optax.scale_by_learning_rate``, with `compensate` followed by a `CarryState`. Its updates have the dtypes of
+        the parameters; with 16-bit parameters they are rounded once, after the learning rate. Extra arguments of
+        `update` are accepted and not used.
 
     Raises
     ------
     TypeError, ValueError
         As in `scale_by_acprop`; for a learning rate or weight decay that is no number, negative or not finite (arrays
-        are not looked into); from `update`, if there is weight decay and no `params`.
+        are not looked into); from `update`, if there is weight decay or `compensate` and no `params`.
 
     Examples
     --------
@@ -77,6 +82,7 @@ def acprop(
         clip_exponent=clip_exponent,
         centering=centering,
         moment_dtype=moment_dtype,
+        compensate=compensate,
     )
     decays = isinstance(optimizer.weight_decay, jax.core.Tracer) or bool(optimizer.weight_decay != 0.0)
     # Which parameters decay is read from optax's own `masked`: it marks those with True, and leaves the others alone.
@@ -87,18 +93,29 @@ def acprop(
     # an array of another dtype then widens nothing, and 16-bit updates are rounded once, after the learning rate.
     chain = optax.chain(_scale_by(optimizer), marked, optax.scale_by_learning_rate(optimizer.learning_rate))
 
+    def init(params: optax.Params) -> optax.OptState:
+        state = chain.init(params)
+        if not compensate:
+            return state
+        carry = jax.tree.map(lambda x: jnp.zeros_like(x) if is_compensated(jnp.asarray(x)) else None, params)
+        return (*state, CarryState(carry))
+
     def update(
         grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        if decays and params is None:
-            raise ValueError(
-                f"weight_decay is {optimizer.weight_decay!r}, which needs the parameters: "
-                "call update(grads, state, params)"
+        for name, needed in (("weight_decay", decays), ("compensate", compensate)):
+            if needed and params is None:
+                raise ValueError(
+                    f"{name} is {getattr(optimizer, name)!r}, which needs the parameters: "
+                    "call update(grads, state, params)"
+                )
+        if isinstance(state, optax.ScaleByBeliefState) or len(state) != (4 if compensate else 3):
+            raise TypeError(
+                f"the state is not of acprop with compensate={compensate}; give the one that its init or update "
+                "returned"
             )
-        if isinstance(state, optax.ScaleByBeliefState) or len(state) != 3:
-            raise TypeError("the state is not of acprop; give the one that its init or update returned")
-        moments, decay_state, rate_state = state
-        rows, tree = _side_by_side(grads, moments, params)
+        moments, decay_state, rate_state, *carry_state = state
+        rows, tree = _side_by_side(grads, moments, params, *carry_state)
         now = optimizer
         if callable(optimizer.learning_rate):
             now = replace(optimizer, learning_rate=_number("learning_rate", optimizer.learning_rate(rate_state.count)))
@@ -109,7 +126,7 @@ def acprop(
             decayed = [mark is True for mark in tree.flatten_up_to(marks)]
         step = now.at(jnp.asarray(moments.count), jnp)
         results = [
-            (None, row.mu, row.nu) if row.grad is None else step(*row, decay)
+            (None, row.mu, row.nu, row.carry) if row.grad is None else step(*row[:4], decay, row.carry)
             for row, decay in zip(rows, decayed, strict=True)
         ]
 
@@ -119,9 +136,10 @@ def acprop(
 
         results = _in_order(rows, results, written, moments.count, optimizer.centering)
         updates, moments = _join(tree, results, moments)
-        return updates, (moments, decay_state, rate_state)
+        carry_state = [CarryState(tree.unflatten([result[3] for result in results])) for _ in carry_state]
+        return updates, (moments, decay_state, rate_state, *carry_state)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_by_acprop(
@@ -178,12 +196,12 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
         names, leaves, tree = _flatten("parameter", params)
         check_leaves({"parameter": leaves}, names)
         # Parameters may be abstract, so only the dtypes come from the core; zeros_like keeps each parameter's sharding.
-        _, *dtypes = jax.eval_shape(optimizer.init, leaves)
+        abstract = jax.eval_shape(optimizer.init, leaves)
         mu, nu = (
             tree.unflatten(
                 [None if x is None else jnp.zeros_like(x, m.dtype) for x, m in zip(leaves, like, strict=True)]
             )
-            for like in dtypes
+            for like in (abstract.mu, abstract.nu)
         )
         return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), mu, nu)
 
@@ -192,14 +210,16 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
         rows, tree = _side_by_side(grads, state, params)
         step = optimizer.at(jnp.asarray(state.count), jnp)
-        results = [(None, row.mu, row.nu) if row.grad is None else step.without_rate(*row) for row in rows]
+        results = [
+            (None, row.mu, row.nu, None) if row.grad is None else (*step.without_rate(*row[:4]), None) for row in rows
+        ]
         results = _in_order(rows, results, lambda _, d: d, state.count, optimizer.centering)
         return _join(tree, results, state)
 
     return optax.GradientTransformation(init, update)
 
 
-_Result = tuple[Any, Any, Any]  # update, first and second moment of one parameter
+_Result = tuple[Any, Any, Any, Any]  # update, first and second moment, and carry of one parameter
 
 
 class _Row(NamedTuple):
@@ -209,25 +229,33 @@ class _Row(NamedTuple):
     mu: Any
     nu: Any
     param: Any
+    carry: Any
 
 
-def _side_by_side(grads: Any, state: optax.ScaleByBeliefState, params: Any) -> tuple[list[_Row], Any]:
+def _side_by_side(
+    grads: Any, state: optax.ScaleByBeliefState, params: Any, carry_state: CarryState | None = None
+) -> tuple[list[_Row], Any]:
     """Return the leaves, None among them, and their tree; refuse what does not fit together."""
     if not isinstance(state, optax.ScaleByBeliefState):
         raise TypeError(f"the state is a {type(state).__name__}; give the one that init or update returned")
     names, mu, tree = _flatten("first moment", state.mu)
     groups = {"first moment": mu}
-    for what, other in (("second moment", state.nu), ("gradient", grads), ("parameter", params)):
-        if other is None and what == "parameter":
-            continue
+    others = {"second moment": state.nu, "gradient": grads}
+    others |= {} if params is None else {"parameter": params}
+    others |= {} if carry_state is None else {"carry": carry_state.carry}
+    for what, other in others.items():
         try:
             leaves = tree.flatten_up_to(other)
         except ValueError as error:
             raise ValueError(f"the {what}s are not in the structure of the first moments: {error}") from None
         groups[what] = [_array(what, name, x) for name, x in zip(names, leaves, strict=True)]
     owner = "first moment" if params is None else "parameter"
+    carries = groups.pop("carry", [None] * len(names))
     check_leaves({owner: groups[owner], **groups}, names)
+    if carry_state is not None:
+        check_carries(carries, groups["parameter"], names)
     columns = [groups["gradient"], mu, groups["second moment"], groups["gradient" if params is None else "parameter"]]
+    columns.append(carries)
     return [_Row(*row) for row in zip(*columns, strict=True)], tree
 
 
@@ -242,12 +270,12 @@ def _in_order(
     if not isinstance(count, jax.core.Tracer):
         return results
     ordered = []
-    for row, (update, mu, nu) in zip(rows, results, strict=True):
+    for row, (update, mu, nu, carry) in zip(rows, results, strict=True):
         if update is not None:
             nu = _after(written(row, update), nu, count)
             if centering == "previous":  # s_t is made from m_{t-1}, which m_t takes over
                 mu = _after(nu, mu, count)
-        ordered.append((update, mu, nu))
+        ordered.append((update, mu, nu, carry))
     return ordered
 
 

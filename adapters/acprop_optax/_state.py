@@ -6,7 +6,7 @@ keeps other counts of the same updates beside it, a schedule's for example; thes
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,19 @@ import optax
 from acprop_core import ACProp, State
 from acprop_core._checks import check_count
 from acprop_core._portable import HYPERPARAMETERS, arrange, by_name, checked, choose, differences, portable, to_numpy
+
+
+class CarryState(NamedTuple):
+    """What `acprop` with `compensate` keeps beside the moments.
+
+    Attributes
+    ----------
+    carry : pytree
+        What rounding has taken from every 16-bit parameter, in its dtype; None for other parameters.
+    """
+
+    carry: Any
+
 
 # States that count updates, by name because optax exports not all of them, and their field that does.
 _COUNTS = {
@@ -48,8 +61,8 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     Raises
     ------
     ValueError
-        If there is no such state or more than one, MultiSteps is between two updates, or schedules have counted other
-        updates than ACProp.
+        If there is no such state or more than one, `compensate` of the hyperparameters is not that of the state,
+        MultiSteps is between two updates, or schedules have counted other updates than ACProp.
     TypeError
         If the arrays are traced or abstract.
     """
@@ -62,7 +75,10 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
         {name: to_numpy("moment", name, x) for name, x in _named(tree).items() if x is not None}
         for tree in (moments.mu, moments.nu)
     )
-    return _hyperparameters(state, optimizer), State(count, mu, nu)
+    hyperparameters, carry = _hyperparameters(state, optimizer), _carry(state)
+    if carry is not None:
+        carry = {name: to_numpy("carry", name, x) for name, x in _named(carry).items() if name in mu}
+    return hyperparameters, State(count, mu, nu, carry)
 
 
 def import_state(
@@ -108,13 +124,16 @@ def import_state(
                 f"{'; '.join(lines)}. The transformation was made with its own: make it from the saved ones, "
                 "or take prefer='own'"
             )
-    names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in moments[1:]))
+    trees = [tree for tree in (moments.mu, moments.nu, _carry(state)) if tree is not None]
+    names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in trees))
     rows = arrange(saved_state, names, leaves)
-    mu, nu = (_filled(tree, [row[i] for row in rows]) for i, tree in enumerate((moments.mu, moments.nu)))
+    mu, nu, *carry = (_filled(tree, [row[i] for row in rows]) for i, tree in enumerate(trees))
 
     def continued(x: Any) -> Any:
         if isinstance(x, optax.ScaleByBeliefState):
             return optax.ScaleByBeliefState(_counted(x.count, saved_state.count), mu, nu)
+        if isinstance(x, CarryState):
+            return CarryState(*carry)
         field = _COUNTS.get(type(x).__name__)
         return x if field is None else x._replace(**{field: _counted(getattr(x, field), saved_state.count)})
 
@@ -122,7 +141,7 @@ def import_state(
 
 
 def _is_known(x: Any) -> bool:
-    return isinstance(x, optax.ScaleByBeliefState) or type(x).__name__ in _COUNTS
+    return isinstance(x, optax.ScaleByBeliefState | CarryState) or type(x).__name__ in _COUNTS
 
 
 def _rewritten(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -132,7 +151,7 @@ def _rewritten(tree: Any, change: Callable[[Any], Any]) -> Any:
         if not _is_known(x):
             return x
         x = change(x)
-        if isinstance(x, optax.ScaleByBeliefState):
+        if isinstance(x, optax.ScaleByBeliefState | CarryState):
             return x
         return x._replace(**{field: _rewritten(getattr(x, field), change) for field in x._fields})
 
@@ -160,6 +179,10 @@ def _only(tree: Any) -> optax.ScaleByBeliefState:
     return found[0]
 
 
+def _carry(tree: Any) -> Any:
+    return next((x.carry for x in _known(tree) if isinstance(x, CarryState)), None)
+
+
 def _counts(tree: Any) -> list[tuple[str, int]]:
     """Return how many updates each other state has counted; refuse accumulated gradients, which nothing can carry."""
     counts = []
@@ -179,6 +202,11 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if not isinstance(optimizer, ACProp):
         raise TypeError(f"the hyperparameters are a {type(optimizer).__name__}; give an acprop_core.ACProp")
     mu = _only(state).mu
+    if optimizer.compensate != (_carry(state) is not None):
+        raise ValueError(
+            f"the hyperparameters have compensate={optimizer.compensate}, the optax state has "
+            f"{'no' if optimizer.compensate else 'a'} carry; give those that the transformation was made with"
+        )
     values: dict[str, Any] = {}
     for x in _known(state):
         for name in _numbers_in(x):

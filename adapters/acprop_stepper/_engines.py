@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from acprop_core._rule import NUMBERS, Array, Coefficients, displacement, rule
+from acprop_core._step import compensated
 from acprop_stepper._program import Program, execute, program_of
 
 # Bytes of one operand of a tile that a program runs on, and of one whose operands are allocated or gathered. Smaller
@@ -38,7 +40,14 @@ class Buffer:
     """Parameters of one dtype and device that decay alike, and their moments, one behind the other in flat arrays."""
 
     def __init__(
-        self, leaves: Sequence[int], params: Sequence[Array], mu: Array, nu: Array, decay: bool, xp: Any
+        self,
+        leaves: Sequence[int],
+        params: Sequence[Array],
+        mu: Array,
+        nu: Array,
+        carry: Array | None,
+        decay: bool,
+        xp: Any,
     ) -> None:
         self.leaves = leaves  # which of all the parameters these are
         self.xp = xp
@@ -46,6 +55,7 @@ class Buffer:
         self.ends = list(itertools.accumulate(x.size for x in params))
         self.mu = mu
         self.nu = nu
+        self.carry = carry
         self.decay = decay
         # Those that can share a tile, as contiguous views of one dimension. NumPy computes complex 0-d arrays by other
         # code, to other last bits: as in the functional core, they stay by themselves.
@@ -57,10 +67,13 @@ class Buffer:
         """Return what makes contexts, for any thread: of the arrays' device, and the stream current here and now."""
         return contextlib.nullcontext if self.xp is np else _place(self.mu.device, self.xp)
 
-    def moments(self, i: int) -> tuple[Array, Array]:
-        """Return the moments of the i-th parameter, as views."""
+    def kept(self, i: int) -> tuple[Array, Array, Array | None]:
+        """Return the moments and the carry of the i-th parameter, as views."""
         part = slice(self.ends[i] - self.params[i].size, self.ends[i])
-        return tuple(x[part].reshape(self.params[i].shape) for x in (self.mu, self.nu))
+        mu, nu, carry = (
+            None if x is None else x[part].reshape(self.params[i].shape) for x in (self.mu, self.nu, self.carry)
+        )
+        return mu, nu, carry
 
 
 def _place(device: Any, xp: Any) -> Callable[[], Any]:
@@ -137,7 +150,7 @@ class TileTask:
         self._grads = grads
         self._numbers = numbers
         self._place = buffer.place()
-        self._result: tuple[Array, Array, Array] | None = None
+        self._result: tuple[Array, Array, Array, Array | None] | None = None
 
     def run(self) -> None:
         """Step the tile."""
@@ -147,17 +160,19 @@ class TileTask:
             result = self._result or self.compute()
             if self.done:  # by a handler, perhaps while this computed: from what was half written then
                 return
-            self._result = param, mu, nu = result
+            self._result = param, mu, nu, carry = result
             buffer, tile = self._buffer, self._tile
             with np.errstate(all="ignore"):
                 scatter(param, buffer, tile)
                 buffer.mu[tile.start : tile.stop] = mu.reshape(-1)
                 buffer.nu[tile.start : tile.stop] = nu.reshape(-1)
+                if buffer.carry is not None:
+                    buffer.carry[tile.start : tile.stop] = carry.reshape(-1)
         self.done = True
         self._result = None
 
-    def compute(self) -> tuple[Array, Array, Array]:
-        """Return what parameter and moments become; nothing is written."""
+    def compute(self) -> tuple[Array, Array, Array, Array | None]:
+        """Return what parameter, moments and carry become; nothing is written."""
         k, dtype, real_dtype, grad_scale, _ = self._numbers
         buffer = self._buffer
         param, *others = self.operands()
@@ -168,8 +183,12 @@ class TileTask:
                 grad = grad * grad_scale
             d, mu, nu = rule(grad, mu, nu, k, buffer.xp)
             update = displacement(d, param.astype(dtype, copy=False) if buffer.decay else None, k)
+            carry = None
+            if buffer.carry is not None:
+                carry = buffer.carry[self._tile.start : self._tile.stop].reshape(param.shape)
+                update, carry = compensated(update, param, carry, k, array_namespace(param))
             # rounded to 16 bits before it is added, where parameters are: to the bits what the functional core does
-            return param + update.astype(param.dtype, copy=False), mu, nu
+            return param + update.astype(param.dtype, copy=False), mu, nu, carry
 
     def operands(self, outs: Sequence[Array | None] = (None, None)) -> list[Array]:
         """Return parameter, gradient and moments of the tile: views, but for parameters that share a tile.
@@ -185,7 +204,7 @@ class TileTask:
         """Return whether parameters and moments would be finite after the step."""
         buffer = self._buffer
         with self._place(), np.errstate(all="ignore"):
-            param, mu, nu = self.compute()
+            param, mu, nu, _ = self.compute()
             kept = ((param, buffer.params[0]), (mu, buffer.mu), (nu, buffer.nu))
             return all(bool(buffer.xp.isfinite(x.astype(y.dtype, copy=False)).all()) for x, y in kept)
 
@@ -420,7 +439,7 @@ def _fused_step(flags: tuple[bool, bool, bool, bool], decay: bool, xp: Any) -> C
     def acprop(
         param: Array, grad: Array, mu: Array, nu: Array,
         scale: Any, offset: Any, eps: Any, limit: Any, weight1: Any, weight2: Any, eps_root: Any, rate: Any,
-        weight_decay: Any, grad_scale: Any,
+        weight_decay: Any, dither: Any, grad_scale: Any,
     ) -> None:  # fmt: skip
         k = Coefficients(
             scale=scale,
@@ -436,6 +455,7 @@ def _fused_step(flags: tuple[bool, bool, bool, bool], decay: bool, xp: Any) -> C
             is_complex=False,
             rate=rate,
             weight_decay=weight_decay,
+            dither=dither,
         )
         d, new_mu, new_nu = rule(grad * grad_scale, mu, nu, k, xp)
         param[...] = param + displacement(d, param if decay else None, k)

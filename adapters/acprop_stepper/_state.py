@@ -29,10 +29,12 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
         If two parameters have one dotted name.
     """
     state = stepper.state
-    mu, nu = (
-        {name: to_numpy("moment", name, x) for name, x in by_name(flatten(moments)).items()} for moments in state[1:]
+    kept = (
+        {name: to_numpy("moment", name, x) for name, x in by_name(flatten(tree)).items()}
+        for tree in state[1:]
+        if tree is not None
     )
-    return _hyperparameters(stepper), State(state.count, mu, nu)
+    return _hyperparameters(stepper), State(state.count, *kept)
 
 
 def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str | None = None) -> None:
@@ -63,13 +65,14 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     chosen = choose(_hyperparameters(stepper), saved, prefer)
     target = stepper._with(saved) if chosen is saved else stepper
     fresh = target.functional.init(target.params)
-    leaves = State(0, *([leaf for _, leaf in flatten(tree)] for tree in fresh[1:]))
+    trees = [tree for tree in fresh[1:] if tree is not None]
+    leaves = State(0, *([leaf for _, leaf in flatten(tree)] for tree in trees))
     rows = arrange(state, [name for name, _ in flatten(fresh.mu)], leaves)
-    mu, nu = (
+    kept = (
         [zero if row[i] is None else target._xp.asarray(row[i]) for row, zero in zip(rows, leaves[i + 1], strict=True)]
-        for i in range(2)
+        for i in range(len(trees))
     )
-    target.load_state(State(state.count, unflatten(fresh.mu, mu), unflatten(fresh.nu, nu)))
+    target.load_state(State(state.count, *map(unflatten, trees, kept)))
     if target is not stepper:
         stepper._become(target)
 

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from acprop_core import ACProp, State
-from acprop_core._checks import called, check_count, check_leaves, check_number, common_namespace, library
+from acprop_core._checks import (
+    called,
+    check_carries,
+    check_compensation,
+    check_count,
+    check_leaves,
+    check_number,
+    common_namespace,
+    library,
+)
 from acprop_core._containers import align, flatten, unflatten
 from acprop_core._rule import Array
 from acprop_stepper import _memory
@@ -52,7 +61,7 @@ class Stepper:
     params : container of arrays
         Writeable NumPy or CuPy arrays of a floating-point dtype in native byte order, of any shape and layout. They
         stay the caller's; every step changes them in place. They must not overlap.
-    learning_rate, b1, b2, eps, eps_root, weight_decay, mask, clip_exponent, centering, moment_dtype
+    learning_rate, b1, b2, eps, eps_root, weight_decay, mask, clip_exponent, centering, moment_dtype, compensate
         As in `acprop_core.ACProp`, but numbers only. `mask` is read once, here.
     clip_norm : float, optional
         Gradients whose global norm exceeds this are scaled down to it; positive.
@@ -112,6 +121,7 @@ class Stepper:
         clip_exponent: float | None = None,
         centering: str = "current",
         moment_dtype: Any = None,
+        compensate: bool = False,
         clip_norm: float | None = None,
         nonfinite: str = "allow",
         engine: str | None = None,
@@ -128,6 +138,7 @@ class Stepper:
             clip_exponent=clip_exponent,
             centering=centering,
             moment_dtype=moment_dtype,
+            compensate=compensate,
         )
         for name in ("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay", "clip_exponent"):
             value = getattr(self.functional, name)
@@ -193,16 +204,17 @@ class Stepper:
 
     @property
     def state(self) -> State:
-        """A copy of step count and moments, in the structure of the parameters."""
+        """A copy of step count, moments and carry, in the structure of the parameters."""
         with self._lock:
             self._settle()
-            mu: list[Any] = [None] * len(self._leaves)
-            nu = list(mu)
+            rows: list[tuple[Any, Any, Any]] = [(None, None, None)] * len(self._leaves)
             for buffer in self._buffers:
                 with on_device_of(buffer.mu):
                     for i, leaf in enumerate(buffer.leaves):
-                        mu[leaf], nu[leaf] = (x.copy() for x in buffer.moments(i))
-            return State(self._count, *(unflatten(self._containers, x) for x in (mu, nu)))
+                        mu, nu, carry = buffer.kept(i)
+                        rows[leaf] = mu.copy(), nu.copy(), None if carry is None else carry.copy()
+            columns = [unflatten(self._containers, [row[i] for row in rows]) for i in range(3)]
+            return State(self._count, *columns[: 3 if self.functional.compensate else 2])
 
     def load_state(self, state: State) -> None:
         """Take up a run from this state, of a stepper or of the functional optimizer; it is copied.
@@ -210,7 +222,8 @@ class Stepper:
         Parameters
         ----------
         state : State
-            The moments must be arrays of the parameters' library and shapes, in the dtypes that this stepper keeps.
+            Moments and carry must be arrays of the parameters' library and shapes, in the dtypes that this stepper
+            keeps; there must be a carry if it has `compensate`, and none otherwise.
 
         Raises
         ------
@@ -231,11 +244,18 @@ class Stepper:
         groups: dict[str, list[Any]] = {"parameter": self._leaves}
         for what, tree in (("first moment", state.mu), ("second moment", state.nu)):
             groups[what] = list(align(tree, self._containers, f"the container of {what}s"))
-        common_namespace(groups, self._names)
+        check_compensation(self.functional.compensate, state.carry)
+        carries = [] if state.carry is None else list(align(state.carry, self._containers, "the container of carries"))
+        common_namespace({**groups, "carry": carries or [None] * len(self._names)}, self._names)
         check_leaves(groups, self._names)
+        if state.carry is not None:
+            check_carries(carries, self._leaves, self._names)
+        groups["carry"] = carries
         copies = []
         for buffer in self._buffers:
-            for what, own in (("first moment", buffer.mu), ("second moment", buffer.nu)):
+            for what, own in (("first moment", buffer.mu), ("second moment", buffer.nu), ("carry", buffer.carry)):
+                if own is None:
+                    continue
                 for leaf in buffer.leaves:
                     if groups[what][leaf].dtype != own.dtype:
                         raise TypeError(
@@ -441,8 +461,8 @@ class Stepper:
         for (_, decay, _), members in groups.items():
             first, size = rows[members[0]], sum(rows[i].param.size for i in members)
             with on_device_of(first.param):
-                mu, nu = (self._xp.zeros(size, x.dtype) for x in (first.mu, first.nu))
-            buffers.append(Buffer(members, [rows[i].param for i in members], mu, nu, decay, self._xp))
+                kept = [None if x is None else self._xp.zeros(size, x.dtype) for x in (first.mu, first.nu, first.carry)]
+            buffers.append(Buffer(members, [rows[i].param for i in members], *kept, decay, self._xp))
         return buffers
 
     def _make_engine(self, engine: str | None, buffer: Buffer) -> Tiles | Numba | Cupy:

@@ -27,6 +27,7 @@ from acprop_torch._steps import (
     contiguous,
     count_steps,
     in_tiles,
+    namespace,
     numbers_of_each,
     on_a_cpu,
     transposed,
@@ -50,7 +51,7 @@ def fused_step(
     if torch.compiler.is_compiling():  # by the user: the step becomes a part of that graph
         skip = None if found_inf is None else found_inf.squeeze() != 0
         for row, step in zip(map(Row, *lists), steps, strict=True):
-            _step_in_place(*row, options.at(step), options.decays, options.decoupled, grad_scale, skip)
+            _step_in_place(row, options.at(step), options.decays, options.decoupled, grad_scale, skip)
             step.add_(1 if skip is None else (~skip).to(step.dtype))
         return
     for device, members, own_steps in _by_device(lists, steps):
@@ -82,10 +83,10 @@ def _on_accelerator(
         own = numbers_of_each(k, lambda x, i=i: x[i])
         flat = contiguous(row)
         is_memory = (
-            flat is not None and PLAIN.issuperset(map(type, row)) and not (row.param.is_neg() or row.grad.is_neg())
+            flat is not None and PLAIN.issuperset(map(type, row[:4])) and not (row.param.is_neg() or row.grad.is_neg())
         )
-        seen = map(_memory, flat) if flat is not None and is_memory else row
-        _compiled()(*(x.detach() for x in seen), own, options.decays, options.decoupled, grad_scale, skip)
+        seen = flat.map(_memory) if flat is not None and is_memory else row
+        _compiled()(seen.map(Tensor.detach), own, options.decays, options.decoupled, grad_scale, skip)
     torch.autograd.graph.increment_version(lists.param)
     torch._foreach_add_(steps, 1 if skip is None else (~skip).to(steps[0].dtype))
 
@@ -126,7 +127,7 @@ def _has_numba() -> bool:
 
 def _is_plain(lists: Row) -> bool:
     """Return whether all is contiguous memory of a CPU, of one dtype that is compiled, and says what the values are."""
-    tensors = [x for column in lists for x in column]
+    tensors = [x for column in lists[:4] for x in column]
     return (
         PLAIN.issuperset(map(type, tensors))
         and all(map(attrgetter("is_cpu"), tensors))
@@ -159,18 +160,18 @@ def _memory_of(lists: Row, known: dict[str, Any]) -> Memory | None:
 
     lasting = (lists.param, lists.mu, lists.nu)
     dtype = lists.grad[0].dtype
-    if known and _are_same(known["lasting"], lasting) and _is_plain(Row([], lists.grad, [], [])):
+    if known and _are_same(known["lasting"], lasting) and _is_plain(Row([], lists.grad, [], [], [])):
         before: Memory = known["memory"]
-        addresses = ask(Tensor.data_ptr, *lists)
+        addresses = ask(Tensor.data_ptr, *lists[:4])
         stayed = (addresses == before.addresses)[[0, 2, 3]].all()
         if stayed and dtype == known["dtype"] and (ask(Tensor.numel, lists.grad) == before.sizes).all():
             return before._replace(addresses=addresses)
     known.clear()
     if not _is_plain(lists):
         return None
-    addresses, sizes = ask(Tensor.data_ptr, *lists), ask(Tensor.numel, *lists)
+    addresses, sizes = ask(Tensor.data_ptr, *lists[:4]), ask(Tensor.numel, *lists[:4])
     if wrong := np.flatnonzero((sizes != sizes[0]).any(axis=0)).tolist():
-        shapes = ", ".join(str(tuple(column[wrong[0]].shape)) for column in lists)
+        shapes = ", ".join(str(tuple(column[wrong[0]].shape)) for column in lists[:4])
         raise RuntimeError(
             f"a parameter, its gradient, exp_avg and exp_avg_var have the shapes {shapes}; clear `optimizer.state`, or "
             "load the state of this model"
@@ -222,7 +223,7 @@ def _with_inductor(
     torch.autograd.graph.increment_version(lists.param)
     k = as_tensors(k)  # arguments of the compiled function: numbers it would build in
     for block in blocks(lists, tile=sys.maxsize):
-        _compiled()(*map(_memory, block.row), k, options.decays, options.decoupled, grad_scale, None)
+        _compiled()(block.row.map(_memory), k, options.decays, options.decoupled, grad_scale, None)
         for name in ("param", "mu", "nu") if block.members else ():
             bring([getattr(block.row, name)], name, [block], torch._foreach_copy_)
 
@@ -243,18 +244,17 @@ def _compiled() -> Any:
 
 
 def _step_in_place(
-    param: Tensor,
-    grad: Tensor,
-    mu: Tensor,
-    nu: Tensor,
+    row: Row,
     k: _rule.Coefficients,
     decays: bool,
     decoupled: bool,
     grad_scale: Tensor | None,
     skip: Tensor | None,
 ) -> None:
+    param, grad, mu, nu, carry = row
     if grad_scale is not None:
         grad = grad.to(mu.dtype) / grad_scale
-    update, new_mu, new_nu = Step(k, xp, decoupled)(grad, mu, nu, param, decays)
-    for old, new in ((param, param + update), (mu, new_mu), (nu, new_nu)):
-        old.copy_(new if skip is None else torch.where(skip, old, new))
+    update, *kept = Step(k, namespace(carry), decoupled)(grad, mu, nu, param, decays, carry)
+    for old, new in zip((param, mu, nu, carry), (param + update, *kept), strict=True):
+        if old is not None:
+            old.copy_(new if skip is None else torch.where(skip, old, new))

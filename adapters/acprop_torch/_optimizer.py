@@ -63,6 +63,9 @@ class ACProp(torch.optim.Optimizer):
         Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
     moment_dtype : torch.dtype, optional
         Dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
+    compensate : bool
+        Keep what rounding takes from 16-bit parameters ("carry" in the state, of their dtype), and give it back as soon
+        as it is enough to change them.
 
     Raises
     ------
@@ -99,6 +102,7 @@ class ACProp(torch.optim.Optimizer):
         clip_exponent: float | None = None,
         centering: str = "current",
         moment_dtype: torch.dtype | None = None,
+        compensate: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -115,6 +119,7 @@ class ACProp(torch.optim.Optimizer):
             "clip_exponent": clip_exponent,
             "centering": centering,
             "moment_dtype": moment_dtype,
+            "compensate": compensate,
         }
         self._known_memory: dict[int, dict[str, Any]] = {}  # of each group, what a fused step leaves for the next
         _check(defaults)
@@ -186,10 +191,12 @@ class ACProp(torch.optim.Optimizer):
             grads: list[Tensor] = []
             exp_avgs: list[Tensor] = []
             exp_avg_vars: list[Tensor] = []
+            carries: list[Tensor | None] = []
             steps: list[Tensor] = []
-            has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_vars, steps)
+            has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_vars, carries, steps)
             if params:
-                ready.append((group, _lists(params, grads, exp_avgs, exp_avg_vars, has_complex), steps))
+                lists = _lists(Row(params, grads, exp_avgs, exp_avg_vars, carries), has_complex)
+                ready.append((group, lists, steps))
         for group, lists, steps in ready:
             self._step_group(group, lists, steps)
         return loss
@@ -201,6 +208,7 @@ class ACProp(torch.optim.Optimizer):
         grads: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_vars: list[Tensor],
+        carries: list[Tensor | None],
         steps: list[Tensor],
     ) -> bool:
         """Fill the lists, as Dynamo expects of a method of this name, which it runs instead of tracing it.
@@ -222,6 +230,11 @@ class ACProp(torch.optim.Optimizer):
                 state["step"] = _step_count(group, p, 0.0)
                 for key in _MOMENTS:
                     state[key] = torch.zeros_like(p, dtype=_dtype_of_moments(group, p))
+            if _is_compensated(group, p) != ("carry" in state):  # as it is at first, and where someone set the option
+                if _is_compensated(group, p):
+                    state["carry"] = torch.zeros_like(p)
+                else:
+                    del state["carry"]
             if group["differentiable"] and state["step"].requires_grad:
                 raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
             has_complex |= p.is_complex()
@@ -229,6 +242,7 @@ class ACProp(torch.optim.Optimizer):
             grads.append(grad)
             exp_avgs.append(state["exp_avg"])
             exp_avg_vars.append(state["exp_avg_var"])
+            carries.append(state.get("carry"))
             steps.append(state["step"])
         return has_complex
 
@@ -290,7 +304,9 @@ class ACProp(torch.optim.Optimizer):
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             saved.update(_translated(state_dict, self.param_groups))
             for key, _, p in owners():
-                for name in _MOMENTS if saved["state"].get(key) else ():
+                for name in (*_MOMENTS, "carry") if saved["state"].get(key) else ():
+                    if name == "carry" and name not in saved["state"][key]:
+                        continue
                     if (shape := saved["state"][key][name].shape) != p.shape:
                         raise ValueError(
                             f"{name} of parameter {key} has shape {tuple(shape)}, the parameter {tuple(p.shape)}; load "
@@ -304,8 +320,8 @@ class ACProp(torch.optim.Optimizer):
                 for name in _MOMENTS if saved["state"].get(key) else ():
                     moment = saved["state"][key][name]
                     self.state[p][name] = moment.to(p.device, _dtype_of_moments(group, p), copy=True)
-                if "step" in self.state.get(p, ()):  # which the base class would share with the saved one
-                    self.state[p]["step"] = self.state[p]["step"].clone()
+                for name in {"step", "carry"} & self.state.get(p, {}).keys():  # which the base class may share with it
+                    self.state[p][name] = self.state[p][name].clone()
 
         # between the hooks that others have registered
         hooks = [
@@ -358,12 +374,14 @@ def _check(options: dict[str, Any], step: bool = False) -> None:
             raise ValueError("betas[0] as a Tensor is not supported for capturable=False and foreach=True")
     if not isinstance(options["moment_dtype"], torch.dtype | None):
         raise TypeError(f"moment_dtype is {options['moment_dtype']!r}; give a torch.dtype or None")
-    _check_rule(options["clip_exponent"], options["centering"], options["moment_dtype"])
+    _check_rule(*(options[name] for name in ("clip_exponent", "centering", "moment_dtype", "compensate")))
 
 
 @functools.lru_cache
-def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any) -> None:
-    acprop_core.ACProp(clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype)
+def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any, compensate: Any) -> None:
+    acprop_core.ACProp(
+        clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype, compensate=compensate
+    )
 
 
 def _options_of(group: dict[str, Any], traced: bool) -> Options:
@@ -385,19 +403,18 @@ def _options_of(group: dict[str, Any], traced: bool) -> Options:
         centering=group["centering"],
         decoupled=group["decoupled_weight_decay"],
         maximize=group["maximize"],
+        compensate=group["compensate"],
     )
 
 
-def _lists(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_vars: list[Tensor], has_complex: bool
-) -> Row:
+def _lists(lists: Row, has_complex: bool) -> Row:
     """Return what the rule works on: of sharded tensors the local shard, and complex tensors as real ones."""
-    lists = Row(params, grads, exp_avgs, exp_avg_vars)
     if has_complex:
         # a gradient may be conjugated lazily; a parameter may not, its memory is what counts
-        resolved = lists._replace(grad=[grad.resolve_conj() for grad in grads])
-        lists = Row(*([torch.view_as_real(x) if x.is_complex() else x for x in column] for column in resolved))
-    if PLAIN.issuperset(map(type, params)):
+        resolved = lists._replace(grad=[grad.resolve_conj() for grad in lists.grad])
+        real = [[torch.view_as_real(x) if x.is_complex() else x for x in column] for column in resolved[:4]]
+        lists = Row(*real, lists.carry)
+    if PLAIN.issuperset(map(type, lists.param)):
         return lists
     return transposed([_local(row) for row in map(Row, *lists)])
 
@@ -407,7 +424,7 @@ def _local(row: Row) -> Row:
         return row
     if row.grad.placements != row.param.placements:
         row = row._replace(grad=row.grad.redistribute(placements=row.param.placements))
-    return Row(*(x.to_local() for x in row))
+    return row.map(lambda x: x.to_local())
 
 
 def _step_count(group: dict[str, Any], p: Tensor, value: float) -> Tensor:
@@ -419,6 +436,10 @@ def _step_count(group: dict[str, Any], p: Tensor, value: float) -> Tensor:
 def _dtype_of_moments(group: dict[str, Any], p: Tensor) -> torch.dtype:
     dtype = group["moment_dtype"] or (torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype)
     return dtype.to_complex() if p.is_complex() else dtype
+
+
+def _is_compensated(group: dict[str, Any], p: Tensor) -> bool:
+    return group["compensate"] and p.dtype in (torch.float16, torch.bfloat16)
 
 
 def _translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:

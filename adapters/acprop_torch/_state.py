@@ -9,14 +9,14 @@ from torch import Tensor
 import acprop_core
 from acprop_core import State
 from acprop_core._portable import arrange, checked, choose, to_numpy
-from acprop_torch._optimizer import _MOMENTS, ACProp, _dtype_of_moments, _step_count
+from acprop_torch._optimizer import _MOMENTS, ACProp, _dtype_of_moments, _is_compensated, _step_count
 
 if TYPE_CHECKING:  # slow to import, and whoever has sharded tensors has done so
     from torch.distributed.tensor import DTensor
 
 Model = torch.nn.Module | Mapping[str, Tensor]
 # The options of a group in the words of the core; weight decay, its mask and what the core lacks are seen to apart.
-_OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype")
+_OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype", "compensate")
 
 
 def export_state(
@@ -72,15 +72,17 @@ def export_state(
             "together. Within PyTorch use state_dict"
         )
 
+    compensates = any(group["compensate"] for group in optimizer.param_groups)
+    keys = (*_MOMENTS, "carry") if compensates else _MOMENTS
     keep = _keeps([p for p, _ in named.values()])
     # All of them before the first becomes an array of NumPy, which may fail on this rank while others wait for it.
-    whole = {key: {name: _whole(state[key], keep) for name, state in states.items()} for key in _MOMENTS}
+    whole = {key: {name: _whole(state[key], keep) for name, state in states.items() if key in state} for key in keys}
 
-    def moments(key: str) -> dict[str, Any]:
-        copies = whole[key]
-        return {name: to_numpy("moment", name, copies.get(name)) if keep else copies.get(name) for name in named}
+    def kept(key: str) -> dict[str, Any]:
+        found = whole[key]
+        return {name: to_numpy("moment", name, found.get(name)) if keep else found.get(name) for name in named}
 
-    return hyperparameters, State(next(iter(counts), 0), *map(moments, _MOMENTS))
+    return hyperparameters, State(next(iter(counts), 0), *map(kept, keys))
 
 
 def import_state(
@@ -127,10 +129,13 @@ def import_state(
     groups = [{**group, **new} for group, new in zip(optimizer.param_groups, options, strict=True)]
     owners = [(p, None if i is None else groups[i]) for p, i in named.values()]
     like = [None if group is None else _like(group, p) for p, group in owners]
-    rows = arrange(state, list(named), State(0, like, like))
+    compensated = [group is not None and _is_compensated(group, p) for p, group in owners]
+    carries = [p if has_carry else None for (p, _), has_carry in zip(owners, compensated, strict=True)]
+    compensates = any(group["compensate"] for group in groups)
+    rows = arrange(state, list(named), State(0, like, like, carries if compensates else None))
     new_states = [
-        None if mu is None else {"step": _step_count(group, p, float(state.count))} | _moments(name, group, p, (mu, nu))
-        for name, (p, group), (mu, nu) in zip(named, owners, rows, strict=True)
+        None if row[0] is None else {"step": _step_count(group, p, float(state.count)), **_kept(name, group, p, row)}
+        for name, (p, group), row in zip(named, owners, rows, strict=True)
         if group is not None
     ]
     for group, new in zip(optimizer.param_groups, options, strict=True):
@@ -239,13 +244,14 @@ def _like(group: dict[str, Any], p: Tensor) -> Tensor:
     return _real(torch.empty(p.shape, dtype=_dtype_of_moments(group, p), device="meta"))
 
 
-def _moments(name: str, group: dict[str, Any], p: Tensor, rows: tuple[Any, Any]) -> dict[str, Tensor]:
-    made = {}
-    for key, x in zip(_MOMENTS, rows, strict=True):
-        moment = torch.zeros_like(p, dtype=_dtype_of_moments(group, p), requires_grad=False)
-        own = moment.to_local() if _is_sharded(moment) else moment
-        _real(own).copy_(_part(_from_numpy(to_numpy("moment", name, x)), p))
-        made[key] = moment
+def _kept(name: str, group: dict[str, Any], p: Tensor, row: tuple[Any, Any, Any]) -> dict[str, Tensor]:
+    made = {key: torch.zeros_like(p, dtype=_dtype_of_moments(group, p), requires_grad=False) for key in _MOMENTS}
+    if _is_compensated(group, p):
+        made["carry"] = torch.zeros_like(p, requires_grad=False)
+    for whole, x in zip(made.values(), row, strict=False):
+        if x is not None:
+            own = whole.to_local() if _is_sharded(whole) else whole
+            _real(own).copy_(_part(_from_numpy(to_numpy("moment", name, x)), p))
     return made
 
 

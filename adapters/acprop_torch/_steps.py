@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Options(NamedTuple):
     centering: str
     decoupled: bool
     maximize: bool
+    compensate: bool
 
     @property
     def decays(self) -> bool:
@@ -52,12 +54,17 @@ class Options(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A parameter, its gradient and its moments: real tensors of one shape, or as many lists of such."""
+    """A parameter, its gradient, its moments and its carry or None: real tensors of one shape, or as many lists."""
 
     param: Any
     grad: Any
     mu: Any
     nu: Any
+    carry: Any
+
+    def map(self, f: Callable[[Any], Any]) -> "Row":
+        """Return the row with `f` applied to all that is there."""
+        return Row(*(None if x is None else f(x) for x in self))
 
 
 class Block(NamedTuple):
@@ -75,13 +82,14 @@ def single_tensor(lists: Row, steps: list[Tensor], options: Options, traced: boo
             in_tiles(members, options.at(count), options)
         return
     for row, done in zip(map(Row, *lists), steps, strict=True):
-        step = Step(options.at(done), xp, options.decoupled)
+        step = Step(options.at(done), namespace(row.carry), options.decoupled)
         # derivatives need the old values of what is overwritten
-        param, grad, mu, nu = (x.clone() for x in row) if differentiable else row
-        update, new_mu, new_nu = step(grad, mu, nu, param, options.decays)
+        param, grad, mu, nu, carry = row.map(Tensor.clone) if differentiable else row
+        update, *kept = step(grad, mu, nu, param, options.decays, carry)
         row.param.add_(update)
-        row.mu.copy_(new_mu)
-        row.nu.copy_(new_nu)
+        for old, new in zip(row[2:], kept, strict=True):
+            if old is not None:
+                old.copy_(new)
         done.add_(1)
 
 
@@ -91,8 +99,8 @@ def in_tiles(lists: Row, k: _rule.Coefficients, options: Options) -> None:
     # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster
     step = Step(as_tensors(k)._replace(limit=k.limit), xp, options.decoupled)
     for block in blocks(lists):
-        param, grad, mu, nu = block.row
-        write([block], *([new] for new in step(grad, mu, nu, param, options.decays)))
+        param, grad, mu, nu, carry = block.row
+        write([block], *([new] for new in step(grad, mu, nu, param, options.decays, carry)))
 
 
 def in_lists(lists: Row, k: _rule.Coefficients, options: Options) -> None:
@@ -143,7 +151,7 @@ def by_kind(lists: Row, steps: list[Tensor], one_device: bool) -> Iterator[tuple
     """Sort rows by count, device and dtypes; yield each count with the lists and the steps of its rows."""
     counts = list(map(Tensor.item, steps))
     dtype = attrgetter("dtype")
-    if one_device and len({*counts}) == 1 and all(len({*map(dtype, column)}) == 1 for column in lists):
+    if one_device and len({*counts}) == 1 and all(len({*map(dtype, column)}) == 1 for column in lists[:4]):
         yield int(counts[0]), lists, steps  # the usual case, asked in few words: with many small parameters they count
         return
     groups: dict[Any, list[tuple[Row, Tensor]]] = {}
@@ -159,8 +167,8 @@ def on_a_cpu(lists: Row) -> bool:
 
 
 def transposed(rows: list[Row]) -> Row:
-    """Return the lists of the parameters, gradients and moments of several rows."""
-    return Row(*map(list, zip(*rows, strict=True))) if rows else Row([], [], [], [])
+    """Return the lists of the parameters, gradients, moments and carries of several rows."""
+    return Row(*map(list, zip(*rows, strict=True))) if rows else Row([], [], [], [], [])
 
 
 def blocks(lists: Row, tile: int | None = None) -> Iterator[Block]:
@@ -187,21 +195,29 @@ def blocks(lists: Row, tile: int | None = None) -> Iterator[Block]:
 
 def contiguous(row: Row) -> Row | None:
     """Return the row as contiguous tensors, their axes permuted alike; None if there is no such order."""
-    if all(x.is_contiguous() for x in row):
+    if all(x is None or x.is_contiguous() for x in row):
         return row
     order = sorted(range(row.param.ndim), key=row.param.stride, reverse=True)
-    permuted = Row(*(x.permute(order) for x in row))
-    return permuted if all(x.is_contiguous() for x in permuted) else None
+    permuted = row.map(lambda x: x.permute(order))
+    return permuted if all(x is None or x.is_contiguous() for x in permuted) else None
 
 
-def write(blocks: Sequence[Block], updates: Sequence[Tensor], mus: Sequence[Tensor], nus: Sequence[Tensor]) -> None:
-    """Add the updates to the parameters of the blocks, and put the new moments in the place of the old."""
+def write(
+    blocks: Sequence[Block],
+    updates: Sequence[Tensor],
+    mus: Sequence[Tensor],
+    nus: Sequence[Tensor],
+    carries: Sequence[Tensor | None],
+) -> None:
+    """Add the updates to the parameters of the blocks, and put new moments and carries in the place of the old."""
     bring(updates, "param", blocks, torch._foreach_add_)
     bring(mus, "mu", blocks, torch._foreach_copy_)
     bring(nus, "nu", blocks, torch._foreach_copy_)
+    if carries[0] is not None:
+        bring(carries, "carry", blocks, torch._foreach_copy_)
 
 
-def bring(values: Sequence[Tensor], name: str, blocks: Sequence[Block], operation: Callable[..., None]) -> None:
+def bring(values: Sequence[Any], name: str, blocks: Sequence[Block], operation: Callable[..., None]) -> None:
     """Add or copy a value for each block to its tensor of this name, or to those of which it is made."""
     targets: list[Tensor] = []
     parts: list[Tensor] = []
@@ -221,6 +237,35 @@ def count_steps(steps: list[Tensor]) -> None:
         torch._foreach_add_(steps, 1)
 
 
+def namespace(carry: Any) -> Any:
+    """Return torch as the namespace of a step, for parameters with or without a carry."""
+    return _keeping_casts if carry is not None and torch.compiler.is_compiling() else xp
+
+
+@torch.library.custom_op("acprop::narrowed", mutates_args=())
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True)
+
+
+_narrowed.register_fake(lambda x, dtype: torch.empty_like(x, dtype=dtype))
+
+
+class _KeepingCasts:
+    """The namespace for torch's compiler, which leaves out a rounding to 16 bits that is widened again.
+
+    Of what rounding takes nothing would then be left to carry. Into an operator of our own it does not look.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(xp, name)
+
+    def astype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return _narrowed(x, dtype) if dtype.itemsize == 2 else xp.astype(x, dtype)
+
+
+_keeping_casts = _KeepingCasts()
+
+
 @functools.cache
 def _keep_freed_memory() -> None:
     # What is free beyond twice the largest block that was ever mapped and freed, glibc returns to the system, and each
@@ -229,8 +274,11 @@ def _keep_freed_memory() -> None:
 
 
 def _step_list(chunk: list[Block], step: Step, decays: bool) -> None:
-    param, grad, mu, nu = (TensorList(column) for column in zip(*(block.row for block in chunk), strict=True))
-    write(chunk, *(new.tensors for new in step(grad, mu, nu, param, decays)))
+    param, grad, mu, nu, carry = (
+        None if column[0] is None else TensorList(column)
+        for column in zip(*(block.row for block in chunk), strict=True)
+    )
+    write(chunk, *([None] if new is None else new.tensors for new in step(grad, mu, nu, param, decays, carry)))
 
 
 def _kind(row: Row) -> tuple[Any, ...]:
@@ -240,17 +288,18 @@ def _kind(row: Row) -> tuple[Any, ...]:
 def _gathered(rows: list[Row]) -> Block:
     if len(rows) == 1:
         return Block(rows[0])
-    return Block(Row(*(_flatten_dense_tensors(column) for column in zip(*rows, strict=True))), rows)
+    columns = zip(*rows, strict=True)
+    return Block(Row(*(None if column[0] is None else _flatten_dense_tensors(column) for column in columns)), rows)
 
 
 def _tiles(row: Row, size: int) -> Iterator[Row]:
     if (flat := contiguous(row)) is not None:
-        pieces = zip(*(x.view(-1).split(size) for x in flat), strict=True)
+        pieces = flat.map(lambda x: x.view(-1).split(size))
     else:
         axis = max(range(row.param.ndim), key=row.param.size)
         length = max(1, row.param.size(axis) * size // row.param.numel())
-        pieces = zip(*(x.split(length, axis) for x in row), strict=True)
-    return (Row(*piece) for piece in pieces)
+        pieces = row.map(lambda x: x.split(length, axis))
+    return map(Row, *(repeat(None) if x is None else x for x in pieces))
 
 
 def _chunks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
