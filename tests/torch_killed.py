@@ -18,6 +18,7 @@ AT = 17
 
 
 def die() -> None:
+    print(f"rank {RANK} is killed in life {LIFE}", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
