@@ -77,7 +77,8 @@ def everything(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) 
     results: Results = {}
     for name, p in model.named_parameters():
         results[name] = whole(p)
-        for key in optimizer.state[p].keys() - {"step"} if optimizer is not None else ():
+        kept = [] if optimizer is None else [key for key in optimizer.state[p] if key != "step"]
+        for key in kept:  # in one order on all ranks: each of them gathers
             results[f"{key}/{name}"] = whole(optimizer.state[p][key])
     return results
 
