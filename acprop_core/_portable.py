@@ -27,6 +27,11 @@ def to_numpy(what: str, name: str, x: Any) -> Any:
     if x is None:
         return None
     if is_torch_array(x):
+        if x.is_meta:
+            raise TypeError(
+                f"{called(what, name)} is a meta tensor, without content; take what export_state of a sharded "
+                "optimizer returned on the first rank"
+            )
         x = x.detach().cpu().resolve_conj()
         if dtype_name(x.dtype) == "bfloat16":  # NumPy has it from ml_dtypes, which torch does not know
             import ml_dtypes
