@@ -1,7 +1,9 @@
-"""The functional core on dask.array and two worker processes: more state than one of them may hold, and a killed one."""
+"""The functional core on dask.array, in two worker processes: more state than one may hold, and a worker killed."""
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,3 +152,13 @@ def test_after_a_killed_cluster_the_run_resumes_from_its_checkpoint(tmp_path: Pa
         params, mu, nu = ({"w": da.from_array(x["w"], chunks=1000)} for x in (params, state.mu, state.nu))
         carry = train(params, State(state.count, mu, nu), 4)
         assert_same_bits(carry, in_numpy(start, 8))
+
+
+def test_the_example_resumes_to_the_same_bits() -> None:
+    pytest.importorskip("sklearn")
+    script = Path(__file__).parents[1] / "docs" / "examples" / "scale_dask.py"
+    run = [sys.executable, script, "--steps", "20", "--features", "64"]
+    result = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "last checkpoint: step 10" in result.stdout
+    assert "The two runs end with the same bits." in result.stdout

@@ -303,6 +303,18 @@ def test_two_processes() -> None:
         assert f"process {i} of 2: same bits on 8 devices" in text
 
 
+@pytest.mark.skipif(EIGHT, reason="has a process of its own")
+def test_the_example_goes_on_on_another_mesh() -> None:
+    for module in ("orbax.checkpoint", "sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(module)
+    script = Path(__file__).parents[1] / "docs" / "examples" / "scale_jax.py"
+    run = [sys.executable, script, "--steps", "60"]
+    result = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    sizes = re.findall(r"step   60  accuracy 0[.]\d+  moments on a device: +([\d,]+) of ([\d,]+) bytes", result.stdout)
+    assert sizes == [("4,880", "38,480"), ("9,680", "38,480")]
+
+
 def one_of_two_processes(index: int, port: int) -> None:
     """Train on the mesh of both processes, sharded and in ZeRO's way, and compare with a run of this process alone."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

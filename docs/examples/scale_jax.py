@@ -18,15 +18,14 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from digits import BATCH, Digits
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from acprop_optax import acprop
+from digits import Digits
 
 # the clip: pixels that are 0 for a while and then are not would make plain ACProp explode
 OPTIMIZER = acprop(1e-3, weight_decay=1e-4, clip_exponent=0.25)
@@ -91,10 +90,10 @@ class Run:
         """Print where the run has come to; return its parameters."""
         params = jax.tree.map(np.asarray, self.params)
         leaves = jax.tree.leaves((self.state[0].mu, self.state[0].nu))
-        there, all_of_them = (sum(sizes) for sizes in zip(*((x.addressable_shards[0].data.nbytes, x.nbytes) for x in leaves), strict=True))
+        there = sum(x.addressable_shards[0].data.nbytes for x in leaves)
         print(
             f"{name:32} step {int(self.state[0].count):4}  accuracy {data.accuracy(params):.4f}  "
-            f"moments on a device: {there:6,} of {all_of_them:,} bytes"
+            f"moments on a device: {there:6,} of {sum(x.nbytes for x in leaves):,} bytes"
         )
         return params
 
