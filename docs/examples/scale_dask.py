@@ -3,7 +3,7 @@
     python docs/examples/scale_dask.py [--steps 30] [--features 1024]
 
 Softmax regression on random cosine features of scikit-learn's digits: the weights are one dask.array, chunk by chunk in
-the memory of two worker processes. Every ten steps a checkpoint is written and read again, which also frees Dask from
+the memory of two worker processes. Every five steps a checkpoint is written and read again, which also frees Dask from
 remembering how every chunk came about since the first step. A second run has its workers killed between two
 checkpoints, and goes on in a new cluster. The exit code is 1 if the two runs end apart.
 """
@@ -28,7 +28,7 @@ from acprop_core import ACProp, State, load, save
 
 # the clip: an element whose gradient is 0 for a while and then is not would make plain ACProp explode
 OPTIMIZER = ACProp(1e-2, clip_exponent=0.25)
-EVERY = 10  # steps between two checkpoints
+EVERY = 5  # steps between two checkpoints
 
 
 class Problem:
@@ -93,7 +93,7 @@ def restored(problem: Problem, folder: pathlib.Path, count: int) -> tuple[dict[s
 def main() -> int:
     """Train twice, the second time with a disaster; compare."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=30, help="training steps, at least 20")
+    parser.add_argument("--steps", type=int, default=30, help="training steps, at least 10")
     parser.add_argument("--features", type=int, default=1024, help="random features, an even number")
     arguments = parser.parse_args()
     problem = Problem(arguments.features)
