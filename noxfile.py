@@ -15,9 +15,10 @@ WITHOUT_TORCH = [
         "containers",
         "mutants",
         "optax",
-        "optax_devices",
         "optax_program",
         "rule",
+        "scale_dask",
+        "scale_jax",
         "stepper",
         "suite",
     )
