@@ -12,10 +12,10 @@ from acprop_core._checks import (
     COMPLEX_OF,
     FLOATS,
     REAL_OF,
-    called,
     check_count,
     check_leaves,
     check_library,
+    check_mask,
     check_number,
     common_namespace,
     dtype_name,
@@ -225,8 +225,9 @@ class ACProp:
         Raises
         ------
         TypeError
-            If a leaf is not a floating-point array, array libraries are mixed, a gradient is complex and its
-            parameter is not, the count is no integer, a leaf of the mask no bool, or the schedule's value no number.
+            If a leaf is not a dense floating-point array, array libraries or devices are mixed, a gradient is complex
+            and its parameter is not, the count is no integer, a leaf of the mask no bool, or the schedule's value no
+            number.
         ValueError
             If structures or shapes differ, there is weight decay and no `params`, or the count or the schedule's
             value is out of range.
@@ -310,7 +311,7 @@ class ACProp:
             groups[what] = list(align(tree, like, f"the container of {what}s"))
         xp = common_namespace(groups, names)
         check_leaves(groups, names)
-        decay = self._decay(params, names) if decays else [False] * len(names)
+        decay = self._decay(params, names, owners) if decays else [False] * len(names)
         # without parameters the gradients stand in for them: only their dtypes matter then
         columns = [groups[what] for what in ("gradient", "first moment", "second moment")]
         columns.append(groups["gradient" if params is None else owner])
@@ -327,15 +328,11 @@ class ACProp:
             )
         return getattr(xp, mu), getattr(xp, real)
 
-    def _decay(self, params: Container, names: list[str]) -> list[bool]:
+    def _decay(self, params: Container, names: list[str], owners: list[Any]) -> list[bool]:
         if self.mask is None:
             return [True] * len(names)
         mask = self.mask(params) if callable(self.mask) else self.mask
-        leaves = list(align(mask, params, "the mask", prefix=True))
-        for name, leaf in zip(names, leaves, strict=True):
-            if type(leaf).__name__ not in ("bool", "bool_", "NoneType"):
-                raise TypeError(f"{called('mask', name)} is {leaf!r}; give True (decay) or False")
-        return [bool(leaf) for leaf in leaves]
+        return check_mask(list(align(mask, params, "the mask", prefix=True)), names, owners)
 
 
 def _unzip(tree: Container) -> tuple[list[str], list[Any]]:
