@@ -48,6 +48,8 @@ def export_state(
     named = _named(optimizer, model)
     if hyperparameters is None:
         hyperparameters = _hyperparameters(optimizer, named)
+    if not isinstance(hyperparameters, acprop_core.ACProp):
+        raise TypeError(f"the hyperparameters are a {type(hyperparameters).__name__}; give an acprop_core.ACProp")
     states = {name: optimizer.state[p] for name, (p, _) in named.items() if optimizer.state.get(p)}
     counts = {int(state["step"]): name for name, state in states.items()}
     if len(counts) > 1:
@@ -125,6 +127,8 @@ _Named = dict[str, tuple[Tensor, int | None]]  # the parameter, and which group 
 def _named(optimizer: ACProp, model: Model) -> _Named:
     if not isinstance(optimizer, ACProp):
         raise TypeError(f"the optimizer is a {type(optimizer).__name__}; give an acprop_torch.ACProp")
+    if not isinstance(model, torch.nn.Module | Mapping):
+        raise TypeError(f"the model is a {type(model).__name__}; give a Module, or a mapping of names to parameters")
     groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     pairs = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
     named = {name: (p, groups.pop(p, None)) for name, p in pairs}
