@@ -148,7 +148,8 @@ def test_threads_share_one_transformation() -> None:
 @pytest.mark.parametrize("backend", ENGINES)
 def test_threads_on_one_stepper_wait_for_each_other(backend: str) -> None:
     """Every state that is seen meanwhile is one between two steps."""
-    x, g = np.ones(SIZE), np.linspace(-1.0, 1.0, SIZE)
+    size = 30_000  # so that a step takes a while, in which a state that is read too soon would be seen
+    x, g = np.ones(size), np.linspace(-1.0, 1.0, size)
     serial = Stepper(x.copy(), **HYPER, engine=backend)
     expected = [serial.state]
     for _ in range(80):
