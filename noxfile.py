@@ -11,7 +11,9 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 WITHOUT_TORCH = [
     f"tests/test_{name}.py"
     for name in (
+        "bad_input",
         "checkpoint",
+        "concurrency",
         "containers",
         "mutants",
         "optax",

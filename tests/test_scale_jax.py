@@ -277,6 +277,27 @@ def test_sharding_in_types() -> None:
             assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
 
 
+@needs_eight
+@pytest.mark.promise("bad input", backend="optax")
+def test_arrays_on_two_devices_are_refused_and_nothing_has_changed() -> None:
+    params, grads = data()
+    first, second = jax.devices()[:2]
+    params, state = jax.device_put((params, TRANSFORM.init(params)), first)
+    before = jax.tree.map(np.array, (params, state))
+    for wrong in ("grads", "state", "params"):
+        trees = {"grads": grads, "state": state, "params": params}
+        trees[wrong] = jax.device_put(trees[wrong], second)
+        for update in (TRANSFORM.update, jax.jit(TRANSFORM.update)):
+            with pytest.raises(ValueError, match="incompatible devices"):
+                update(
+                    jax.device_put(trees["grads"], second if wrong == "grads" else first),
+                    trees["state"],
+                    trees["params"],
+                )
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, (params, state)))
+    TRANSFORM.update(grads, state, params)
+
+
 @pytest.mark.skipif(EIGHT, reason="has processes of its own")
 def test_two_processes() -> None:
     with socket.socket() as free:

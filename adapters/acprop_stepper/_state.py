@@ -27,7 +27,10 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
     ------
     ValueError
         If two parameters have one dotted name.
+    TypeError
+        If it is no stepper.
     """
+    _check(stepper)
     state = stepper.state
     kept = (
         {name: to_numpy("moment", name, x) for name, x in by_name(flatten(tree)).items()}
@@ -57,10 +60,11 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     ValueError
         If hyperparameters differ, names are missing or surplus, or shapes differ; nothing has changed then.
     TypeError
-        If dtypes differ; nothing has changed then.
+        If dtypes differ, or an argument is of a wrong type; nothing has changed then.
     RuntimeError
         If called from within a step of this stepper.
     """
+    _check(stepper)
     saved = checked(saved, state)
     chosen = choose(_hyperparameters(stepper), saved, prefer)
     target = stepper._with(saved) if chosen is saved else stepper
@@ -75,6 +79,11 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     target.load_state(State(state.count, *map(unflatten, trees, kept)))
     if target is not stepper:
         stepper._become(target)
+
+
+def _check(stepper: Stepper) -> None:
+    if not isinstance(stepper, Stepper):
+        raise TypeError(f"the stepper is a {type(stepper).__name__}; give an acprop_stepper.Stepper")
 
 
 def _hyperparameters(stepper: Stepper) -> ACProp:

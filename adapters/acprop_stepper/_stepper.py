@@ -94,7 +94,8 @@ class Stepper:
     -----
     A step that has begun is completed whatever interrupts it; the interruption (KeyboardInterrupt, say) is raised when
     parameters, moments and count are those after the step. A step refused or skipped has changed nothing. Threads that
-    step one stepper wait for each other. A pickled or deep-copied stepper steps the parameters copied along with it.
+    step one stepper wait for each other. A pickled or deep-copied stepper steps the parameters copied along with it;
+    let no thread step it meanwhile.
 
     Examples
     --------

@@ -63,6 +63,8 @@ def export_state(
     named = _named(optimizer, model)
     if hyperparameters is None:
         hyperparameters = _hyperparameters(optimizer, named)
+    if not isinstance(hyperparameters, acprop_core.ACProp):
+        raise TypeError(f"the hyperparameters are a {type(hyperparameters).__name__}; give an acprop_core.ACProp")
     states = {name: optimizer.state[p] for name, (p, _) in named.items() if optimizer.state.get(p)}
     counts = {int(state["step"]): name for name, state in states.items()}
     if len(counts) > 1:
@@ -156,6 +158,8 @@ def _named(optimizer: ACProp, model: Model) -> _Named:
             f"the optimizer is a {type(optimizer).__name__}; give an acprop_torch.ACProp. If it wraps one, give a "
             "plain one that has loaded its state_dict"
         )
+    if not isinstance(model, torch.nn.Module | Mapping):
+        raise TypeError(f"the model is a {type(model).__name__}; give a Module, or a mapping of names to parameters")
     groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     pairs = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
     named = {name: (p, groups.pop(p, None)) for name, p in pairs}
