@@ -1,0 +1,94 @@
+"""The promises of docs/reliability.md, and the counts of how often each was tried and held.
+
+A test that holds a promise is marked ``@pytest.mark.promise("its key")``. It counts as one try on one backend, unless
+it says what a try is by putting each into ``with attempt():``. `conftest.py` collects the counts, from the processes of
+pytest-xdist too, and ``pytest --promises=docs/reliability.md`` writes them into the page.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# Key and statement of each promise, in the order of the page.
+PROMISES = {
+    "bad input": "What cannot be used is refused by an exception of the right type that names the leaf or the option, "
+    "and nothing has changed",
+    "concurrency": "Threads, forks and pickles neither lose a step nor mix two",
+}
+
+BEGIN, END = "<!-- promises: begin -->", "<!-- promises: end -->"
+
+
+class Count(NamedTuple):
+    """How often one test tried a promise on one backend, and how often the promise held."""
+
+    promise: str
+    test: str
+    backend: str
+    tried: int
+    held: int
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.tried: Counter[str] = Counter()
+        self.held: Counter[str] = Counter()
+
+
+_now: list[_Tally] = []  # of the test that runs
+
+
+@contextlib.contextmanager
+def attempt(backend: object = "") -> Iterator[None]:
+    """Count what happens within as one try of the test's promise, held unless it raises.
+
+    `backend` is needed only where the test has no parameter of that name.
+    """
+    for tally in _now:
+        tally.tried[str(backend)] += 1
+    yield
+    for tally in _now:
+        tally.held[str(backend)] += 1
+
+
+@contextlib.contextmanager
+def counting(promise: str, test: str, backend: str) -> Iterator[list[Count]]:
+    """Give a list that afterwards holds the counts of the test run within."""
+    tally, counts = _Tally(), list[Count]()
+    passed = False
+    _now.append(tally)
+    try:
+        yield counts
+        passed = True
+    finally:
+        _now.remove(tally)
+        if not tally.tried:
+            tally.tried[""], tally.held[""] = 1, int(passed)
+        elif not passed and tally.tried == tally.held:  # it failed after the last try
+            tally.tried[""] += 1
+        counts += [Count(promise, test, name or backend, n, tally.held[name]) for name, n in tally.tried.items()]
+
+
+def table(counts: Iterable[Count]) -> str:
+    """Return the page's table: a row for each promise, with the tests, the backends, and the sums."""
+    rows = ["| promise | tests | backends | tried | held |", "|---|---|---|---|---|"]
+    counts = list(counts)
+    for promise, statement in PROMISES.items():
+        mine = [c for c in counts if c.promise == promise]
+        tests = ", ".join(f"`{test}`" for test in sorted({c.test for c in mine})) or "–"
+        tried, held = sum(c.tried for c in mine), sum(c.held for c in mine)
+        rows.append(
+            f"| **{promise}**: {statement} | {tests} | {len({c.backend for c in mine})} | {tried:,} | {held:,} |"
+        )
+    return "\n".join(rows)
+
+
+def write(page: Path, text: str) -> None:
+    """Put `text` between the marks of the page."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"{page} lacks {BEGIN} or {END}")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
