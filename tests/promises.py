@@ -13,6 +13,16 @@ from typing import NamedTuple
 
 # Key and statement of each promise, in the order of the page.
 PROMISES = {
+    "first step": "The first step is that of gradient descent, exactly",
+    "sign": "Opposite gradients give opposite updates and the same second moment, exactly",
+    "scale": "With eps = eps_root = 0 a power of two that multiplies all gradients changes no update after the first, "
+    "exactly",
+    "permutation": "An element's steps do not depend on its place, exactly",
+    "split": "The parts of an array step as the whole, exactly",
+    "nesting": "How parameters are nested, named and grouped does not matter, exactly",
+    "resume": "A run that is stopped after any step and taken up by a fresh host goes on as if never stopped, exactly",
+    "clip": "With a clip no element ever moves by more than the learning rate times t^p",
+    "finite": "From finite gradients whose squares are finite, the second moment is never negative and nothing is NaN",
     "bad input": "What cannot be used is refused by an exception of the right type that names the leaf or the option, "
     "and nothing has changed",
     "concurrency": "Threads, forks and pickles neither lose a step nor mix two",
@@ -77,7 +87,7 @@ def table(counts: Iterable[Count]) -> str:
     counts = list(counts)
     for promise, statement in PROMISES.items():
         mine = [c for c in counts if c.promise == promise]
-        tests = ", ".join(f"`{test}`" for test in sorted({c.test for c in mine})) or "–"
+        tests = ", ".join(f"`{test}`" for test in sorted({c.test for c in mine})) or "none"
         tried, held = sum(c.tried for c in mine), sum(c.held for c in mine)
         rows.append(
             f"| **{promise}**: {statement} | {tests} | {len({c.backend for c in mine})} | {tried:,} | {held:,} |"
