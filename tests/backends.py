@@ -208,7 +208,8 @@ def dask(case: Case) -> Trajectory:
 
     return _functional(
         case,
-        lambda x: da.from_array(x, chunks=2),
+        # a few chunks along every axis
+        lambda x: da.from_array(x, chunks=tuple(max(2, -(-n // 4)) for n in x.shape)),
         lambda x: np.array(x.compute(scheduler="synchronous") if hasattr(x, "compute") else x),
         wrap=lazy,
     )

@@ -23,6 +23,19 @@ PROMISES = {
     "resume": "A run that is stopped after any step and taken up by a fresh host goes on as if never stopped, exactly",
     "clip": "With a clip no element ever moves by more than the learning rate times t^p",
     "finite": "From finite gradients whose squares are finite, the second moment is never negative and nothing is NaN",
+    "magnitudes": "Gradients from the smallest normal number to half the root of the largest, alike or alternating, "
+    "with b1 = 0, b2 = 0 or b2 = 1 - 2^-53, agree with the equations to the published bounds",
+    "denormals": "Gradients below the smallest normal number count for what they are; in XLA, on a CPU, for 0",
+    "signed zero": "A gradient of 0 or -0 moves nothing, and 0 / 0 never appears, also with eps = eps_root = 0",
+    "nothing to divide by": "Where s = 0 and eps = 0, a gradient is divided by the smallest normal number",
+    "constant gradient": "Where m has become g, the residual is 0 exactly for as long as g stays",
+    "many steps done": "After 2^24 - 1 and 2^31 - 1 steps the update is that of the equations, for every kind of count",
+    "empty and 0-d": "Arrays without elements or without axes step as others do",
+    "rate of zero": "A learning rate of 0 moves nothing, exactly, and the moments go on",
+    "isolation": "A gradient that is not finite, or whose square is not, spoils its own element and no other, exactly",
+    "not finite": "The guard that each host has or needs keeps out gradients that are not finite; parameters, moments and "
+    "count stay as they were",
+    "soak": "In a long run neither memory grows nor do the moments drift from those in float64",
     "bad input": "What cannot be used is refused by an exception of the right type that names the leaf or the option, "
     "and nothing has changed",
     "concurrency": "Threads, forks and pickles neither lose a step nor mix two",
