@@ -33,9 +33,11 @@ PROMISES = {
     "empty and 0-d": "Arrays without elements or without axes step as others do",
     "rate of zero": "A learning rate of 0 moves nothing, exactly, and the moments go on",
     "isolation": "A gradient that is not finite, or whose square is not, spoils its own element and no other, exactly",
-    "not finite": "The guard that each host has or needs keeps out gradients that are not finite; parameters, moments and "
-    "count stay as they were",
+    "not finite": "The guard that each host has or needs keeps out gradients that are not finite; parameters, moments "
+    "and count stay as they were",
     "soak": "In a long run neither memory grows nor do the moments drift from those in float64",
+    "supply chain": "The wheel holds the four packages and asks for array-api-compat alone; nothing in it pickles, "
+    "evaluates text, starts a process or opens a connection",
     "bad input": "What cannot be used is refused by an exception of the right type that names the leaf or the option, "
     "and nothing has changed",
     "concurrency": "Threads, forks and pickles neither lose a step nor mix two",

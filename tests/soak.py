@@ -8,6 +8,8 @@ Moments and updates are compared with those of the functional core in float64.
 """
 
 import argparse
+import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ SIZE, CHUNK = 37, 1000
 
 # In machine epsilons of float32, as in agreement.py, but after any number of steps: an average of n = 1/(1 - b2)
 # numbers collects the roundings of the last n steps, and more steps do not add to it. Twice what was measured, at most.
-DRIFT = {"update": 20.0, "mu": 4.0, "nu": 40.0}
+DRIFT = {"update": 11.0, "mu": 4.0, "nu": 130.0}
 GROWTH = 1.0  # bytes a step, over 100,000 steps and more: no object of Python is as small
 
 
@@ -170,18 +172,18 @@ def inductor() -> Advance:
     return without_numba
 
 
-def stepper(engine: str, **options: Any) -> Callable[[], Advance]:
+def stepper(engine: str, dtype: Any = np.float32, **options: Any) -> Callable[[], Advance]:
     def make() -> Advance:
         import acprop_stepper
 
-        x = np.zeros(SIZE, np.float32)
+        x = np.zeros(SIZE, dtype)
         host = acprop_stepper.Stepper(x, **HYPER, engine=engine, **options)
 
         def advance(grads: np.ndarray) -> Look:
             for i, g in enumerate(grads):
                 if i + 1 == len(grads):
                     x[...] = 0.0
-                host.step(g.copy())
+                host.step(g.astype(dtype))
             state = host.state
             return Look(x.copy(), np.array(state.mu), np.array(state.nu), state.count)
 
@@ -190,8 +192,8 @@ def stepper(engine: str, **options: Any) -> Callable[[], Advance]:
     return make
 
 
-# Each with the part of the steps that it does: array-api-strict checks for longer than it computes. Dask is not here: it
-# schedules a step for tens of milliseconds, and keeps memory of every operation, also where nothing of ours runs.
+# Each with the part of the steps that it does: array-api-strict checks for longer than it computes. Dask is not here:
+# it schedules a step for tens of milliseconds, and keeps memory of every operation, also where nothing of ours runs.
 HOSTS: dict[str, tuple[Callable[[], Advance], float]] = {
     "NumPy": (numpy, 1.0),
     "PyTorch": (torch, 1.0),
@@ -217,6 +219,22 @@ def gradients() -> Iterator[np.ndarray]:
         yield (scale * rng.normal(size=(CHUNK, SIZE))).astype(np.float32)
 
 
+_looks: list[Look] = []
+
+
+def reference(chunks: int) -> list[Look]:
+    """Return what the functional core holds in float64 after each chunk: the stepper has its bits, and is faster."""
+    advance = _exact()
+    for grads in itertools.islice(gradients(), len(_looks), chunks):
+        _looks.append(advance(grads))
+    return _looks[:chunks]
+
+
+@functools.cache
+def _exact() -> Advance:
+    return stepper("tiles", np.float64)()
+
+
 def memory() -> int:
     """Return the bytes that the process has in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -234,17 +252,17 @@ class Report(NamedTuple):
 
 def soak(make: Callable[[], Advance], steps: int) -> Report:
     """Step a host so many times."""
-    advance, reference = make(), functional(lambda x: np.array(x, np.float64))
+    advance = make()
     chunks = max(5, steps // CHUNK)
     largest = {"update": 0.0, "mu": 0.0}
     drift = dict.fromkeys(DRIFT, 0.0)
     sizes = np.zeros((chunks, 2))
     seconds = 0.0
-    for chunk, grads in zip(range(chunks), gradients(), strict=False):
+    looks = reference(chunks)  # before memory is looked at
+    for chunk, (grads, exact) in enumerate(zip(gradients(), looks, strict=False)):
         start = time.perf_counter()
         got = advance(grads)
         seconds += time.perf_counter() - start
-        exact = reference(grads)
         assert got.count == exact.count == (chunk + 1) * CHUNK
         for name, error in drift.items():
             x, y = getattr(got, name).astype(np.float64), getattr(exact, name)
