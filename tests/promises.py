@@ -19,6 +19,7 @@ PROMISES = {
     "exactly",
     "permutation": "An element's steps do not depend on its place, exactly",
     "split": "The parts of an array step as the whole, exactly",
+    "vmap": "A step under vmap is that of a loop, exactly (JAX, optax, PyTorch)",
     "nesting": "How parameters are nested, named and grouped does not matter, exactly",
     "resume": "A run that is stopped after any step and taken up by a fresh host goes on as if never stopped, exactly",
     "clip": "With a clip no element ever moves by more than the learning rate times t^p",

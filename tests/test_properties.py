@@ -3,6 +3,7 @@
 The parameters of these cases are zeros before every step, so that each parameter afterwards is the update itself.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from acprop_core import ACProp
 from backends import Backend, on_every_backend
 from cases import DTYPES, Hyper, prescribed
 from promises import attempt
@@ -246,3 +248,43 @@ def test_the_first_step_is_that_of_gradient_descent(backend: Backend) -> None:
         expected = (arithmetic(-hyper["learning_rate"]) * g).astype(grads.dtype)
         update = steps_of(backend, hyper, {"w": grads})["w"].update
         np.testing.assert_array_equal(update.astype(np.float64), expected.astype(np.float64))
+
+
+@pytest.mark.promise("vmap")
+@pytest.mark.parametrize("backend", ["jax", "optax", "torch"])
+def test_vmap_is_a_loop(backend: str) -> None:
+    # The namespaces that have a vmap; of the others, test_the_parts_of_an_array_step_as_the_whole says the same.
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    grads = np.random.default_rng(0).normal(size=(6, 5, 7)).astype(np.float32)
+    hyper: Hyper = {"learning_rate": 0.1, "clip_exponent": 0.25}
+    if backend == "torch":
+        import torch
+
+        vmap, asarray = torch.func.vmap, torch.from_numpy
+    else:
+        import jax
+
+        vmap, asarray = jax.vmap, jax.numpy.asarray
+    if backend == "optax":
+        import acprop_optax
+
+        init, update = acprop_optax.acprop(**hyper)
+    else:
+        init, update = ACProp(**hyper).init, ACProp(**hyper).update
+
+    def run(gs: Any) -> Any:
+        params = gs[0] * 0.0
+        state = init(params)
+        steps = []
+        for g in gs:
+            updates, state = update(g, state, params)
+            steps.append(updates)
+        return tuple(steps)
+
+    together = vmap(run, 1)(asarray(grads))
+    for i in range(5):
+        alone = run(asarray(grads[:, i].copy()))
+        for x, y in zip(together, alone, strict=True):
+            with attempt():
+                np.testing.assert_array_equal(np.asarray(x[i]), np.asarray(y))

@@ -45,7 +45,6 @@ def test_a_failure_is_counted_once(tries: int, within: bool) -> None:
         with attempt() if within else contextlib.nullcontext():
             raise AssertionError
 
-    counts: list[Count] = []
     with contextlib.suppress(AssertionError), counting("clip", "test.py::test", "NumPy") as counts:
         fail()
     assert counts == [Count("clip", "test.py::test", "NumPy", tries + 1, tries)]
