@@ -118,7 +118,7 @@ def test_a_second_moment_of_zero_without_eps(backend: Backend, clip: float | Non
 def test_equal_gradients_leave_no_residual(backend: Backend, eps_root: float) -> None:
     # Once m is g, every difference in the rule is 0 exactly, for as long as g stays: s decays to what eps_root holds.
     g = np.array([1.0, -0.3, 1e-3, 12345.678], np.float32)
-    steps, b2 = 200, 0.5
+    steps, b2 = 40 if backend is Backend.DASK else 200, 0.5  # which takes its time for each
     hyper = {"learning_rate": 1.0, "b2": b2, "eps_root": eps_root, "clip_exponent": 0.25}
     start = 1000, {"w": g}, {"w": np.ones_like(g)}
     got = backend.run(prescribed(hyper, {"w": np.broadcast_to(g, (steps, g.size)).copy()}, start=start))
