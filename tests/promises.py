@@ -13,6 +13,32 @@ from typing import NamedTuple
 
 # Key and statement of each promise, in the order of the page.
 PROMISES = {
+    "first step": "The first step is that of gradient descent, exactly",
+    "sign": "Opposite gradients give opposite updates and the same second moment, exactly",
+    "scale": "With eps = eps_root = 0 a power of two that multiplies all gradients changes no update after the first, "
+    "exactly",
+    "permutation": "An element's steps do not depend on its place, exactly",
+    "split": "The parts of an array step as the whole, exactly",
+    "vmap": "A step under vmap is that of a loop, exactly (JAX, optax, PyTorch)",
+    "nesting": "How parameters are nested, named and grouped does not matter, exactly",
+    "resume": "A run that is stopped after any step and taken up by a fresh host goes on as if never stopped, exactly",
+    "clip": "With a clip no element ever moves by more than the learning rate times t^p",
+    "finite": "From finite gradients whose squares are finite, the second moment is never negative and nothing is NaN",
+    "magnitudes": "Gradients from the smallest normal number to half the root of the largest, alike or alternating, "
+    "with b1 = 0, b2 = 0 or b2 = 1 - 2^-53, agree with the equations to the published bounds",
+    "denormals": "Gradients below the smallest normal number count for what they are; in XLA, on a CPU, for 0",
+    "signed zero": "A gradient of 0 or -0 moves nothing, and 0 / 0 never appears, also with eps = eps_root = 0",
+    "nothing to divide by": "Where s = 0 and eps = 0, a gradient is divided by the smallest normal number",
+    "constant gradient": "Where m has become g, the residual is 0 exactly for as long as g stays",
+    "many steps done": "After 2^24 - 1 and 2^31 - 1 steps the update is that of the equations, for every kind of count",
+    "empty and 0-d": "Arrays without elements or without axes step as others do",
+    "rate of zero": "A learning rate of 0 moves nothing, exactly, and the moments go on",
+    "isolation": "A gradient that is not finite, or whose square is not, spoils its own element and no other, exactly",
+    "not finite": "The guard that each host has or needs keeps out gradients that are not finite; parameters, moments "
+    "and count stay as they were",
+    "soak": "In a long run neither memory grows nor do the moments drift from those in float64",
+    "supply chain": "The wheel holds the four packages and asks for array-api-compat alone; nothing in it pickles, "
+    "evaluates text, starts a process or opens a connection",
     "bad input": "What cannot be used is refused by an exception of the right type that names the leaf or the option, "
     "and nothing has changed",
     "concurrency": "Threads, forks and pickles neither lose a step nor mix two",
@@ -77,7 +103,7 @@ def table(counts: Iterable[Count]) -> str:
     counts = list(counts)
     for promise, statement in PROMISES.items():
         mine = [c for c in counts if c.promise == promise]
-        tests = ", ".join(f"`{test}`" for test in sorted({c.test for c in mine})) or "–"
+        tests = ", ".join(f"`{test}`" for test in sorted({c.test for c in mine})) or "none"
         tried, held = sum(c.tried for c in mine), sum(c.held for c in mine)
         rows.append(
             f"| **{promise}**: {statement} | {tests} | {len({c.backend for c in mine})} | {tried:,} | {held:,} |"
