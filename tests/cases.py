@@ -35,9 +35,7 @@ class Case:
     stream: str = "noise"
     steps: int = 15
     random: bool = False
-    start: tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]] | None = (
-        None  # count, mu, nu; None for the first step
-    )
+    start: tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]] | None = None  # count, mu, nu before the first step
 
     def __str__(self) -> str:
         return self.name

@@ -24,6 +24,7 @@ from acprop_core._step import compensated
 from backends import _from_torch, _to_torch
 from cases import DTYPES, Case
 
+pytestmark = pytest.mark.promise("compensation")
 SIXTEEN_BITS = ["bfloat16", "float16"]
 HYPER = {
     "learning_rate": 1e-4,
