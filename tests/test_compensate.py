@@ -22,7 +22,7 @@ import acprop_torch
 from acprop_core import ACProp, State, _rule
 from acprop_core._step import compensated
 from backends import _from_torch, _to_torch
-from cases import DTYPES, Case
+from cases import DTYPES, Case, prescribed
 
 pytestmark = pytest.mark.promise("compensation")
 SIXTEEN_BITS = ["bfloat16", "float16"]
@@ -241,11 +241,12 @@ def test_a_compiled_step_rounds_where_the_rule_does() -> None:
     assert (carry.double() - other.double()).abs().max() <= 2.0**-15
 
 
-CASE = Case(
-    "handed-over",
+CASE = prescribed(
     {"learning_rate": 1e-3, "clip_exponent": 0.25, "compensate": True},
-    {"w": ("bfloat16", (2, 3)), "h": ("float16", (3,)), "s": ("float32", ())},
-    steps=40,
+    {
+        name: np.random.default_rng(0).normal(size=(40, *shape)).astype(DTYPES[dtype])
+        for name, dtype, shape in (("w", "bfloat16", (2, 3)), ("h", "float16", (3,)), ("s", "float32", ()))
+    },
 )
 
 

@@ -58,9 +58,9 @@ def test_what_of_the_engine_needs_no_device() -> None:
     large, strided = device_array(np.float32, (100,), 512), device_array(np.float32, (4, 4), 448).T
     params = [*small, large, strided]
     moments = [device_array(np.float32, (128,)) for _ in range(2)]
-    buffer = engines.Buffer(range(5), params, *moments, False, cupy)
+    buffer = engines.Buffer(range(5), params, *moments, None, False, cupy)
     assert engines.Cupy.fits(buffer)
-    assert not engines.Cupy.fits(engines.Buffer([0], [device_array(np.float16)], *moments, False, cupy))
+    assert not engines.Cupy.fits(engines.Buffer([0], [device_array(np.float16)], *moments, None, False, cupy))
     tiles = engines.tiles_of(buffer, 100, 50)
     assert [(tile.first, tile.last, tile.start, tile.stop) for tile in tiles] == [
         (0, 3, 0, 12),

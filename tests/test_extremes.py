@@ -153,7 +153,7 @@ def test_after_two_billion_steps(backend: Backend, count: int) -> None:
         expected = -np.clip(g[0].astype(np.float32) / np.sqrt(s_hat), -limit, limit)
         with attempt():
             np.testing.assert_allclose(got[0]["w"].param, expected, rtol=4 * 2.0**-23)
-            assert all(np.all(np.isfinite(x)) for step in got for x in step["w"][1:])
+            assert all(np.all(np.isfinite(x)) for step in got for x in step["w"][1:4])
 
 
 @pytest.mark.promise("empty and 0-d")
@@ -177,7 +177,7 @@ def test_arrays_without_elements_and_without_axes(backend: Backend) -> None:
         for step in backend.run(prescribed({"clip_exponent": 0.25}, grads)):
             with attempt():
                 for name, shape in shapes.items():
-                    for x, y in zip(step[name][1:], step["one"][1:], strict=True):
+                    for x, y in zip(step[name][1:4], step["one"][1:4], strict=True):
                         assert x.shape == shape
                         assert x.dtype == y.dtype
                         np.testing.assert_array_max_ulp(x, np.broadcast_to(y[0], shape), ulps)
@@ -215,7 +215,7 @@ def test_what_is_not_finite_spoils_its_own_element_and_no_other(
     with np.errstate(over="ignore", invalid="ignore"):
         got = backend.run(prescribed(hyper, {"w": poisoned, "v": good}))
     for step in got:
-        for x, y in zip(step["w"][1:], step["v"][1:], strict=True):
+        for x, y in zip(step["w"][1:4], step["v"][1:4], strict=True):
             np.testing.assert_array_equal(x[others], y[others])
     # and what becomes of that one, as docs/reliability.md has it
     update, s = np.stack([step["w"].param[7] for step in got]), np.stack([step["w"].nu[7] for step in got])

@@ -22,7 +22,7 @@ def python(code: str) -> str:
 
 def test_public_names() -> None:
     assert acprop_core.__all__ == ["ACProp", "State", "load", "save"]
-    assert acprop_optax.__all__ == ["acprop", "export_state", "import_state", "scale_by_acprop"]
+    assert acprop_optax.__all__ == ["CarryState", "acprop", "export_state", "import_state", "scale_by_acprop"]
     assert acprop_torch.__all__ == ["ACProp", "export_state", "import_state"]
     assert acprop_stepper.__all__ == ["StepRecord", "Stepper", "export_state", "import_state"]
 
