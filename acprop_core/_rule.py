@@ -40,11 +40,12 @@ NUMBERS = ("scale", "offset", "eps", "limit", "weight1", "weight2", "eps_root", 
 
 
 class Format(NamedTuple):
-    """A 16-bit format of numbers."""
+    """A 16-bit format of numbers; all but `rounded` in the dtype in which the rule runs."""
 
-    rounded: Callable[[Array], Array]  # to this format, and back to the dtype in which the rule runs
-    unit: float  # half its machine epsilon
-    floor: float  # the last place of a carry is that for a parameter of twice this, at least
+    rounded: Callable[[Array], Array]  # to this format, and back
+    significand: float  # 2**p for p significant bits
+    above: float  # times this, rounded, any number becomes the next larger one
+    floor: float  # so that the last place of a carry is never less than the format has, or is flushed to zero
 
 
 def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
@@ -87,18 +88,18 @@ def compensated(
 ) -> tuple[Array, Array]:
     """Return (v_t, c_t): what to add to a 16-bit parameter x_{t-1} for an update u_t, and what is then missing.
 
-    x_t = x_{t-1} + v_t is x_{t-1} + c_{t-1} + u_t rounded to 16 bits, and the carry c_t what the rounding took: the
-    compensated summation of Kahan 1965 (doi:10.1145/363707.363723). v_t is itself a number of 16 bits.
-
-    An update below half the last place of the *carry* would be lost in its turn, and alike at every step. So the carry
-    is rounded up as often as down: in units of the last place that it has where it is largest, `k.dither` is added.
+    x_t, what adding v_t in 16 bits gives, is next to x_{t-1} + c_{t-1} + u_t; the carry c_t is the difference. This is
+    the compensated summation of Kahan 1965 (doi:10.1145/363707.363723), with one thing added: an update below half the
+    last place of the *carry* would be lost in its turn, and alike at every step. So the carry is rounded up as often as
+    down: to whole multiples of the last place that it has where it is largest, after `k.dither` of such a place.
     """
     wanted = carry + update
     v = low.rounded(low.rounded(param + wanted) - param)
     new = low.rounded(param + v)
     lost = wanted - (new - param)
-    half = low.rounded(0.5 * xp.abs(new) + low.floor)  # so that the next larger number does not overflow
-    place = low.unit * (low.rounded((1.0 + 1.01 * low.unit) * half) - half)
+    # half the parameter, lest the next larger number overflows; where almost nothing is left of it, the carry itself
+    half = low.rounded(xp.maximum(0.5 * xp.abs(new), xp.abs(lost)) + low.floor)
+    place = (low.rounded(low.above * half) - half) / low.significand
     return v, place * xp.round(lost / place + k.dither)
 
 
@@ -200,14 +201,16 @@ def _limit(exponent: float | None, count: Any, xp: Any) -> Any:
 
 
 def _dither(count: Any, xp: Any) -> Any:
-    # Multiples of the golden ratio, of which any few that follow each other are spread evenly; here as a fraction, so
-    # that a count on a device gives the very same numbers.
+    # Multiples of the golden ratio, of which any few that follow each other are spread evenly: 4096 of them, and
+    # between these, from their middle on, 256, a new one each time round. In integers, and in no more bits than float32
+    # has, so that a count on a device gives the very same.
     if not isinstance(count, int):
         count = xp.astype(count, xp.int32)
-    turn = count % 4096 * 2531 % 4096
+    coarse = count % 4096 * 2531 % 4096
+    fine = (count // 4096 % 256 * 159 + 128) % 256
     if not isinstance(count, int):
-        turn = xp.astype(turn, _widest_float(xp))
-    return (turn + 0.5) / 4096.0 - 0.5
+        coarse, fine = (xp.astype(n, _widest_float(xp)) for n in (coarse, fine))
+    return (coarse + (fine + 0.5) / 256.0) / 4096.0 - 0.5
 
 
 def _widest_float(xp: Any) -> Any:

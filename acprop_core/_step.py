@@ -75,13 +75,22 @@ class Step:
 def compensated(update: Array, param: Array, carry: Array, k: _rule.Coefficients, xp: Any) -> tuple[Array, Array]:
     """Return what to add to a 16-bit parameter, and its next carry, both in its dtype, for an update in a wider one."""
     wide, own = update.dtype, param.dtype
-    low = _rule.Format(lambda x: as_dtype(as_dtype(x, own, xp), wide, xp), *_SIXTEEN_BITS[dtype_name(own)])
+    bits, floor = _SIGNIFICANT_BITS_AND_FLOOR[dtype_name(own)]
+    significand = 2.0**bits
+    low = _rule.Format(
+        rounded=lambda x: as_dtype(as_dtype(x, own, xp), wide, xp),
+        significand=significand,
+        above=1.0 + 1.01 / significand,  # a little more than half a last place for the smallest significand
+        floor=floor,
+    )
     results = _rule.compensated(update, as_dtype(param, wide, xp), as_dtype(carry, wide, xp), k, low, xp)
     added, carry = (restore(x, param, xp) for x in results)
     return added, carry
 
 
-_SIXTEEN_BITS = {"float16": (2.0**-11, 2.0**-3), "bfloat16": (2.0**-8, 2.0**-110)}
+# Half the smallest parameters whose carry has a last place of its own: below, it is 2**-24, the smallest number, in
+# float16; and in bfloat16 2**-125, since XLA flushes what is less than 2**-126 to zero.
+_SIGNIFICANT_BITS_AND_FLOOR = {"float16": (11, 2.0**-3), "bfloat16": (8, 2.0**-110)}
 _SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
 

@@ -204,8 +204,9 @@ class TileTask:
         """Return whether parameters and moments would be finite after the step."""
         buffer = self._buffer
         with self._place(), np.errstate(all="ignore"):
-            param, mu, nu, _ = self.compute()
-            kept = ((param, buffer.params[0]), (mu, buffer.mu), (nu, buffer.nu))
+            param, mu, nu, carry = self.compute()
+            kept = [(param, buffer.params[0]), (mu, buffer.mu), (nu, buffer.nu)]
+            kept += [] if carry is None else [(carry, carry)]
             return all(bool(buffer.xp.isfinite(x.astype(y.dtype, copy=False)).all()) for x, y in kept)
 
     @property

@@ -54,6 +54,10 @@ def abs(x: TensorList) -> TensorList:
     return TensorList(torch._foreach_abs(x.tensors))
 
 
+def maximum(x: TensorList, y: TensorList) -> TensorList:
+    return TensorList(torch._foreach_maximum(x.tensors, y.tensors))
+
+
 def round(x: TensorList) -> TensorList:
     return TensorList(torch._foreach_round(x.tensors))
 
