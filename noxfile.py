@@ -30,7 +30,6 @@ WITHOUT_TORCH = [
         "supply_chain",
     )
 ]
-TOOLS = {"pip", "setuptools", "wheel"}  # what virtualenv brings
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from array_api_compat import array_namespace, is_jax_array, is_numpy_array
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
+SIXTEEN_BITS = ("float16", "bfloat16")
+FLOATS = (*SIXTEEN_BITS, "float32", "float64")
 REAL_OF = {"complex64": "float32", "complex128": "float64"}
 COMPLEX_OF = {real: name for name, real in REAL_OF.items()}
 
@@ -142,7 +143,7 @@ def check_leaves(groups: dict[str, list[Any]], names: Sequence[str]) -> None:
 
 def is_compensated(param: Any) -> bool:
     """Return whether `compensate` keeps a carry for this parameter: one of 16 bits."""
-    return param is not None and dtype_name(param.dtype) in ("float16", "bfloat16")
+    return param is not None and dtype_name(param.dtype) in SIXTEEN_BITS
 
 
 def check_compensation(compensate: bool, carry: Any) -> None:

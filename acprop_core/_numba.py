@@ -112,7 +112,7 @@ def step(params: Any, grads: Any, ends: Any, mu: Any, nu: Any, k: Any, decay: bo
 
 def scalars_of(k: _rule.Coefficients, dtype: Any) -> _rule.Coefficients:
     """Return `k` for `step`: scalars of `dtype`, so that nothing is computed wider; an infinite limit for none."""
-    k = k._replace(limit=np.inf if k.limit is None else k.limit, dither=0.0)
+    k = k._replace(limit=np.inf if k.limit is None else k.limit, dither=0.0)  # of 16 bits nothing comes here
     return _rule.Coefficients(*(dtype.type(x) if isinstance(x, float) else x for x in k))
 
 

@@ -12,6 +12,7 @@ from acprop_core._checks import (
     COMPLEX_OF,
     FLOATS,
     REAL_OF,
+    SIXTEEN_BITS,
     check_carries,
     check_compensation,
     check_count,
@@ -109,7 +110,8 @@ class ACProp:
     compensate : bool
         Keep what rounding takes from float16 and bfloat16 parameters, and give it back as soon as it is enough to
         change them: an array of the parameter's dtype in the state. Updates smaller than half the last place of a
-        parameter are otherwise lost. No effect on other parameters.
+        parameter are otherwise lost. Parameter and carry together step as the equations say. No effect on other
+        parameters.
 
     Raises
     ------
@@ -235,8 +237,8 @@ class ACProp:
         Returns
         -------
         updates : container of arrays
-            In the dtypes of the parameters (of the gradients, where `params` is None). With `compensate` the sum of a
-            16-bit parameter and its update is a number of that dtype: whoever adds them rounds nothing away.
+            In the dtypes of the parameters (of the gradients, where `params` is None). With `compensate` they are to be
+            added in these dtypes, as `apply` does: the carry is what that addition leaves over.
         state : State
             The moments keep their dtypes, and `count` its kind: an int, or a 0-d array, which stops at the largest
             value of its dtype.
@@ -345,7 +347,7 @@ class ACProp:
 
     def _moment_dtypes(self, dtype: Any, xp: Any) -> tuple[Any, Any]:
         kind = dtype_name(dtype)
-        real = self.moment_dtype or {"float16": "float32", "bfloat16": "float32"}.get(kind) or REAL_OF.get(kind, kind)
+        real = self.moment_dtype or ("float32" if kind in SIXTEEN_BITS else REAL_OF.get(kind, kind))
         mu = COMPLEX_OF.get(real) if kind in REAL_OF else real
         if mu is None or not hasattr(xp, mu):
             raise TypeError(

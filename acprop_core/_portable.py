@@ -87,9 +87,11 @@ def checked(saved: ACProp, state: State) -> ACProp:
             f"to import are a {type(saved).__name__} and a {type(state).__name__}; give the acprop_core.ACProp and the "
             "State that load or export_state returned"
         )
-    if not all(isinstance(tree, dict) for tree in (state.mu, state.nu, state.carry or {})):
+    trees = {"first moment": state.mu, "second moment": state.nu}
+    trees |= {} if state.carry is None else {"carry": state.carry}
+    if not all(isinstance(tree, dict) for tree in trees.values()):
         raise TypeError("the saved moments are no dicts by name; give the State that load or export_state returned")
-    for what, tree in (("first moment", state.mu), ("second moment", state.nu)):
+    for what, tree in trees.items():
         for name, x in tree.items():
             if x is not None and not (hasattr(x, "shape") and hasattr(x, "dtype")):
                 raise TypeError(f"{called(what, str(name))} is a {type(x).__name__} ({x!r:.40}); give an array")
@@ -178,8 +180,8 @@ def arrange(saved: State, names: Sequence[str], like: State) -> list[tuple[Any, 
                 )
             if dtype_name(x.dtype) != dtype_name(mine.dtype):
                 raise TypeError(
-                    f"{called(what, name)} has dtype {x.dtype}, here it is {dtype_name(mine.dtype)}; set moment_dtype, "
-                    "or convert it by transform="
+                    f"{called(what, name)} has dtype {x.dtype}, here it is {dtype_name(mine.dtype)}; "
+                    f"{'' if what == 'carry' else 'set moment_dtype, or '}convert it by transform="
                 )
     return rows
 

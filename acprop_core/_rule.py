@@ -202,11 +202,11 @@ def _limit(exponent: float | None, count: Any, xp: Any) -> Any:
 
 def _dither(count: Any, xp: Any) -> Any:
     # Multiples of the golden ratio, of which any few that follow each other are spread evenly: 4096 of them, and
-    # between these, from their middle on, 256, a new one each time round. In integers, and in no more bits than float32
-    # has, so that a count on a device gives the very same.
+    # between these 256, a new one each time round; both from the middle on, so that a count that stops at 2**24, as one
+    # in float32 does, stops at nearly 0. In integers, and in no more bits than float32 has: the same on any device.
     if not isinstance(count, int):
         count = xp.astype(count, xp.int32)
-    coarse = count % 4096 * 2531 % 4096
+    coarse = (count % 4096 * 2531 + 2048) % 4096
     fine = (count // 4096 % 256 * 159 + 128) % 256
     if not isinstance(count, int):
         coarse, fine = (xp.astype(n, _widest_float(xp)) for n in (coarse, fine))

@@ -289,7 +289,9 @@ def main() -> None:
         drift = " | ".join(f"{x:.1f}" for x in report.drift.values())
         print(f"| {name} | {report.steps:,} | {report.slope:+.3f} | {drift} |", flush=True)
         print(f"{name}: {report.seconds:.0f} s, {report.blocks:+.5f} blocks a step", file=sys.stderr, flush=True)
-        failed |= any(x > DRIFT[q] for q, x in report.drift.items()) or (report.slope > 1.0 and report.steps >= 10**5)
+        failed |= any(x > DRIFT[q] for q, x in report.drift.items()) or (
+            report.slope > GROWTH and report.steps >= 10**5
+        )
     sys.exit(failed)
 
 

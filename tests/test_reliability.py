@@ -18,8 +18,11 @@ def test_the_page_has_the_promises_and_names_tests_that_hold_them() -> None:
     assert [row[0] for row in rows] == [f"**{key}**: {statement}" for key, statement in PROMISES.items()], (
         "run nox -s reliability"
     )
+    marked = {f"{file.name}" for file in TESTS.glob("test_*.py") if "mark.promise(" in file.read_text()}
     for _, tests, _, tried, held in rows:
         assert tried == held
+        assert int(tried.replace(",", "")) > 0, "run nox -s reliability"
+        assert {*re.findall(r"`(\w+\.py)::", tests)} <= marked
         for file, name in re.findall(r"`(\w+\.py)::(\w+)`", tests):
             assert f"def {name}(" in (TESTS / file).read_text(), f"{file}::{name}; run nox -s reliability"
 

@@ -1,6 +1,5 @@
 """The page docs/scale.md: its tables are what its script prints, and the sizes in them those of the real states."""
 
-import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -106,12 +105,8 @@ def test_a_state_has_the_size_in_the_tables(count: Callable[[str], float], dtype
     assert count(dtype) / SIZE == STATE[name]
 
 
-@pytest.mark.skipif(
-    "compensate" not in {field.name for field in dataclasses.fields(acprop_core.ACProp)},
-    reason="this version has no compensate",
-)
 def test_a_compensated_state_has_the_size_in_the_tables() -> None:
-    optimizer = acprop_core.ACProp(**{"compensate": True})
+    optimizer = acprop_core.ACProp(compensate=True)
     leaves = jax.tree.leaves(tuple(optimizer.init(jnp.ones(SIZE, "bfloat16"))))
     assert sum(x.nbytes for x in leaves if getattr(x, "ndim", 0)) / SIZE == STATE[COMPENSATED]
 
@@ -121,6 +116,11 @@ def test_a_compensated_state_has_the_size_in_the_tables() -> None:
     [
         ("`acprop_optax.acprop`, compiled, float32", acprop_optax.acprop(1e-3, clip_exponent=0.25), "float32"),
         ("`acprop_optax.acprop`, compiled, bfloat16", acprop_optax.acprop(1e-3, clip_exponent=0.25), "bfloat16"),
+        (
+            "`acprop_optax.acprop`, compiled, bfloat16, `compensate=True`",
+            acprop_optax.acprop(1e-3, clip_exponent=0.25, compensate=True),
+            "bfloat16",
+        ),
         ("`optax.adamw`, compiled, float32", optax.adamw(1e-3), "float32"),
         ("`optax.adamw`, compiled, bfloat16", optax.adamw(1e-3), "bfloat16"),
     ],

@@ -98,8 +98,8 @@ def acprop(
         state = chain.init(params)
         if not compensate:
             return state
-        carry = jax.tree.map(lambda x: jnp.zeros_like(x) if is_compensated(jnp.asarray(x)) else None, params)
-        return (*state, CarryState(carry))
+        _, leaves, tree = _flatten("parameter", params)  # which may be abstract
+        return (*state, CarryState(tree.unflatten([jnp.zeros_like(x) if is_compensated(x) else None for x in leaves])))
 
     def update(
         grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any

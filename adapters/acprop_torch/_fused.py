@@ -32,7 +32,6 @@ from acprop_torch._steps import (
     numbers_of_each,
     on_a_cpu,
     transposed,
-    unequal,
 )
 
 _MIN_PER_THREAD = 2**21  # elements: fewer are not worth a thread
@@ -78,6 +77,7 @@ def _by_device(lists: Row, steps: list[Tensor]) -> Iterator[tuple[torch.device, 
 def _on_accelerator(
     lists: Row, steps: list[Tensor], options: Options, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
+    check_shapes(lists)
     # Nothing is read here: that would wait for all that is under way.
     skip = None if found_inf is None else found_inf.squeeze() != 0
     k = as_tensors(options.at(torch.stack(steps)))
@@ -173,8 +173,7 @@ def _memory_of(lists: Row, known: dict[str, Any]) -> Memory | None:
     if not _is_plain(lists):
         return None
     addresses, sizes = ask(Tensor.data_ptr, *lists[:4]), ask(Tensor.numel, *lists[:4])
-    if wrong := np.flatnonzero((sizes != sizes[0]).any(axis=0)).tolist():
-        raise unequal(Row._make(column[wrong[0]] for column in lists))
+    check_shapes(lists)
     memory = Memory(np.dtype(str(dtype).removeprefix("torch.")), addresses, sizes[0])
     known.update(lasting=lasting, memory=memory, dtype=dtype)
     return memory

@@ -207,7 +207,7 @@ class ACProp(torch.optim.Optimizer):
                 ready.append((group, lists, steps))
         if not torch.compiler.is_compiling():
             for group, lists, _ in ready:
-                if not group["fused"] or len(ready) > 1:  # alone, the fused step sees it before it begins
+                if not group["fused"] or len(ready) > 1:  # alone, the fused step asks before it begins
                     check_shapes(lists)
         for group, lists, steps in ready:
             self._step_group(group, lists, steps)
@@ -229,6 +229,7 @@ class ACProp(torch.optim.Optimizer):
         """
         _check(group, step=True)
         has_complex = False
+        compensates = group["compensate"]
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -247,11 +248,17 @@ class ACProp(torch.optim.Optimizer):
                 state["step"] = _step_count(group, p, 0.0)
                 for key in _MOMENTS:
                     state[key] = torch.zeros_like(p, dtype=_dtype_of_moments(group, p))
-            if _is_compensated(group, p) != ("carry" in state):  # as it is at first, and where someone set the option
-                if _is_compensated(group, p):
-                    state["carry"] = torch.zeros_like(p)
-                else:
-                    del state["carry"]
+            carry = state.get("carry")
+            if (
+                compensates or carry is not None
+            ):  # it is not as wanted at first, and where someone changed option or dtype
+                if not _is_compensated(group, p):
+                    carry = None
+                    state.pop("carry", None)
+                elif carry is None:
+                    carry = state["carry"] = torch.zeros_like(p)
+                elif carry.dtype != p.dtype:
+                    carry = state["carry"] = carry.to(p.dtype)
             if group["differentiable"] and state["step"].requires_grad:
                 raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
             has_complex |= p.is_complex()
@@ -259,7 +266,7 @@ class ACProp(torch.optim.Optimizer):
             grads.append(grad)
             exp_avgs.append(state["exp_avg"])
             exp_avg_vars.append(state["exp_avg_var"])
-            carries.append(state.get("carry"))
+            carries.append(carry)
             steps.append(state["step"])
         return has_complex
 
@@ -441,6 +448,11 @@ def _check_state(key: Any, own: Any, p: Tensor) -> None:
             raise ValueError(
                 f"{name} of parameter {key} is {'sparse' if not x.is_meta else 'without values'}; load a dense tensor"
             )
+    if "carry" in own and p.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"parameter {key} has a carry in the state, but is {p.dtype} here; add it to the parameter, which can hold "
+            "it, and take it out of the state"
+        )
     step = own["step"]
     if isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point() and (p.is_meta or not step.is_meta):
         step = 0.0 if step.is_meta else step.item()

@@ -141,9 +141,9 @@ def check_shapes(lists: Row) -> None:
     for column in lists[1:4]:
         if not all(map(operator.eq, first, map(shape, column))):
             raise unequal(next(row for row in map(Row, *lists) if len({*map(shape, row[:4])}) > 1))
-    for row in map(Row, *lists):
-        if row.carry is not None and row.carry.shape != row.param.shape:
-            raise unequal(row)
+    for i, carry in enumerate(lists.carry):
+        if carry is not None and carry.shape != first[i]:
+            raise unequal(Row._make(column[i] for column in lists))
 
 
 def unequal(row: Row) -> RuntimeError:
