@@ -11,17 +11,26 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 WITHOUT_TORCH = [
     f"tests/test_{name}.py"
     for name in (
+        "bad_input",
         "checkpoint",
+        "concurrency",
         "containers",
+        "extremes",
         "mutants",
         "optax",
-        "optax_devices",
         "optax_program",
+        "properties",
+        "reliability",
         "rule",
+        "scale_dask",
+        "scale_jax",
+        "soak",
         "stepper",
         "suite",
+        "supply_chain",
     )
 ]
+TOOLS = {"pip", "setuptools", "wheel"}  # what virtualenv brings
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -56,6 +65,21 @@ def minimums(session: nox.Session) -> None:
     """Run what needs no torch on the oldest versions that pyproject.toml promises."""
     install(session, "suite", "minimums")
     session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *WITHOUT_TORCH, *session.posargs)
+
+
+@nox.session
+def reliability(session: nox.Session) -> None:
+    """Run what holds a promise, and write the counts into docs/reliability.md."""
+    install(session, "tests")
+    options = ["-n", "auto", "-m", "promise and not gpu", "--promises", "docs/reliability.md"]
+    session.run("python", "-m", "pytest", *options, *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Step each CPU backend a million times (an hour or two); `-- --steps 100000` for fewer, and names of hosts."""
+    install(session, "tests")
+    session.run("python", "tests/soak.py", *session.posargs)
 
 
 @nox.session
@@ -94,6 +118,11 @@ def wheel(session: nox.Session) -> None:
     session.install(".", "numpy")
     with session.chdir(session.create_tmp()):
         session.run("python", "-c", "import acprop_core, acprop_stepper; print(acprop_core.__file__)")
+        # what came with it: array-api-compat alone, beside the NumPy asked for
+        listed = (
+            "import importlib.metadata as m; got = {d.name for d in m.distributions()} - {'pip', 'setuptools', 'wheel'}"
+        )
+        session.run("python", "-c", f"{listed}; assert got == {{'acprop-core', 'array-api-compat', 'numpy'}}, got")
 
 
 @nox.session

@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-from array_api_compat import array_namespace, is_numpy_array
+from array_api_compat import array_namespace, is_jax_array, is_numpy_array
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 REAL_OF = {"complex64": "float32", "complex128": "float64"}
@@ -78,11 +78,7 @@ def common_namespace(groups: dict[str, list[Any]], names: Sequence[str]) -> Any:
                     f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}), not an array; "
                     "make it one with the asarray of your array library"
                 ) from None
-            if is_numpy_array(x) and x.__array_priority__ > 0.0:
-                raise TypeError(
-                    f"{called(what, name)} is a {type(x).__name__}, whose arithmetic is not that of arrays; "
-                    "convert it with np.asarray"
-                )
+            check_arithmetic(what, name, x)
             if xp is None:
                 first, xp = called(what, name), found
             elif found is not xp:
@@ -91,6 +87,23 @@ def common_namespace(groups: dict[str, list[Any]], names: Sequence[str]) -> Any:
                     "convert one of them"
                 )
     return xp
+
+
+def check_arithmetic(what: str, name: str, x: Any) -> None:
+    """Refuse NumPy's matrices and masked arrays, which are more, or less, than their values."""
+    if is_numpy_array(x) and x.__array_priority__ > 0.0:
+        raise TypeError(
+            f"{called(what, name)} is a {type(x).__name__}, whose arithmetic is not that of arrays; "
+            "convert it with np.asarray"
+        )
+
+
+def check_mask(marks: list[Any], names: Sequence[str], owners: Sequence[Any]) -> list[bool]:
+    """Return the leaves of a mask as bools; refuse what is none, but None where there is no parameter."""
+    for name, mark, owner in zip(names, marks, owners, strict=True):
+        if type(mark).__name__ not in ("bool", "bool_") and not (mark is None and owner is None):
+            raise TypeError(f"{called('mask', name)} is {mark!r}; give True (decay) or False")
+    return [bool(mark) for mark in marks]
 
 
 def check_leaves(groups: dict[str, list[Any]], names: Sequence[str]) -> None:
@@ -111,6 +124,10 @@ def check_leaves(groups: dict[str, list[Any]], names: Sequence[str]) -> None:
                 raise ValueError(
                     f"{called(what, name)} has shape {tuple(x.shape)}, its {owner} {tuple(own.shape)}; make them equal"
                 )
+            if "sparse" in str(getattr(x, "layout", "")):
+                raise TypeError(f"{called(what, name)} is sparse ({x.layout}); make it dense: to_dense()")
+            if (device := _device(x)) != (own_device := _device(own)):
+                raise TypeError(f"{called(what, name)} is on {device}, its {owner} on {own_device}; move one of them")
             kind, own_kind = dtype_name(x.dtype), dtype_name(own.dtype)
             real_only = what == "second moment" or (own_kind in FLOATS and what != owner)
             if kind not in FLOATS and (real_only or kind not in REAL_OF):
@@ -161,6 +178,11 @@ def check_carries(carries: Sequence[Any], params: Sequence[Any], names: Sequence
                     f"{called('carry', name)} has {what} {getattr(x, what, None)}, its parameter "
                     f"{getattr(param, what)}; make them equal"
                 )
+
+
+def _device(x: Any) -> Any:
+    # JAX is not asked: its tracers have no device, and arrays not committed to theirs go where they are needed
+    return None if is_jax_array(x) else getattr(x, "device", None)
 
 
 def library(xp: Any) -> str:

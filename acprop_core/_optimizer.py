@@ -12,12 +12,12 @@ from acprop_core._checks import (
     COMPLEX_OF,
     FLOATS,
     REAL_OF,
-    called,
     check_carries,
     check_compensation,
     check_count,
     check_leaves,
     check_library,
+    check_mask,
     check_number,
     common_namespace,
     dtype_name,
@@ -244,8 +244,9 @@ class ACProp:
         Raises
         ------
         TypeError
-            If a leaf is not a floating-point array, array libraries are mixed, a gradient is complex and its
-            parameter is not, the count is no integer, a leaf of the mask no bool, or the schedule's value no number.
+            If a leaf is not a dense floating-point array, array libraries or devices are mixed, a gradient is complex
+            and its parameter is not, the count is no integer, a leaf of the mask no bool, or the schedule's value no
+            number.
         ValueError
             If structures or shapes differ, there is weight decay or `compensate` and no `params`, the state was made
             with another `compensate`, or the count or the schedule's value is out of range.
@@ -336,7 +337,7 @@ class ACProp:
         check_leaves(groups, names)
         if self.compensate:
             check_carries(carries, owners, names)
-        decay = self._decay(params, names) if decays else [False] * len(names)
+        decay = self._decay(params, names, owners) if decays else [False] * len(names)
         # without parameters the gradients stand in for them: only their dtypes matter then
         columns = [groups[what] for what in ("gradient", "first moment", "second moment")]
         columns.append(groups["gradient" if params is None else owner])
@@ -353,15 +354,11 @@ class ACProp:
             )
         return getattr(xp, mu), getattr(xp, real)
 
-    def _decay(self, params: Container, names: list[str]) -> list[bool]:
+    def _decay(self, params: Container, names: list[str], owners: list[Any]) -> list[bool]:
         if self.mask is None:
             return [True] * len(names)
         mask = self.mask(params) if callable(self.mask) else self.mask
-        leaves = list(align(mask, params, "the mask", prefix=True))
-        for name, leaf in zip(names, leaves, strict=True):
-            if type(leaf).__name__ not in ("bool", "bool_", "NoneType"):
-                raise TypeError(f"{called('mask', name)} is {leaf!r}; give True (decay) or False")
-        return [bool(leaf) for leaf in leaves]
+        return check_mask(list(align(mask, params, "the mask", prefix=True)), names, owners)
 
 
 def _unzip(tree: Container) -> tuple[list[str], list[Any]]:

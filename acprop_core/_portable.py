@@ -11,7 +11,15 @@ from typing import Any
 
 from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 
-from acprop_core._checks import called, check_compensation, check_count, check_leaves, dtype_name
+from acprop_core._checks import (
+    called,
+    check_arithmetic,
+    check_compensation,
+    check_count,
+    check_leaves,
+    check_mask,
+    dtype_name,
+)
 from acprop_core._containers import align, flatten
 from acprop_core._optimizer import ACProp, Container, State
 
@@ -26,15 +34,21 @@ def to_numpy(what: str, name: str, x: Any) -> Any:
 
     if x is None:
         return None
-    if is_torch_array(x):
-        x = x.detach().cpu().resolve_conj()
-        if dtype_name(x.dtype) == "bfloat16":  # NumPy has it from ml_dtypes, which torch does not know
-            import ml_dtypes
-
-            return x.contiguous().view(array_namespace(x).int16).numpy().view(ml_dtypes.bfloat16)
-    elif is_cupy_array(x):
-        x = x.get()
+    check_arithmetic(what, name, x)
+    if is_torch_array(x) and x.is_meta:
+        raise TypeError(
+            f"{called(what, name)} is a meta tensor, without content; take what export_state of a sharded optimizer "
+            "returned on the first rank"
+        )
     try:
+        if is_torch_array(x):
+            x = x.detach().cpu().resolve_conj()
+            if dtype_name(x.dtype) == "bfloat16":  # NumPy has it from ml_dtypes, which torch does not know
+                import ml_dtypes
+
+                return x.contiguous().view(array_namespace(x).int16).numpy().view(ml_dtypes.bfloat16)
+        elif is_cupy_array(x):
+            x = x.get()
         return np.asarray(x)
     except Exception as error:  # whatever a library raises for what is traced, abstract or on a device
         raise TypeError(f"{called(what, name)} cannot be made a NumPy array: {error}") from error
@@ -57,10 +71,12 @@ def portable(optimizer: ACProp, like: Container) -> ACProp:
         if hasattr(value, "dtype"):
             values[name] = float(value)
     if optimizer.mask is not None and not callable(optimizer.mask):
-        names = [name for name, _ in flatten(like)]
-        values["mask"] = by_name(
-            zip(names, map(bool, align(optimizer.mask, like, "the mask", prefix=True)), strict=True)
+        pairs = list(flatten(like))
+        names = [name for name, _ in pairs]
+        marks = check_mask(
+            list(align(optimizer.mask, like, "the mask", prefix=True)), names, [leaf for _, leaf in pairs]
         )
+        values["mask"] = by_name(zip(names, marks, strict=True))
     return ACProp(**values)
 
 
@@ -73,6 +89,10 @@ def checked(saved: ACProp, state: State) -> ACProp:
         )
     if not all(isinstance(tree, dict) for tree in (state.mu, state.nu, state.carry or {})):
         raise TypeError("the saved moments are no dicts by name; give the State that load or export_state returned")
+    for what, tree in (("first moment", state.mu), ("second moment", state.nu)):
+        for name, x in tree.items():
+            if x is not None and not (hasattr(x, "shape") and hasattr(x, "dtype")):
+                raise TypeError(f"{called(what, str(name))} is a {type(x).__name__} ({x!r:.40}); give an array")
     if not isinstance(check_count(state.count), int):
         raise TypeError(f"the step count (state.count) is {state.count!r}; give an int")
     check_compensation(saved.compensate, state.carry)
@@ -171,6 +191,8 @@ def renamed(
     for what, bridge in (("rename", rename), ("transform", transform)):
         if not (bridge is None or callable(bridge) or isinstance(bridge, Mapping)):
             raise TypeError(f"{what} is {bridge!r}; give a mapping by name, or a callable")
+    if isinstance(transform, Mapping) and (wrong := [name for name, x in transform.items() if not callable(x)]):
+        raise TypeError(f"transform of {wrong[0]!r} is {transform[wrong[0]]!r}; give a function from array to array")
     new = {name: _new_name(name, rename) for name in state.mu}
     _refuse_unknown("rename", rename, new)
     kept = {name: now for name, now in new.items() if now is not None}

@@ -44,7 +44,7 @@ class Format(NamedTuple):
 
     rounded: Callable[[Array], Array]  # to this format, and back to the dtype in which the rule runs
     unit: float  # half its machine epsilon
-    floor: float  # parameters down to twice this have carries whose last place becomes finer with them
+    floor: float  # the last place of a carry is that for a parameter of twice this, at least
 
 
 def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
@@ -90,18 +90,16 @@ def compensated(
     x_t = x_{t-1} + v_t is x_{t-1} + c_{t-1} + u_t rounded to 16 bits, and the carry c_t what the rounding took: the
     compensated summation of Kahan 1965 (doi:10.1145/363707.363723). v_t is itself a number of 16 bits.
 
-    An update below half the last place of the *carry* would be lost in its turn, at every step alike. So the carry is
-    rounded up as often as down: before it is rounded, `k.dither` times its last place is added, unless it is exact.
+    An update below half the last place of the *carry* would be lost in its turn, and alike at every step. So the carry
+    is rounded up as often as down: in units of the last place that it has where it is largest, `k.dither` is added.
     """
     wanted = carry + update
     v = low.rounded(low.rounded(param + wanted) - param)
     new = low.rounded(param + v)
     lost = wanted - (new - param)
-    half = low.rounded(0.5 * xp.abs(new) + low.floor)  # half: the next larger number shall not overflow
-    last_place = low.unit * (low.rounded((1.0 + 1.01 * low.unit) * half) - half)
-    dithered = low.rounded(lost + k.dither * last_place)
-    kept = low.rounded(lost)
-    return v, xp.where(xp.equal(kept, lost), kept, dithered)
+    half = low.rounded(0.5 * xp.abs(new) + low.floor)  # so that the next larger number does not overflow
+    place = low.unit * (low.rounded((1.0 + 1.01 * low.unit) * half) - half)
+    return v, place * xp.round(lost / place + k.dither)
 
 
 def _average(old: Array, new: Array, weight: Any, old_is_lighter: Any, xp: Any) -> Array:

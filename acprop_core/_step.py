@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from array_api_compat import is_dask_namespace
+
 from acprop_core import _rule
 from acprop_core._checks import COMPLEX_OF, REAL_OF, dtype_name
 from acprop_core._rule import Array, as_dtype
@@ -17,7 +19,10 @@ class Step:
     def __init__(self, k: _rule.Coefficients, xp: Any, decoupled: bool = True) -> None:
         self._k = k
         self._decoupled = decoupled  # or else weight decay is a part of the gradient
-        self._xp = _Standard2022(xp) if getattr(xp, "__array_api_version__", "2025") < "2023.12" else xp
+        # Dask's clip, as array_api_compat has it, makes an array of each limit, as large as the parameter and in chunks
+        # of its own, which then travel between the workers.
+        lacks_clip = getattr(xp, "__array_api_version__", "2025") < "2023.12" or is_dask_namespace(xp)
+        self._xp = _OwnClip(xp) if lacks_clip else xp
         self._cast: dict[tuple[str, bool], tuple[_rule.Coefficients, Any, Any]] = {}
 
     @property
@@ -77,7 +82,7 @@ def compensated(update: Array, param: Array, carry: Array, k: _rule.Coefficients
     return added, carry
 
 
-_SIXTEEN_BITS = {"float16": (2.0**-11, 2.0**-3), "bfloat16": (2.0**-8, 0.0)}
+_SIXTEEN_BITS = {"float16": (2.0**-11, 2.0**-3), "bfloat16": (2.0**-8, 2.0**-110)}
 _SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
 
@@ -87,8 +92,8 @@ def restore(x: Array, other: Array, xp: Any) -> Array:
     return x if x.shape else xp.asarray(x)
 
 
-class _Standard2022:
-    """A namespace of the standard 2022.12, with the `clip` that it lacks."""
+class _OwnClip:
+    """A namespace with a `clip` made of comparisons: the standard 2022.12 has none, and Dask's is not elementwise."""
 
     def __init__(self, xp: Any) -> None:
         self._xp = xp

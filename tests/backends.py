@@ -23,32 +23,56 @@ Convert = Callable[[np.ndarray], Any]
 def _functional(
     case: Case, to: Convert, back: Convert, wrap: Callable[[Any], Any] = lambda f: f, count: Any = None
 ) -> Trajectory:
-    """Run the functional core step by step; `count` starts it with an array in the place of the int."""
+    """Run the functional core step by step; `count` makes an array of the int with which it would count."""
     optimizer = ACProp(**case.hyper)
     update, apply = wrap(optimizer.update), wrap(optimizer.apply)
     grads = {leaf: case.grads(leaf) for leaf in case.leaves}
     params = {leaf: case.params(leaf) for leaf in case.leaves}
-    state = optimizer.init({leaf: to(x[0]) for leaf, x in params.items()})
+    state = _begin(case, optimizer.init(_container(case, lambda leaf: to(params[leaf][0]))), to)
     if count is not None:
-        state = state._replace(count=count)
+        state = state._replace(count=count(state.count))
     steps = []
     new: Any = None
     for t in range(case.steps):
-        x = new if case.free and t else {leaf: to(params[leaf][t]) for leaf in params}
-        updates, state = update({leaf: to(grads[leaf][t]) for leaf in grads}, state, x)
+        x = new if case.free and t else _container(case, lambda leaf, t=t: to(params[leaf][t]))
+        updates, state = update(_container(case, lambda leaf, t=t: to(grads[leaf][t])), state, x)
         new = apply(x, updates)
         steps.append(_records(case, back, updates, new, state.mu, state.nu, state.carry))
-    assert int(back(state.count)) == case.steps
+    _check_count(case, state.count if isinstance(state.count, int) else back(state.count))
     return steps
+
+
+def _container(case: Case, make: Callable[[str], Any]) -> Any:
+    return case.container({leaf: make(leaf) for leaf in case.leaves})
+
+
+def _begin(case: Case, state: State, to: Convert) -> State:
+    """Return the state that the case starts from, instead of that of `init` if it says so."""
+    if case.start is None:
+        return state
+    count, *moments = case.start
+    return State(count, *(_container(case, lambda leaf, m=m: to(m[leaf])) for m in moments))
+
+
+def _saved(case: Case) -> tuple[ACProp, State]:
+    """Return what the `import_state` of the adapters takes."""
+    return ACProp(**case.hyper), State(*case.start)
+
+
+def _check_count(case: Case, count: Any) -> None:
+    done = case.steps + (0 if case.start is None else case.start[0])
+    assert int(count) == (done if isinstance(count, int) else min(done, np.iinfo(count.dtype).max))
 
 
 def _records(
     case: Case, back: Convert, updates: Any, params: Any, mu: Any, nu: Any, carry: Any = None
 ) -> dict[str, Record]:
+    trees = [None if tree is None else case.leaves_of(tree) for tree in (updates, params, mu, nu, carry)]
+
     def of(tree: Any, leaf: str) -> Any:
         return None if tree is None or tree[leaf] is None else back(tree[leaf])
 
-    return {leaf: Record(*(of(tree, leaf) for tree in (updates, params, mu, nu, carry))) for leaf in case.leaves}
+    return {leaf: Record(*(of(tree, leaf) for tree in trees)) for leaf in case.leaves}
 
 
 def numpy(case: Case) -> Trajectory:
@@ -63,7 +87,8 @@ def numpy_readonly(case: Case) -> Trajectory:
 
     def freeze(f: Any) -> Any:
         def call(grads: Any, *rest: Any) -> Any:
-            for leaf in [x for tree in rest if isinstance(tree, State) for d in (tree.mu, tree.nu) for x in d.values()]:
+            moments = [d for tree in rest if isinstance(tree, State) for d in (tree.mu, tree.nu)]
+            for leaf in [x for d in moments for x in case.leaves_of(d).values()]:
                 leaf.flags.writeable = False
             return f(grads, *rest)
 
@@ -73,7 +98,7 @@ def numpy_readonly(case: Case) -> Trajectory:
 
 
 def numpy_array_count(case: Case) -> Trajectory:
-    return _functional(case, np.array, np.array, count=np.asarray(0, dtype=np.int32))
+    return _functional(case, np.array, np.array, count=lambda n: np.asarray(n, dtype=np.int32))
 
 
 def _strict(version: str) -> Callable[[Case], Trajectory]:
@@ -93,8 +118,12 @@ def _strict(version: str) -> Callable[[Case], Trajectory]:
 def strict_array_count(case: Case) -> Trajectory:
     import array_api_strict as xp
 
-    count = xp.asarray(0, dtype=xp.int64)
-    return _functional(case, xp.asarray, lambda x: np.array(getattr(x, "_array", x)), count=count)
+    return _functional(
+        case,
+        xp.asarray,
+        lambda x: np.array(getattr(x, "_array", x)),
+        count=lambda n: xp.asarray(n, dtype=xp.int64),
+    )
 
 
 def _to_torch(x: np.ndarray) -> Any:
@@ -123,7 +152,7 @@ def torch(case: Case) -> Trajectory:
 def torch_array_count(case: Case) -> Trajectory:
     import torch
 
-    return _functional(case, _to_torch, _from_torch, count=torch.tensor(0))
+    return _functional(case, _to_torch, _from_torch, count=torch.tensor)
 
 
 def torch_cuda(case: Case) -> Trajectory:
@@ -156,20 +185,20 @@ def jax_jit(case: Case) -> Trajectory:
 def jax_scan(case: Case) -> Trajectory:
     optimizer = ACProp(**case.hyper)
     with _jax(case) as jax:
-        stream = {
-            leaf: (jax.numpy.asarray(case.grads(leaf)), jax.numpy.asarray(case.params(leaf))) for leaf in case.leaves
-        }
+        stream = [_container(case, lambda leaf, f=f: jax.numpy.asarray(f(leaf))) for f in (case.grads, case.params)]
 
         def step(carried: Any, now: Any) -> Any:
             state, params = carried
-            grads, prescribed = ({leaf: now[leaf][i] for leaf in now} for i in range(2))
+            grads, prescribed = now
             params = params if case.free else prescribed
             updates, state = optimizer.update(grads, state, params)
             params = optimizer.apply(params, updates)
             return (state, params), (updates, params, state.mu, state.nu, state.carry)
 
-        first = {leaf: params[0] for leaf, (_, params) in stream.items()}
-        _, columns = jax.lax.scan(step, (optimizer.init(first), first), stream)
+        first = _container(case, lambda leaf: jax.numpy.asarray(case.params(leaf)[0]))
+        state = _begin(case, optimizer.init(first), jax.numpy.asarray)
+        (state, _), columns = jax.lax.scan(step, (state, first), stream)
+        _check_count(case, np.array(state.count))
         columns = jax.tree.map(np.asarray, columns)
         rows = [jax.tree.map(lambda x, t=t: x[t], columns) for t in range(case.steps)]
         return [_records(case, np.array, *row) for row in rows]
@@ -192,7 +221,8 @@ def dask(case: Case) -> Trajectory:
 
     return _functional(
         case,
-        lambda x: da.from_array(x, chunks=2),
+        # a few chunks along every axis
+        lambda x: da.from_array(x, chunks=tuple(max(2, -(-n // 4)) for n in x.shape)),
         lambda x: np.array(x.compute(scheduler="synchronous") if hasattr(x, "compute") else x),
         wrap=lazy,
     )
@@ -214,17 +244,23 @@ def optax(case: Case) -> Trajectory:
         update = jax.jit(transform.update)
         grads = {leaf: case.grads(leaf) for leaf in case.leaves}
         params = {leaf: case.params(leaf) for leaf in case.leaves}
-        state = transform.init({leaf: jax.numpy.asarray(x[0]) for leaf, x in params.items()})
+        state = transform.init(_container(case, lambda leaf: jax.numpy.asarray(params[leaf][0])))
+        if case.start is not None:
+            saved = _saved(case)
+            state = acprop_optax.import_state(state, saved[0], *saved)
         steps = []
         new: Any = None
         for t in range(case.steps):
-            g, x = ({leaf: jax.numpy.asarray(tree[leaf][t]) for leaf in tree} for tree in (grads, params))
+            g, x = (
+                _container(case, lambda leaf, tree=tree, t=t: jax.numpy.asarray(tree[leaf][t]))
+                for tree in (grads, params)
+            )
             x = new if case.free and t else x
             updates, state = update(g, state, x)
             new = optax.apply_updates(x, updates)
             carry = state[3].carry if case.free else None
             steps.append(_records(case, np.array, updates, new, state[0].mu, state[0].nu, carry))
-        assert int(state[0].count) == case.steps
+        _check_count(case, np.array(state[0].count))
         return steps
 
 
@@ -241,17 +277,22 @@ def _torch_optimizer(case: Case, device: str, **flags: Any) -> Trajectory:
         leaf: _to_torch(case.params(leaf)[0]).to(device).requires_grad_(not flags.get("differentiable"))
         for leaf in case.leaves
     }
+    groups = [
+        {"params": [x], "weight_decay": case.hyper["weight_decay"] if case.decays(leaf) else 0.0}
+        for leaf, x in tensors.items()
+    ]
+    if case.container(tensors) is not tensors:  # torch's containers are its groups
+        groups = [{"params": list(tensors.values())}]
     optimizer = acprop_torch.ACProp(
-        [
-            {"params": [x], "weight_decay": case.hyper["weight_decay"] if case.decays(leaf) else 0.0}
-            for leaf, x in tensors.items()
-        ],
+        groups,
         lr=lr(0) if callable(lr) else lr,
         betas=(case.hyper.get("b1", 0.9), case.hyper.get("b2", 0.999)),
         **options,
         **flags,
     )
     grads = {leaf: case.grads(leaf) for leaf in case.leaves}
+    if case.start is not None:
+        acprop_torch.import_state(optimizer, tensors, *_saved(case), prefer="own")  # numbers that are tensors differ
     steps = []
     for t in range(case.steps):
         for group in optimizer.param_groups:
@@ -265,7 +306,7 @@ def _torch_optimizer(case: Case, device: str, **flags: Any) -> Trajectory:
         mu = {leaf: optimizer.state[x]["exp_avg"] for leaf, x in tensors.items()}
         nu = {leaf: _real_view(optimizer.state[x]["exp_avg_var"]) for leaf, x in tensors.items()}
         carry = {leaf: optimizer.state[x].get("carry") for leaf, x in tensors.items()}
-        steps.append(_records(case, _from_torch, None, tensors, mu, nu, carry))
+        steps.append(_records(case, _from_torch, None, *map(case.container, (tensors, mu, nu, carry))))
     return steps
 
 
@@ -308,17 +349,19 @@ def _stepper(engine: str | None, **options: Any) -> Callable[[Case], Trajectory]
 
             to, back = cp.asarray, cp.asnumpy
         params = {leaf: to(case.params(leaf)[0]) for leaf in case.leaves}
-        stepper = acprop_stepper.Stepper(params, **case.hyper, engine=engine, **options)
+        stepper = acprop_stepper.Stepper(case.container(params), **case.hyper, engine=engine, **options)
+        if case.start is not None:
+            acprop_stepper.import_state(stepper, *_saved(case))
         grads = {leaf: case.grads(leaf) for leaf in case.leaves}
         steps = []
         for t in range(case.steps):
             for leaf, x in params.items():
                 if not case.free:
                     x[...] = to(case.params(leaf)[t])
-            stepper.step({leaf: to(grads[leaf][t]) for leaf in params})
+            stepper.step(_container(case, lambda leaf, t=t: to(grads[leaf][t])))
             state = stepper.state
-            steps.append(_records(case, back, None, params, state.mu, state.nu, state.carry))
-        assert state.count == case.steps
+            steps.append(_records(case, back, None, stepper.params, state.mu, state.nu, state.carry))
+        _check_count(case, state.count)
         return steps
 
     return run
@@ -395,6 +438,19 @@ class Backend(Enum):
             return "10,000 steps take minutes here; the shorter case is run"
         lacking = case.dtypes & set(self.value[2])
         return f"{self} has no {', '.join(sorted(lacking))}" if lacking else None
+
+
+def on_every_backend() -> Any:
+    """Return what parametrizes a test by `backend`; one that cannot run here is skipped with its reason."""
+    import pytest
+
+    def parameter(backend: Backend) -> Any:
+        marks = [pytest.mark.gpu] if backend.needs_gpu else []
+        if reason := backend.cannot_run():
+            marks.append(pytest.mark.skip(reason=reason))
+        return pytest.param(backend, id=str(backend), marks=marks)
+
+    return pytest.mark.parametrize("backend", list(map(parameter, Backend)))
 
 
 _SLOW = ("DASK", "JAX_EAGER", "TORCH_CAPTURABLE", "TORCH_DIFFERENTIABLE")

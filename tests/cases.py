@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 Hyper = dict[str, Any]
+Start = tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]  # count, mu, nu
 
 DTYPES: dict[str, Any] = {
     "float16": np.dtype(np.float16),
@@ -34,6 +35,7 @@ class Case:
     stream: str = "noise"
     steps: int = 15
     random: bool = False
+    start: tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]] | None = None  # count, mu, nu before the first step
 
     def __str__(self) -> str:
         return self.name
@@ -61,6 +63,14 @@ class Case:
             return self._draw(leaf, spread, salt=1)
         return self._draw(leaf, noise if self.hyper.get("weight_decay") else zeros, salt=1)
 
+    def container(self, leaves: dict[str, Any]) -> Any:
+        """Return the container in which a host gets these leaves."""
+        return leaves
+
+    def leaves_of(self, container: Any) -> dict[str, Any]:
+        """Return the leaves of a `container`."""
+        return container
+
     def _draw(self, leaf: str, stream: Callable[..., np.ndarray], salt: int) -> np.ndarray:
         dtype, shape = self.leaves[leaf]
         rng = np.random.default_rng([*self.name.encode(), *leaf.encode(), salt])
@@ -68,6 +78,32 @@ class Case:
         if dtype.startswith("complex"):
             x = x + 1j * stream(rng, (self.steps, *shape))
         return x.astype(DTYPES[dtype])
+
+
+@dataclass(frozen=True, eq=False)
+class Prescribed(Case):
+    """A case with the gradients that it is given, (steps, *shape) by leaf, in the containers that `nest` makes."""
+
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    nest: Callable[[dict[str, Any]], Any] | None = None
+    unnest: Callable[[Any], dict[str, Any]] | None = None
+
+    def grads(self, leaf: str) -> np.ndarray:
+        return self.gradients[leaf]
+
+    def container(self, leaves: dict[str, Any]) -> Any:
+        return leaves if self.nest is None else self.nest(leaves)
+
+    def leaves_of(self, container: Any) -> dict[str, Any]:
+        return container if self.unnest is None else self.unnest(container)
+
+
+def prescribed(hyper: Hyper, gradients: dict[str, np.ndarray], **options: Any) -> Prescribed:
+    """Return the case of these gradients, (steps, *shape) by leaf, of parameters of their dtypes."""
+    leaves = {leaf: (x.dtype.name, x.shape[1:]) for leaf, x in gradients.items()}
+    (steps,) = {len(x) for x in gradients.values()}
+    hyper = {"learning_rate": 1e-3, **hyper}
+    return Prescribed("prescribed", hyper, leaves, steps=steps, gradients=gradients, **options)
 
 
 def zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

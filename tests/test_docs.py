@@ -14,7 +14,7 @@ import acprop_core._optimizer
 import acprop_optax
 import acprop_stepper._stepper
 import acprop_torch._optimizer
-from agreement import BOUNDS, RANDOM_BOUNDS
+from agreement import BOUNDS, CONSTANT_BOUNDS, NOISE_BOUNDS, RANDOM_BOUNDS
 from cases import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,10 @@ def test_published_bounds_are_those_tested() -> None:
     for name, bounds in rows.items():
         cells = [str(bounds.get(quantity, "as float32")) for quantity in ("update", "param", "mu", "nu")]
         assert f"| {name} | {' | '.join(cells)} |" in text
+    for name, bound in CONSTANT_BOUNDS.items():
+        assert f"| {name} | {bound} | {NOISE_BOUNDS[name]} sqrt(n) |" in text
+        page = (ROOT / "docs" / "sixteen-bit.md").read_text()
+        assert f"| {name} | {bound} | {NOISE_BOUNDS[name]} $\\sqrt n$ |" in page
     assert f"the same {len(CASES)} cases" in text
     demo = (ROOT / "docs" / "examples" / "digits.py").read_text()
     assert f"PARAM_BOUND = {BOUNDS['float64']['param']}\n" in demo

@@ -421,61 +421,6 @@ def test_decay_without_params_is_refused(weight_decay: Any) -> None:
             update(PARAMS, state)
 
 
-# Refused
-
-
-@pytest.mark.parametrize(
-    ("grads", "error", "message"),
-    [
-        (
-            {"w": jnp.ones((3, 1)), "b": [jnp.zeros(3)]},
-            ValueError,
-            r"gradient of 'w' has shape \(3, 1\), its parameter",
-        ),
-        ({"w": jnp.ones((2, 3), int), "b": [jnp.zeros(3)]}, TypeError, "gradient of 'w' has dtype int32"),
-        ({"w": jnp.ones((2, 3)), "b": [jnp.zeros(3, "complex64")]}, TypeError, "gradient of 'b.0' has dtype complex64"),
-        ({"w": jnp.ones((2, 3))}, ValueError, "gradients are not in the structure of the first moments: .*'b', 'w'"),
-        ({"w": "one", "b": [jnp.zeros(3)]}, TypeError, "gradient of 'w' is a str .*; give an array"),
-    ],
-)
-def test_gradients_that_do_not_fit_are_named(grads: Any, error: type[Exception], message: str) -> None:
-    for transform in (scale_by_acprop(), acprop(0.1)):
-        state = transform.init(PARAMS)
-        with pytest.raises(error, match=message):
-            transform.update(grads, state, PARAMS)
-
-
-def test_parameters_that_do_not_fit_are_named() -> None:
-    transform = scale_by_acprop()
-    with pytest.raises(TypeError, match="parameter 'layer.w' has dtype int32"):
-        transform.init({"layer": {"w": jnp.ones(2, int)}})
-    with pytest.raises(TypeError, match="parameter 'key' has dtype key"):
-        transform.init({"key": jax.random.key(0)})
-    with pytest.raises(TypeError, match=r"parameter 'w' is a dict (.|\n)*; give an array"):
-        transform.update(PARAMS, transform.init(PARAMS), {"w": {"inner": jnp.ones((2, 3))}, "b": [jnp.zeros(3)]})
-    with pytest.raises(ValueError, match="gradient of 'w' is an array, its parameter None"):
-        transform.update({"w": jnp.ones(3)}, transform.init({"w": None}), {"w": None})
-
-
-def test_states_of_something_else_are_refused() -> None:
-    whole, part = acprop(0.1), scale_by_acprop()
-    for transform, state in (
-        (whole, part.init(PARAMS)),
-        (part, whole.init(PARAMS)),
-        (whole, optax.sgd(1.0).init(PARAMS)),
-    ):
-        with pytest.raises(TypeError, match="the state is .* give the one that"):
-            transform.update(PARAMS, state, PARAMS)
-
-
-@pytest.mark.parametrize(
-    "options", [{"weight_decay": -1.0}, {"b1": 1.5}, {"b2": 1.0}, {"eps": -1.0}, {"learning_rate": float("nan")}]
-)
-def test_impossible_hyperparameters_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(options))} is .*; give a number"):
-        acprop(**{"learning_rate": 1e-3, **options})
-
-
 # Numbers
 
 

@@ -1,14 +1,12 @@
 """The torch adapter among torch's other parts: schedulers, scalers, saved state, graphs, derivatives, shards."""
 
 import copy
-import datetime
 import functools
 import io
 import math
 import pickle
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim import lr_scheduler, swa_utils
 
-from acprop_torch import ACProp, export_state
+from acprop_torch import ACProp
 
 WAYS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 ways = pytest.mark.parametrize("flags", WAYS.values(), ids=WAYS)
@@ -489,34 +487,3 @@ def test_sharded_parameters(one_process: Any, flags: dict[str, bool]) -> None:
         assert isinstance(state["exp_avg"], DTensor)
         assert not isinstance(state["step"], DTensor)
         assert torch.equal(p.full_tensor(), q)
-    with pytest.raises(TypeError, match="is sharded, which a portable state cannot be"):
-        export_state(optimizer, model)
-
-
-def on_a_rank(rank: int, file: str, flags: dict[str, bool]) -> None:
-    """Step uneven shards by gradients that each rank holds a part of, and compare with the whole."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
-
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timeout)
-    mesh = init_device_mesh("cpu", (2,))
-    generator = torch.Generator().manual_seed(0)
-    wholes = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((5, 3), (1,))]
-    shards = [distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in wholes]
-    plain, sharded = (ACProp(xs, lr=0.1, weight_decay=0.1, **flags) for xs in (wholes, shards))
-    for _ in range(3):
-        for x, shard in zip(wholes, shards, strict=True):
-            x.grad = torch.randint(-4, 5, x.shape, generator=generator).float()
-            part = 0.25 * x.grad if rank == 0 else 0.75 * x.grad  # exact, so that the sum is
-            shard.grad = DTensor.from_local(part, mesh, [Partial()])
-        plain.step()
-        sharded.step()
-    for x, shard in zip(wholes, shards, strict=True):
-        assert torch.equal(shard.full_tensor(), x)
-    dist.destroy_process_group()
-
-
-@ways
-def test_shards_of_several_processes(flags: dict[str, bool], tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(on_a_rank, (str(tmp_path / "store"), flags), nprocs=2)

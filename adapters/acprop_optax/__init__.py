@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from acprop_core import ACProp
-from acprop_core._checks import called, check_carries, check_leaves, is_compensated
+from acprop_core._checks import called, check_carries, check_count, check_leaves, is_compensated
 from acprop_optax._state import CarryState, export_state, import_state
 
 __all__ = ["CarryState", "acprop", "export_state", "import_state", "scale_by_acprop"]
@@ -59,8 +59,9 @@ def acprop(
     Raises
     ------
     TypeError, ValueError
-        As in `scale_by_acprop`; for a learning rate or weight decay that is no number, negative or not finite (arrays
-        are not looked into); from `update`, if there is weight decay or `compensate` and no `params`.
+        As in `scale_by_acprop`; from `init` and `update`, for a mask of another structure, or whose leaves are no
+        bools; for a learning rate or weight decay that is no number, negative or not finite (arrays are not looked
+        into); from `update`, if there is weight decay or `compensate` and no `params`.
 
     Examples
     --------
@@ -88,7 +89,7 @@ def acprop(
     # Which parameters decay is read from optax's own `masked`: it marks those with True, and leaves the others alone.
     marked = optax.stateless(lambda params, _: jax.tree.map(lambda _: True, params))
     if mask is not None:
-        marked = optax.masked(marked, mask)
+        marked = optax.masked(marked, lambda params: _marks(mask, params))
     # The states are those of the three transformations. The last two are applied by the rule itself, in its own dtypes:
     # an array of another dtype then widens nothing, and 16-bit updates are rounded once, after the learning rate.
     chain = optax.chain(_scale_by(optimizer), marked, optax.scale_by_learning_rate(optimizer.learning_rate))
@@ -109,7 +110,8 @@ def acprop(
                     f"{name} is {getattr(optimizer, name)!r}, which needs the parameters: "
                     "call update(grads, state, params)"
                 )
-        if isinstance(state, optax.ScaleByBeliefState) or len(state) != (4 if compensate else 3):
+        parts = 4 if compensate else 3
+        if isinstance(state, optax.ScaleByBeliefState) or not isinstance(state, tuple | list) or len(state) != parts:
             raise TypeError(
                 f"the state is not of acprop with compensate={compensate}; give the one that its init or update "
                 "returned"
@@ -124,7 +126,7 @@ def acprop(
         if decays:
             marks, decay_state = marked.update(params, decay_state)
             decayed = [mark is True for mark in tree.flatten_up_to(marks)]
-        step = now.at(jnp.asarray(moments.count), jnp)
+        step = now.at(jnp.asarray(check_count(moments.count)), jnp)
         results = [
             (None, row.mu, row.nu, row.carry) if row.grad is None else step(*row[:4], decay, row.carry)
             for row, decay in zip(rows, decayed, strict=True)
@@ -169,7 +171,8 @@ def scale_by_acprop(
     Raises
     ------
     TypeError
-        If a hyperparameter is no number; from `init` and `update`, if a leaf is of a dtype that does not fit.
+        If a hyperparameter is no number; from `init` and `update`, if a leaf is of a dtype that does not fit, or the
+        step count no integer.
     ValueError
         If a hyperparameter is out of its range or not finite (arrays are not looked into); from `update`, if
         structures or shapes differ.
@@ -209,7 +212,7 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
         grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
         rows, tree = _side_by_side(grads, state, params)
-        step = optimizer.at(jnp.asarray(state.count), jnp)
+        step = optimizer.at(jnp.asarray(check_count(state.count)), jnp)
         results = [
             (None, row.mu, row.nu, None) if row.grad is None else (*step.without_rate(*row[:4]), None) for row in rows
         ]
@@ -271,6 +274,10 @@ def _in_order(
         return results
     ordered = []
     for row, (update, mu, nu, carry) in zip(rows, results, strict=True):
+        if carry is not None and update is not None:
+            # both are made from the old carry; either order costs a copy of one, this one the fewest
+            carry = _after(update, carry, count)
+            update = _after(carry, update, count)
         if update is not None:
             nu = _after(written(row, update), nu, count)
             if centering == "previous":  # s_t is made from m_{t-1}, which m_t takes over
@@ -309,7 +316,9 @@ def _number(name: str, value: Any) -> Any:
     inject_hyperparams makes arrays of all numbers, int32 of 0, and of others the dtype of the parameters: in bfloat16
     0.999 is 1.
     """
-    if not isinstance(value, jax.Array) or value.ndim:
+    if not isinstance(value, jax.Array) or value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
+        return value
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
         return value
     below_one = _BELOW_ONE.get(value.dtype.name) if name in ("b1", "b2") else None
     value = value.astype(float)
@@ -317,6 +326,25 @@ def _number(name: str, value: Any) -> Any:
 
 
 _BELOW_ONE = {"float16": 1.0 - 2.0**-13, "bfloat16": 1.0 - 2.0**-10}  # the middle of what rounds to 1
+
+
+def _marks(mask: Any, params: Any) -> Any:
+    """Return a mask as a tree, made from the parameters if it is a callable; refuse leaves that are no bools.
+
+    Optax would take every leaf for its truth: "no" for True.
+    """
+    leaves = jax.tree.leaves(mask)
+    if leaves and all(map(callable, leaves)):  # optax's own question: a module that is a mask may be callable too
+        mask = mask(params)
+    for path, mark in jax.tree_util.tree_flatten_with_path(mask)[0]:
+        if str(getattr(mark, "dtype", type(mark).__name__)) != "bool" or getattr(mark, "shape", ()) != ():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise TypeError(f"{called('mask', name)} is {mark!r}; give True (decay) or False")
+    try:
+        jax.tree.map(lambda mark, subtree: None, mask, params)
+    except ValueError as error:
+        raise ValueError(f"the mask is not in the structure of the parameters: {error}") from None
+    return mask
 
 
 def _flatten(what: str, tree: Any) -> tuple[list[str], list[Any], Any]:

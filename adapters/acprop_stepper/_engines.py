@@ -166,7 +166,7 @@ class TileTask:
                 scatter(param, buffer, tile)
                 buffer.mu[tile.start : tile.stop] = mu.reshape(-1)
                 buffer.nu[tile.start : tile.stop] = nu.reshape(-1)
-                if buffer.carry is not None:
+                if buffer.carry is not None and carry is not None:
                     buffer.carry[tile.start : tile.stop] = carry.reshape(-1)
         self.done = True
         self._result = None

@@ -27,7 +27,10 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
     ------
     ValueError
         If two parameters have one dotted name.
+    TypeError
+        If it is no stepper.
     """
+    _check(stepper)
     state = stepper.state
     kept = (
         {name: to_numpy("moment", name, x) for name, x in by_name(flatten(tree)).items()}
@@ -57,24 +60,30 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     ValueError
         If hyperparameters differ, names are missing or surplus, or shapes differ; nothing has changed then.
     TypeError
-        If dtypes differ; nothing has changed then.
+        If dtypes differ, or an argument is of a wrong type; nothing has changed then.
     RuntimeError
         If called from within a step of this stepper.
     """
+    _check(stepper)
     saved = checked(saved, state)
     chosen = choose(_hyperparameters(stepper), saved, prefer)
     target = stepper._with(saved) if chosen is saved else stepper
     fresh = target.functional.init(target.params)
     trees = [tree for tree in fresh[1:] if tree is not None]
-    leaves = State(0, *([leaf for _, leaf in flatten(tree)] for tree in trees))
-    rows = arrange(state, [name for name, _ in flatten(fresh.mu)], leaves)
+    leaves = [[leaf for _, leaf in flatten(tree)] for tree in trees]
+    rows = arrange(state, [name for name, _ in flatten(fresh.mu)], State(0, *leaves))
     kept = (
-        [zero if row[i] is None else target._xp.asarray(row[i]) for row, zero in zip(rows, leaves[i + 1], strict=True)]
-        for i in range(len(trees))
+        [zero if row[i] is None else target._xp.asarray(row[i]) for row, zero in zip(rows, zeros, strict=True)]
+        for i, zeros in enumerate(leaves)
     )
     target.load_state(State(state.count, *map(unflatten, trees, kept)))
     if target is not stepper:
         stepper._become(target)
+
+
+def _check(stepper: Stepper) -> None:
+    if not isinstance(stepper, Stepper):
+        raise TypeError(f"the stepper is a {type(stepper).__name__}; give an acprop_stepper.Stepper")
 
 
 def _hyperparameters(stepper: Stepper) -> ACProp:

@@ -94,7 +94,8 @@ class Stepper:
     -----
     A step that has begun is completed whatever interrupts it; the interruption (KeyboardInterrupt, say) is raised when
     parameters, moments and count are those after the step. A step refused or skipped has changed nothing. Threads that
-    step one stepper wait for each other. A pickled or deep-copied stepper steps the parameters copied along with it.
+    step one stepper wait for each other. A pickled or deep-copied stepper steps the parameters copied along with it;
+    let no thread step it meanwhile.
 
     Examples
     --------
@@ -461,8 +462,10 @@ class Stepper:
         for (_, decay, _), members in groups.items():
             first, size = rows[members[0]], sum(rows[i].param.size for i in members)
             with on_device_of(first.param):
-                kept = [None if x is None else self._xp.zeros(size, x.dtype) for x in (first.mu, first.nu, first.carry)]
-            buffers.append(Buffer(members, [rows[i].param for i in members], *kept, decay, self._xp))
+                mu, nu, carry = (
+                    None if x is None else self._xp.zeros(size, x.dtype) for x in (first.mu, first.nu, first.carry)
+                )
+            buffers.append(Buffer(members, [rows[i].param for i in members], mu, nu, carry, decay, self._xp))
         return buffers
 
     def _make_engine(self, engine: str | None, buffer: Buffer) -> Tiles | Numba | Cupy:

@@ -54,13 +54,12 @@ def abs(x: TensorList) -> TensorList:
     return TensorList(torch._foreach_abs(x.tensors))
 
 
-def equal(x: TensorList, y: TensorList) -> TensorList:
-    return TensorList([torch.eq(a, b) for a, b in zip(x.tensors, y.tensors, strict=True)])
+def round(x: TensorList) -> TensorList:
+    return TensorList(torch._foreach_round(x.tensors))
 
 
-def where(condition: Any, x: TensorList, y: TensorList) -> TensorList:
-    conditions = condition.tensors if isinstance(condition, TensorList) else [condition] * len(x.tensors)
-    return TensorList([torch.where(*row) for row in zip(conditions, x.tensors, y.tensors, strict=True)])
+def where(condition: torch.Tensor, x: TensorList, y: TensorList) -> TensorList:
+    return TensorList([torch.where(condition, a, b) for a, b in zip(x.tensors, y.tensors, strict=True)])
 
 
 def astype(x: Any, dtype: torch.dtype) -> Any:

@@ -24,6 +24,7 @@ from acprop_torch._steps import (
     blocks,
     bring,
     by_kind,
+    check_shapes,
     contiguous,
     count_steps,
     in_tiles,
@@ -31,6 +32,7 @@ from acprop_torch._steps import (
     numbers_of_each,
     on_a_cpu,
     transposed,
+    unequal,
 )
 
 _MIN_PER_THREAD = 2**21  # elements: fewer are not worth a thread
@@ -98,6 +100,7 @@ def _on_cpu(
     if memory is not None and len({*map(Tensor.item, steps)}) == 1:  # the usual case
         _with_numba(memory, lists.param, steps, options, grad_scale)
         return
+    check_shapes(lists)
     for count, alike, counted in by_kind(lists, steps, one_device=True):
         # What is not plain memory keeps to the rule as it is, operation by operation. So do 16-bit tensors: on the way
         # to their new values the rule rounds to 16 bits in between, which a compiler would leave out.
@@ -171,11 +174,7 @@ def _memory_of(lists: Row, known: dict[str, Any]) -> Memory | None:
         return None
     addresses, sizes = ask(Tensor.data_ptr, *lists[:4]), ask(Tensor.numel, *lists[:4])
     if wrong := np.flatnonzero((sizes != sizes[0]).any(axis=0)).tolist():
-        shapes = ", ".join(str(tuple(column[wrong[0]].shape)) for column in lists[:4])
-        raise RuntimeError(
-            f"a parameter, its gradient, exp_avg and exp_avg_var have the shapes {shapes}; clear `optimizer.state`, or "
-            "load the state of this model"
-        )
+        raise unequal(Row._make(column[wrong[0]] for column in lists))
     memory = Memory(np.dtype(str(dtype).removeprefix("torch.")), addresses, sizes[0])
     known.update(lasting=lasting, memory=memory, dtype=dtype)
     return memory

@@ -22,11 +22,13 @@ from torch.optim.optimizer import (
 
 import acprop_core
 from acprop_torch._fused import fused_step as _fused_acprop
-from acprop_torch._steps import PLAIN, Options, Row, transposed
+from acprop_torch._steps import PLAIN, Options, Row, check_shapes, transposed
 from acprop_torch._steps import multi_tensor as _multi_tensor_acprop
 from acprop_torch._steps import single_tensor as _single_tensor_acprop
 
 _MOMENTS = ("exp_avg", "exp_avg_var")
+_FLAGS = ("decoupled_weight_decay", "maximize", "foreach", "capturable", "differentiable", "fused")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class ACProp(torch.optim.Optimizer):
@@ -75,6 +77,10 @@ class ACProp(torch.optim.Optimizer):
         If an option is of a wrong type.
     RuntimeError
         If `fused` is asked for together with `foreach` or `differentiable`.
+
+    Notes
+    -----
+    As of the optimizers of torch, one belongs to one thread at a time; several may step in several threads.
 
     Examples
     --------
@@ -176,9 +182,11 @@ class ACProp(torch.optim.Optimizer):
         Raises
         ------
         RuntimeError
-            If a gradient is sparse, or `fused` cannot take a parameter; nothing has changed then.
+            If a gradient is sparse, `fused` cannot take a parameter, or a parameter has another shape than its gradient
+            or moments; nothing has changed then.
         ValueError, TypeError
-            If an option has been given a value that the constructor would refuse; nothing has changed then.
+            If an option has been given a value that the constructor would refuse, or a parameter has a dtype that no
+            update can be in; nothing has changed then.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -197,6 +205,10 @@ class ACProp(torch.optim.Optimizer):
             if params:
                 lists = _lists(Row(params, grads, exp_avgs, exp_avg_vars, carries), has_complex)
                 ready.append((group, lists, steps))
+        if not torch.compiler.is_compiling():
+            for group, lists, _ in ready:
+                if not group["fused"] or len(ready) > 1:  # alone, the fused step sees it before it begins
+                    check_shapes(lists)
         for group, lists, steps in ready:
             self._step_group(group, lists, steps)
         return loss
@@ -221,10 +233,15 @@ class ACProp(torch.optim.Optimizer):
             grad = p.grad
             if grad is None:
                 continue
-            if grad.is_sparse:
+            if grad.layout is not torch.strided:
                 raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
             state = self.state[p]
             if not state:
+                if p.dtype not in _DTYPES:
+                    raise TypeError(
+                        f"{_called(group, p)} has dtype {p.dtype}, which ACProp cannot use; give it one of "
+                        f"{', '.join(map(str, _DTYPES))}, or no gradient"
+                    )
                 if group["fused"]:
                     _device_dtype_check_for_fused(p)
                 state["step"] = _step_count(group, p, 0.0)
@@ -292,9 +309,15 @@ class ACProp(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            If it is of another optimizer, is of a run of the authors' with ``amsgrad`` or ``rectify``, or its parameter
-            groups differ in size; nothing has changed then.
+            If it is of another optimizer, is of a run of the authors' with ``amsgrad`` or ``rectify``, its parameter
+            groups differ in size, or something in it is out of range; nothing has changed then.
+        TypeError
+            If something in it is of a wrong type; nothing has changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                f"the state_dict is a {type(state_dict).__name__}; give what state_dict() of ACProp returned"
+            )
         saved: dict[str, Any] = {}
 
         def owners() -> Iterator[tuple[Any, dict[str, Any], Tensor]]:
@@ -303,15 +326,19 @@ class ACProp(torch.optim.Optimizer):
 
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             saved.update(_translated(state_dict, self.param_groups))
+            for group in saved["param_groups"]:
+                options = {**self.defaults, **group}
+                _check(options, step=True)
+                _check_flags(options)
+            keys = {key for group in saved["param_groups"] for key in group["params"]}
+            if strays := [key for key in saved["state"] if isinstance(key, int) and key not in keys]:
+                raise ValueError(
+                    f"the state_dict has the state of parameter {strays[0]}, which none of its parameter groups has; "
+                    "load what state_dict() of ACProp returned"
+                )
             for key, _, p in owners():
-                for name in (*_MOMENTS, "carry") if saved["state"].get(key) else ():
-                    if name == "carry" and name not in saved["state"][key]:
-                        continue
-                    if (shape := saved["state"][key][name].shape) != p.shape:
-                        raise ValueError(
-                            f"{name} of parameter {key} has shape {tuple(shape)}, the parameter {tuple(p.shape)}; load "
-                            "the state of this model"
-                        )
+                if own := saved["state"].get(key):
+                    _check_state(key, own, p)
             return saved
 
         def restore(optimizer: torch.optim.Optimizer) -> None:
@@ -341,6 +368,8 @@ def _check(options: dict[str, Any], step: bool = False) -> None:
         raise RuntimeError("`fused` does not support `differentiable`")
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if not step:
+        _check_flags(options)
     lr, betas = options["lr"], options["betas"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
         raise ValueError(f"Invalid betas: {betas!r}; give two decay rates, such as (0.9, 0.999)")
@@ -359,9 +388,14 @@ def _check(options: dict[str, Any], step: bool = False) -> None:
         if isinstance(x, Tensor):
             if x.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element")
+            if x.is_complex() or x.dtype is torch.bool or x.is_meta:
+                raise TypeError(f"Invalid {what}: {x}; give a number, or a tensor of a real one, for {name}")
             value = 0.0 if step else x.item()
-        elif isinstance(x, Real):
-            value = float(x)
+        elif _is_number(x):
+            try:
+                value = float(x)
+            except OverflowError:
+                value = math.inf
         else:
             raise TypeError(f"Invalid {what}: {x!r}; give a number for {name}")
         if not 0.0 <= value < below:
@@ -374,10 +408,54 @@ def _check(options: dict[str, Any], step: bool = False) -> None:
             raise ValueError("betas[0] as a Tensor is not supported for capturable=False and foreach=True")
     if not isinstance(options["moment_dtype"], torch.dtype | None):
         raise TypeError(f"moment_dtype is {options['moment_dtype']!r}; give a torch.dtype or None")
+    if not (options["clip_exponent"] is None or _is_number(options["clip_exponent"])):
+        raise TypeError(f"clip_exponent is {options['clip_exponent']!r}; give a number or None")
+    if not isinstance(options["centering"], str):
+        raise ValueError(f"centering is {options['centering']!r}; give 'current' or 'previous'")
     _check_rule(*(options[name] for name in ("clip_exponent", "centering", "moment_dtype", "compensate")))
 
 
-@functools.lru_cache
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _check_flags(options: dict[str, Any]) -> None:
+    for name in _FLAGS:
+        if not isinstance(options[name], bool | None):  # "no" would be taken for yes
+            raise TypeError(f"{name} is {options[name]!r}; give True or False")
+
+
+def _check_state(key: Any, own: Any, p: Tensor) -> None:
+    """Refuse the saved state of a parameter if no step of it could be taken."""
+    for name in (*_MOMENTS, *(["carry"] if "carry" in own else [])):
+        x = own[name]
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or (x.is_complex() and p.is_complex())):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} of parameter {key} is a {kind}; load a floating-point tensor")
+        if x.shape != p.shape:
+            raise ValueError(
+                f"{name} of parameter {key} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}; load the state "
+                "of this model"
+            )
+        if x.layout is not torch.strided or (x.is_meta and not p.is_meta):
+            raise ValueError(
+                f"{name} of parameter {key} is {'sparse' if not x.is_meta else 'without values'}; load a dense tensor"
+            )
+    step = own["step"]
+    if isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point() and (p.is_meta or not step.is_meta):
+        step = 0.0 if step.is_meta else step.item()
+    if not _is_number(step):
+        raise TypeError(f"step of parameter {key} is {step!r}; load a number, or a floating-point tensor of one")
+    if not (float(step) >= 0.0 and float(step).is_integer()):
+        raise ValueError(f"step of parameter {key} is {step!r}; load a whole number that is at least 0")
+
+
+def _called(group: dict[str, Any], p: Tensor) -> str:
+    i = next(i for i, x in enumerate(group["params"]) if x is p)
+    return f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter {i} of its group"
+
+
+@functools.lru_cache(typed=True)
 def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any, compensate: Any) -> None:
     acprop_core.ACProp(
         clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype, compensate=compensate
@@ -413,7 +491,7 @@ def _lists(lists: Row, has_complex: bool) -> Row:
         # a gradient may be conjugated lazily; a parameter may not, its memory is what counts
         resolved = lists._replace(grad=[grad.resolve_conj() for grad in lists.grad])
         real = [[torch.view_as_real(x) if x.is_complex() else x for x in column] for column in resolved[:4]]
-        lists = Row(*real, lists.carry)
+        lists = Row._make((*real, lists.carry))
     if PLAIN.issuperset(map(type, lists.param)):
         return lists
     return transposed([_local(row) for row in map(Row, *lists)])
@@ -444,8 +522,16 @@ def _is_compensated(group: dict[str, Any], p: Tensor) -> bool:
 
 def _translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a state_dict as one of this class, the authors' made so; refuse those of other optimizers."""
-    states = {key: state for key, state in state_dict["state"].items() if isinstance(state, dict) and state}
-    saved = state_dict["param_groups"]
+    saved, states = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(states, dict) or not isinstance(saved, list) or not all(isinstance(x, dict) for x in saved):
+        raise ValueError(
+            "the state_dict lacks a dict 'state' or a list of dicts 'param_groups'; give what state_dict() of ACProp "
+            "returned, not that of a model"
+        )
+    for key in (key for group in saved for key in group.get("params", ())):
+        if not isinstance(states.get(key, {}), dict):
+            raise TypeError(f"the state of parameter {key} is a {type(states[key]).__name__}; load a dict")
+    states = {key: state for key, state in states.items() if isinstance(state, dict) and state}
     theirs = [not {"eps_root", "maximize"} & set(group) for group in saved]
     parts = [
         (f"parameter group {i}", group, ("lr", "betas", "eps", "weight_decay", *(() if old else ("eps_root",))))

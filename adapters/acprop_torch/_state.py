@@ -1,7 +1,7 @@
 """Portable state: what `acprop_core.save` takes from a torch optimizer, and what `acprop_core.load` gives to one."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ import acprop_core
 from acprop_core import State
 from acprop_core._portable import arrange, checked, choose, to_numpy
 from acprop_torch._optimizer import _MOMENTS, ACProp, _dtype_of_moments, _is_compensated, _step_count
+
+if TYPE_CHECKING:  # slow to import, and whoever has sharded tensors has done so
+    from torch.distributed.tensor import DTensor
 
 Model = torch.nn.Module | Mapping[str, Tensor]
 # The options of a group in the words of the core; weight decay, its mask and what the core lacks are seen to apart.
@@ -20,6 +23,9 @@ def export_state(
     optimizer: ACProp, model: Model, hyperparameters: acprop_core.ACProp | None = None
 ) -> tuple[acprop_core.ACProp, State]:
     """Return hyperparameters and state of an optimizer, for `acprop_core.save` or another adapter's `import_state`.
+
+    If parameters are sharded (DTensor, as FSDP2 and tensor parallelism make them), call it on every rank: it gathers
+    their moments, one parameter after the other. The first rank of the mesh, rank 0, is the one that can save them.
 
     Parameters
     ----------
@@ -39,15 +45,26 @@ def export_state(
         gradient so far, or not in the optimizer) are None. A complex parameter counts as two real ones, as in the
         optimizer: its moments are real with a last axis of two, those of its ``torch.view_as_real``.
 
+        If parameters are sharded, only the first rank has the arrays. On the others tensors of torch's "meta" device,
+        which have a shape and no content, stand in their place: neither `save` nor `import_state` takes them.
+
     Raises
     ------
     ValueError
         If parameters have taken different numbers of steps, the optimizer has one that the model has not, or groups
         differ, maximize, or decay in the L2 form, which the core cannot express.
+    TypeError
+        If the optimizer is no ACProp.
+
+    Notes
+    -----
+    All of this is refused before anything is gathered, so that no rank waits for one that has refused.
     """
     named = _named(optimizer, model)
     if hyperparameters is None:
         hyperparameters = _hyperparameters(optimizer, named)
+    if not isinstance(hyperparameters, acprop_core.ACProp):
+        raise TypeError(f"the hyperparameters are a {type(hyperparameters).__name__}; give an acprop_core.ACProp")
     states = {name: optimizer.state[p] for name, (p, _) in named.items() if optimizer.state.get(p)}
     counts = {int(state["step"]): name for name, state in states.items()}
     if len(counts) > 1:
@@ -57,12 +74,16 @@ def export_state(
             "together. Within PyTorch use state_dict"
         )
 
-    def kept(key: str) -> dict[str, Any]:
-        found = {name: states[name][key] for name in states if key in states[name]}
-        return {name: _to_numpy(name, found[name]) if name in found else None for name in named}
-
     compensates = any(group["compensate"] for group in optimizer.param_groups)
     keys = (*_MOMENTS, "carry") if compensates else _MOMENTS
+    keep = _keeps([p for p, _ in named.values()])
+    # All of them before the first becomes an array of NumPy, which may fail on this rank while others wait for it.
+    whole = {key: {name: _whole(state[key], keep) for name, state in states.items() if key in state} for key in keys}
+
+    def kept(key: str) -> dict[str, Any]:
+        found = whole[key]
+        return {name: to_numpy("moment", name, found.get(name)) if keep else found.get(name) for name in named}
+
     return hyperparameters, State(next(iter(counts), 0), *map(kept, keys))
 
 
@@ -70,6 +91,9 @@ def import_state(
     optimizer: ACProp, model: Model, saved: acprop_core.ACProp, state: State, *, prefer: str | None = None
 ) -> None:
     """Give an optimizer the state that `acprop_core.load` or an `export_state` returned; it is copied.
+
+    If parameters are sharded, call it on every rank with the whole state, as each of them loads it. A rank takes its
+    part of one parameter after the other, and waits for no other rank.
 
     Parameters
     ----------
@@ -91,7 +115,7 @@ def import_state(
         If hyperparameters differ, names are missing or surplus, shapes differ, or the optimizer cannot have the saved
         hyperparameters; nothing has changed then.
     TypeError
-        If dtypes differ; nothing has changed then.
+        If dtypes differ, a moment has no content, or the optimizer is no ACProp; nothing has changed then.
 
     Notes
     -----
@@ -112,8 +136,8 @@ def import_state(
     compensates = any(group["compensate"] for group in groups)
     rows = arrange(state, list(named), State(0, like, like, carries if compensates else None))
     new_states = [
-        None if row[0] is None else {"step": _step_count(group, p, float(state.count)), **_kept(group, p, row)}
-        for (p, group), row in zip(owners, rows, strict=True)
+        None if row[0] is None else {"step": _step_count(group, p, float(state.count)), **_kept(name, group, p, row)}
+        for name, (p, group), row in zip(named, owners, rows, strict=True)
         if group is not None
     ]
     for group, new in zip(optimizer.param_groups, options, strict=True):
@@ -130,14 +154,15 @@ _Named = dict[str, tuple[Tensor, int | None]]  # the parameter, and which group 
 
 def _named(optimizer: ACProp, model: Model) -> _Named:
     if not isinstance(optimizer, ACProp):
-        raise TypeError(f"the optimizer is a {type(optimizer).__name__}; give an acprop_torch.ACProp")
+        raise TypeError(
+            f"the optimizer is a {type(optimizer).__name__}; give an acprop_torch.ACProp. If it wraps one, give a "
+            "plain one that has loaded its state_dict"
+        )
+    if not isinstance(model, torch.nn.Module | Mapping):
+        raise TypeError(f"the model is a {type(model).__name__}; give a Module, or a mapping of names to parameters")
     groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     pairs = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
     named = {name: (p, groups.pop(p, None)) for name, p in pairs}
-    if sharded := [name for name, (p, _) in named.items() if hasattr(p, "to_local")]:
-        raise TypeError(
-            f"parameter {sharded[0]!r} is sharded, which a portable state cannot be; export the whole model"
-        )
     if groups:
         p, i = next(iter(groups.items()))
         raise ValueError(
@@ -223,13 +248,14 @@ def _like(group: dict[str, Any], p: Tensor) -> Tensor:
     return _real(torch.empty(p.shape, dtype=_dtype_of_moments(group, p), device="meta"))
 
 
-def _kept(group: dict[str, Any], p: Tensor, row: tuple[Any, Any, Any]) -> dict[str, Tensor]:
+def _kept(name: str, group: dict[str, Any], p: Tensor, row: tuple[Any, Any, Any]) -> dict[str, Tensor]:
     made = {key: torch.zeros_like(p, dtype=_dtype_of_moments(group, p), requires_grad=False) for key in _MOMENTS}
     if _is_compensated(group, p):
         made["carry"] = torch.zeros_like(p, requires_grad=False)
-    for own, x in zip(made.values(), row, strict=False):
+    for whole, x in zip(made.values(), row, strict=False):
         if x is not None:
-            _real(own).copy_(_from_numpy(x))
+            own = whole.to_local() if _is_sharded(whole) else whole
+            _real(own).copy_(_part(_from_numpy(to_numpy("moment", name, x)), p))
     return made
 
 
@@ -237,10 +263,33 @@ def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def _to_numpy(name: str, x: Tensor) -> Any:
-    import numpy as np
+def _is_sharded(x: Tensor) -> TypeGuard["DTensor"]:
+    return hasattr(x, "to_local")
 
-    return np.array(to_numpy("moment", name, _real(x.resolve_conj())))
+
+def _keeps(params: Iterable[Tensor]) -> bool:
+    """Return whether this rank keeps what is gathered: the first of a mesh does."""
+    meshes = [p.device_mesh for p in params if _is_sharded(p)]
+    return not meshes or any(mesh.get_rank() == mesh.mesh.flatten()[0] for mesh in meshes)
+
+
+def _whole(x: Tensor, keep: bool) -> Tensor:
+    """Return a copy of a tensor on the CPU, whole if it is sharded; only its shape on a rank that does not keep it."""
+    if _is_sharded(x):
+        there: Any = x.to(x.device_mesh.device_type)  # from where FSDP2 may have offloaded it
+        x = there.full_tensor()
+    x = _real(x.detach().resolve_conj())
+    return x.to("cpu", copy=True) if keep else x.to("meta")
+
+
+def _part(x: Tensor, p: Tensor) -> Tensor:
+    """Return of a whole tensor what this rank has of `p`; a last axis that `p` lacks stays whole."""
+    if not _is_sharded(p):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    # src_data_rank=None: each rank has the whole and cuts its own part, where else rank 0 would send one to each
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).to_local()
 
 
 def _from_numpy(x: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """One step on many tensors: one after the other, or as lists. The rule is the same in both."""
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import attrgetter
@@ -133,6 +134,28 @@ def multi_tensor(lists: Row, steps: list[Tensor], options: Options, traced: bool
     torch._foreach_add_(steps, 1)
 
 
+def check_shapes(lists: Row) -> None:
+    """Refuse tensors of different shapes, which torch would broadcast, or find out in the middle of a step."""
+    shape = attrgetter("shape")
+    first = list(map(shape, lists.param))
+    for column in lists[1:4]:
+        if not all(map(operator.eq, first, map(shape, column))):
+            raise unequal(next(row for row in map(Row, *lists) if len({*map(shape, row[:4])}) > 1))
+    for row in map(Row, *lists):
+        if row.carry is not None and row.carry.shape != row.param.shape:
+            raise unequal(row)
+
+
+def unequal(row: Row) -> RuntimeError:
+    """Return the refusal of a row of different shapes."""
+    shapes = ", ".join(str(tuple(x.shape)) for x in row if x is not None)
+    names = "exp_avg and exp_avg_var" if row.carry is None else "exp_avg, exp_avg_var and carry"
+    return RuntimeError(
+        f"a parameter, its gradient, {names} have the shapes {shapes}; clear `optimizer.state`, or load the state of "
+        "this model"
+    )
+
+
 def numbers_of_each(k: _rule.Coefficients, take: Any) -> _rule.Coefficients:
     """Return the numbers of several steps with `take` applied to those that differ from step to step."""
     numbers = {name: getattr(k, name) for name in _rule.NUMBERS}
@@ -204,10 +227,10 @@ def contiguous(row: Row) -> Row | None:
 
 def write(
     blocks: Sequence[Block],
-    updates: Sequence[Tensor],
-    mus: Sequence[Tensor],
-    nus: Sequence[Tensor],
-    carries: Sequence[Tensor | None],
+    updates: Sequence[Any],
+    mus: Sequence[Any],
+    nus: Sequence[Any],
+    carries: Sequence[Any],
 ) -> None:
     """Add the updates to the parameters of the blocks, and put new moments and carries in the place of the old."""
     bring(updates, "param", blocks, torch._foreach_add_)

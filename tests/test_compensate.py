@@ -1,0 +1,385 @@
+"""compensate=True: 16-bit parameters lose nothing, in any framework. How exactly, the suite says (compensated-*)."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import array_api_compat.numpy
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+import torch
+from test_portable import HOSTS
+
+import acprop_optax
+import acprop_stepper
+import acprop_torch
+from acprop_core import ACProp, State, _rule
+from acprop_core._step import compensated
+from backends import _from_torch, _to_torch
+from cases import DTYPES, Case
+
+pytestmark = pytest.mark.promise("compensation")
+SIXTEEN_BITS = ["bfloat16", "float16"]
+HYPER = {
+    "learning_rate": 1e-4,
+    "b1": 0.0,
+    "clip_exponent": 0.0,
+    "compensate": True,
+}  # a constant gradient moves by 1e-4
+
+
+def ones(dtype: str) -> np.ndarray:
+    return np.ones(3, DTYPES[dtype])
+
+
+def functional(dtype: str, steps: int, **hyper: Any) -> tuple[Any, Any]:
+    optimizer, params = ACProp(**hyper), {"w": ones(dtype)}
+    state = optimizer.init(params)
+    for _ in range(steps):
+        updates, state = optimizer.update({"w": ones(dtype)}, state, params)
+        params = optimizer.apply(params, updates)
+    return params["w"], state.carry and state.carry["w"]
+
+
+def by_optax(dtype: str, steps: int, **hyper: Any) -> tuple[Any, Any]:
+    transform = acprop_optax.acprop(**hyper)
+    params = {"w": jnp.asarray(ones(dtype))}
+
+    @jax.jit
+    def step(carried: Any, _: None) -> Any:
+        params, state = carried
+        updates, state = transform.update({"w": jnp.ones_like(params["w"])}, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, transform.init(params)), length=steps)
+    return np.asarray(params["w"]), np.asarray(state[3].carry["w"]) if hyper["compensate"] else None
+
+
+def by_torch(dtype: str, steps: int, *, learning_rate: float, b1: float, **hyper: Any) -> tuple[Any, Any]:
+    p = _to_torch(ones(dtype)).requires_grad_()
+    optimizer = acprop_torch.ACProp([p], lr=learning_rate, betas=(b1, 0.999), **hyper)
+    for _ in range(steps):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    return _from_torch(p), _from_torch(optimizer.state[p]["carry"]) if hyper["compensate"] else None
+
+
+def by_stepper(dtype: str, steps: int, **hyper: Any) -> tuple[Any, Any]:
+    params = {"w": ones(dtype)}
+    stepper = acprop_stepper.Stepper(params, **hyper)
+    for _ in range(steps):
+        stepper.step({"w": ones(dtype)})
+    return params["w"], stepper.state.carry and stepper.state.carry["w"]
+
+
+@pytest.mark.parametrize("run", [functional, by_optax, by_torch, by_stepper])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_updates_below_half_a_place_add_up(dtype: str, run: Callable[..., Any]) -> None:
+    """A thousand updates of -1e-4 take 1 to 0.9; without carry, each is rounded away."""
+    param, carry = run(dtype, 1000, **HYPER)
+    assert (param.dtype, carry.dtype) == (DTYPES[dtype], DTYPES[dtype])
+    unit = 2.0**-16  # in the last place of 16 significant bits
+    np.testing.assert_allclose(param.astype(np.float64) + carry.astype(np.float64), 0.9, rtol=0, atol=2 * unit)
+    assert (param == DTYPES[dtype].type(0.9)).all()
+    param, carry = run(dtype, 1000, **{**HYPER, "compensate": False})
+    assert (param == 1).all()
+    assert carry is None
+
+
+def sixteen(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the numbers of a 16-bit dtype as float64, the nearest to `x`."""
+    return x.astype(DTYPES[dtype]).astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_nothing_is_lost_in_a_step(dtype: str) -> None:
+    """The update is a 16-bit number, parameter plus update is one, and the carry what is missing, to a last place."""
+    rng = np.random.default_rng(0)
+    digits, least = {"bfloat16": (8, 0.0), "float16": (11, 2.0**-23)}[dtype]  # float16 has few numbers that small
+    size = 2.0 ** rng.uniform(-10, 10, 20_000)
+    signs = rng.choice([-1, 1], (3, size.size))
+    param = sixteen(size * signs[0], dtype)
+    carry = sixteen(np.abs(param) * 2.0 ** -rng.uniform(digits + 1, 2 * digits, size.size) * signs[1], dtype)
+    update = (size * 2.0 ** rng.uniform(-3 * digits, 2, size.size) * signs[2]).astype(np.float32)
+    k = _rule.coefficients(ACProp(compensate=True), 5, 1e-3, np)
+    v, kept = compensated(update, *(x.astype(DTYPES[dtype]) for x in (param, carry)), k, array_api_compat.numpy)
+    assert (v.dtype, kept.dtype) == (DTYPES[dtype], DTYPES[dtype])
+    new = param + v.astype(np.float64)
+    larger = np.abs(new) > np.abs(param)  # a sum of more bits must then be rounded: by everyone, to the same number
+    assert (sixteen(new, dtype) == new)[~larger].all()
+    new = sixteen(new, dtype)
+    lost = param + carry + update.astype(np.float64) - new
+    place = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(new), 1e-300))) - 2 * digits), least)
+    # where the update had to be rounded for its size, so much is lost that the carry has a larger last place too
+    place = place + 2.0**-digits * np.abs(lost)
+    in_float32 = 2.0**-23 * np.maximum.reduce([np.abs(param), np.abs(new), np.abs(update)])  # as the rule runs
+    assert (np.abs(kept.astype(np.float64) - lost) <= place + in_float32).all()
+    assert (np.abs(lost) <= 2.0**-digits * np.abs(new) * 1.01 + least)[np.abs(update) < np.abs(param) / 2].all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 4095, 4096, 123_456_789, 2**31 - 1])
+def test_the_dither_is_the_same_number_everywhere(count: int) -> None:
+    optimizer = ACProp(compensate=True)
+    number = _rule.coefficients(optimizer, count, 1e-3, np).dither
+    assert -0.5 < number < 0.5
+    for xp, traced in ((jnp, jnp.asarray(count)), (array_api_compat.numpy, np.asarray(count))):
+        assert float(_rule.coefficients(optimizer, traced, 1e-3, xp).dither) == number
+
+
+def test_the_dither_has_no_bias() -> None:
+    dithers = [_rule.coefficients(ACProp(compensate=True), count, 1e-3, np).dither for count in range(4096)]
+    assert sum(dithers) == 0.0
+    assert len({*dithers}) == 4096
+    assert np.abs(np.cumsum(dithers)).max() < 2.0  # nor do the few first ones
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_an_update_of_zero_changes_no_bit(dtype: str) -> None:
+    param = np.linspace(0.5, 2, 50).astype(DTYPES[dtype])
+    optimizer = ACProp(compensate=True, clip_exponent=0.25, learning_rate=1e-4)
+    state = optimizer.init(param)
+    for _ in range(10):
+        update, state = optimizer.update(np.ones_like(param), state, param)
+        param = optimizer.apply(param, update)
+    carry = state.carry
+    assert carry.all()
+    for _ in range(20):
+        update, state = optimizer.update(np.zeros_like(param), state, param)
+        assert not update.any()
+        assert state.carry.tobytes() == carry.tobytes()
+
+
+def test_other_parameters_are_as_without() -> None:
+    params = {"w": np.ones((2, 3), np.float32), "d": np.ones(2), "c": np.ones(2, np.complex64), "e": None}
+    grads = {name: None if x is None else 0.3 * x for name, x in params.items()}
+    results = []
+    for compensate in (False, True):
+        optimizer = ACProp(clip_exponent=0.25, compensate=compensate)
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(grads, state, params)
+        results.append((updates, state))
+    (plain, before), (same, after) = results
+    assert before.carry is None
+    assert after.carry == dict.fromkeys(params)
+    for name in ("w", "d", "c"):
+        for x, y in ((plain, same), (before.mu, after.mu), (before.nu, after.nu)):
+            assert x[name].tobytes() == y[name].tobytes()
+
+
+# what stands in the state
+
+
+def steps_of_torch(optimizer: Any, p: Any, start: int, stop: int) -> None:
+    for t in range(start, stop):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("flags", [{"foreach": False}, {"fused": True}])
+def test_torch_state_dicts_hold_the_carry(flags: dict[str, bool], tmp_path: Path) -> None:
+    def begin() -> tuple[Any, Any]:
+        p = torch.linspace(0.5, 2, 40).to(torch.bfloat16).requires_grad_()
+        return p, acprop_torch.ACProp([p], lr=1e-4, clip_exponent=0.25, compensate=True, **flags)
+
+    p, optimizer = begin()
+    steps_of_torch(optimizer, p, 0, 60)
+    q, other = begin()
+    steps_of_torch(other, q, 0, 30)
+    torch.save((q.detach(), other.state_dict()), tmp_path / "a")
+    value, saved = torch.load(tmp_path / "a")
+    assert saved["state"][0]["carry"].dtype == torch.bfloat16
+    again, third = begin()
+    with torch.no_grad():
+        again.copy_(value)
+    third.load_state_dict(saved)
+    fourth = copy.deepcopy((again, third))
+    before = saved["state"][0]["carry"].clone()
+    for parameter, follower in ((again, third), fourth):
+        steps_of_torch(follower, parameter, 30, 60)
+        assert torch.equal(parameter, p)
+        assert torch.equal(follower.state[parameter]["carry"], optimizer.state[p]["carry"])
+    assert torch.equal(saved["state"][0]["carry"], before)  # it is a copy that went on
+
+
+def test_torch_takes_up_and_gives_up_the_carry_with_the_option() -> None:
+    p = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = acprop_torch.ACProp([p], lr=1e-4, clip_exponent=0.25)
+    steps_of_torch(optimizer, p, 0, 1)
+    assert "carry" not in optimizer.state[p]
+    optimizer.param_groups[0]["compensate"] = True
+    steps_of_torch(optimizer, p, 1, 2)
+    assert optimizer.state[p]["carry"].any()
+    optimizer.param_groups[0]["compensate"] = False
+    steps_of_torch(optimizer, p, 2, 3)
+    assert "carry" not in optimizer.state[p]
+    saved = optimizer.state_dict()
+    saved["state"][0] = saved["state"][0] | {"carry": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"carry of parameter 0 has shape \(1,\), the parameter \(3,\)"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_compiled_step_rounds_where_the_rule_does() -> None:
+    """torch's compiler leaves out a rounding that is widened again: without care the carry is always 0."""
+    results = []
+    for compiled in (False, True):
+        p = torch.linspace(0.5, 2, 40).to(torch.bfloat16).requires_grad_()
+        optimizer = acprop_torch.ACProp([p], lr=1e-4, clip_exponent=0.25, compensate=True, foreach=False)
+        whole = SimpleNamespace(step=torch.compile(optimizer.step) if compiled else optimizer.step)
+        steps_of_torch(whole, p, 0, 20)
+        results.append((p.detach(), optimizer.state[p]["carry"]))
+    (eager, carry), (also, other) = results
+    assert torch.equal(eager, also)
+    assert other.any()
+    # the last bits of what is compiled may differ, hence that of a carry
+    assert (carry.double() - other.double()).abs().max() <= 2.0**-15
+
+
+CASE = Case(
+    "handed-over",
+    {"learning_rate": 1e-3, "clip_exponent": 0.25, "compensate": True},
+    {"w": ("bfloat16", (2, 3)), "h": ("float16", (3,)), "s": ("float32", ())},
+    steps=40,
+)
+
+
+@pytest.mark.parametrize("second", HOSTS)
+@pytest.mark.parametrize("first", HOSTS)
+def test_every_host_hands_the_carry_on(
+    first: Callable[[Case], Any], second: Callable[[Case], Any], tmp_path: Path
+) -> None:
+    """To the bit: a run of the functional core, half of it in each of two hosts."""
+    grads = {leaf: CASE.grads(leaf) for leaf in CASE.leaves}
+
+    def run(hosts: list[Any]) -> dict[str, np.ndarray]:
+        params: Any = {leaf: CASE.params(leaf)[0] for leaf in CASE.leaves}
+        for i, host in enumerate(hosts):
+            if i:
+                hosts[i - 1].write(tmp_path / "a")
+                host.take_up(tmp_path / "a")
+            for t in range(i * 20, i * 20 + CASE.steps // len(hosts)):
+                params, _ = host.step(params, {leaf: x[t] for leaf, x in grads.items()})
+                params = {leaf: np.asarray(x) for leaf, x in params.items()}
+        return params
+
+    expected, got = run([HOSTS[0](CASE)]), run([first(CASE), second(CASE)])
+    for leaf in ("w", "h"):
+        assert got[leaf].dtype == expected[leaf].dtype
+        assert got[leaf].tobytes() == expected[leaf].tobytes()
+
+
+def test_optax_states_shard_the_carry_like_the_parameter() -> None:
+    params = {"w": jnp.ones((4, 2), jnp.bfloat16), "b": jnp.ones(2)}
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = jax.device_put(params, where)
+    state = acprop_optax.acprop(1e-3, compensate=True).init(params)
+    assert isinstance(state[3], acprop_optax.CarryState)
+    assert state[3].carry["w"].sharding == params["w"].sharding
+    assert state[3].carry["b"] is None
+    assert len(acprop_optax.acprop(1e-3).init(params)) == 3
+
+
+@pytest.mark.parametrize("wrap", [optax.apply_if_finite, optax.MultiSteps, optax.masked])
+def test_inside_what_optax_offers(wrap: Any) -> None:
+    """What wraps an optimizer and lets its updates through as they are, lets the carry do its work."""
+    inner = acprop_optax.acprop(**HYPER)
+    arguments: dict[Any, Any] = {optax.apply_if_finite: (3,), optax.MultiSteps: (2,), optax.masked: ({"w": True},)}
+    transform = wrap(inner, *arguments[wrap])
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    steps = 400 * (2 if wrap is optax.MultiSteps else 1)
+
+    @jax.jit
+    def step(carried: Any, _: None) -> Any:
+        params, state = carried
+        updates, state = transform.update({"w": jnp.ones_like(params["w"])}, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, transform.init(params)), length=steps)
+    assert (params["w"] == jnp.asarray(0.96, jnp.bfloat16)).all()
+
+
+# what is refused
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    params = {"w": ones("bfloat16"), "b": np.ones(2, np.float32)}
+    optimizer = ACProp(compensate=True)
+    state = optimizer.init(params)
+    carry = state.carry
+    with pytest.raises(
+        ValueError, match=r"compensate is True, which needs the parameters: call update\(grads, state, "
+    ):
+        optimizer.update(params, state)
+    with pytest.raises(TypeError, match="compensate is 1; give True or False"):
+        ACProp(compensate=1)
+    for other, error, message in (
+        (None, ValueError, "compensate is True, but the state was made without it and has no carry; begin with"),
+        ({**carry, "w": None}, ValueError, "carry of 'w' is None, its parameter bfloat16; give zeros_like"),
+        ({**carry, "b": np.zeros(2)}, ValueError, "carry of 'b' is an array, its parameter float32; give None"),
+        ({**carry, "w": ones("bfloat16")[:1]}, ValueError, r"carry of 'w' has shape \(1,\), its parameter \(3,\)"),
+        ({**carry, "w": np.ones(3)}, TypeError, "carry of 'w' has dtype float64, its parameter bfloat16"),
+        ({**carry, "w": "no"}, TypeError, "carry of 'w' is a str"),
+        ({"w": carry["w"]}, ValueError, "the container of carries"),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.update(params, state._replace(carry=other), params)
+    with pytest.raises(
+        ValueError, match="compensate is False, but the state has a carry; set compensate=True, or give"
+    ):
+        ACProp().update(params, state, params)
+
+
+def test_steppers_refuse_states_that_do_not_fit() -> None:
+    params = {"w": ones("bfloat16")}
+    plain, compensating = (acprop_stepper.Stepper(params, compensate=x) for x in (False, True))
+    for stepper, other in ((plain, compensating), (compensating, plain)):
+        with pytest.raises(ValueError, match=f"compensate is {stepper is compensating}, but the state"):
+            stepper.load_state(other.state)
+    state = compensating.state
+    with pytest.raises(TypeError, match="carry of 'w' has dtype float32, its parameter bfloat16"):
+        compensating.load_state(state._replace(carry={"w": np.ones(3, np.float32)}))
+    compensating.load_state(state._replace(count=7, carry={"w": ones("bfloat16")}))
+    assert (compensating.state.count, compensating.state.carry["w"][0]) == (7, 1)
+
+
+def test_optax_refuses_what_does_not_fit() -> None:
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    plain, compensating = (acprop_optax.acprop(1e-3, compensate=x) for x in (False, True))
+    state = compensating.init(params)
+    with pytest.raises(ValueError, match="compensate is True, which needs the parameters"):
+        compensating.update(params, state)
+    for transform, other in ((plain, state), (compensating, plain.init(params))):
+        with pytest.raises(TypeError, match=f"the state is not of acprop with compensate={transform is compensating}"):
+            transform.update(params, other, params)
+    with pytest.raises(TypeError, match="carry of 'w' has dtype float32, its parameter bfloat16"):
+        compensating.update(params, (*state[:3], acprop_optax.CarryState({"w": jnp.ones(3)})), params)
+    with pytest.raises(ValueError, match="the hyperparameters have compensate=False, the optax state has a carry"):
+        acprop_optax.export_state(state, ACProp(1e-3))
+
+
+def test_a_carry_is_not_dropped_on_the_way() -> None:
+    """A file with a carry does not fit a host that keeps none, nor one whose parameter is wide enough to hold it."""
+    p = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    saved = ACProp(1e-4, compensate=True)
+    moments = {"w": np.zeros(3, np.float32)}
+    state = State(3, moments, moments, {"w": np.full(3, 1e-3, ml_dtypes.bfloat16)})
+    for compensate, prefer in ((False, None), (True, None), (False, "own")):
+        optimizer = acprop_torch.ACProp([p], lr=1e-4, compensate=compensate)
+        if not compensate and prefer is None:
+            with pytest.raises(ValueError, match="compensate is False here and True in the saved state"):
+                acprop_torch.import_state(optimizer, {"w": p}, saved, state)
+            continue
+        acprop_torch.import_state(optimizer, {"w": p}, saved, state, prefer=prefer)
+        assert ("carry" in optimizer.state[p]) == compensate
+    wide = torch.ones(3, requires_grad=True)
+    optimizer = acprop_torch.ACProp([wide], lr=1e-4, compensate=True)
+    with pytest.raises(
+        TypeError, match="carry of 'w' is an array, but the parameter here is not of 16 bits; add it to"
+    ):
+        acprop_torch.import_state(optimizer, {"w": wide}, saved, state)
