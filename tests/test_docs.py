@@ -86,3 +86,12 @@ def test_the_language_model_trains(tmp_path: Path) -> None:
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert len(re.findall(r"^(?:ACProp, clip_exponent=0.25|AdamW), lr=.* after 2 steps", printed, re.MULTILINE)) == 2
     assert (tmp_path / "language_model.png").stat().st_size > 10_000
+
+
+def test_the_16_bit_models_train(tmp_path: Path) -> None:
+    script = ROOT / "docs" / "examples" / "sixteen_bit.py"
+    run = [sys.executable, script, "--steps", "2", "--out", tmp_path]
+    printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    losses = re.findall(r"^lr=.*, (bfloat16|float32)(, compensate=True)?: .* after 2 steps", printed, re.MULTILINE)
+    assert len(losses) == 2 * len({*losses}) == 6
+    assert (tmp_path / "sixteen_bit.png").stat().st_size > 10_000

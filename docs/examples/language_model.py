@@ -83,21 +83,35 @@ def loss_of(model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
     return functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
+def data() -> tuple[Tensor, Tensor, int]:
+    """Return the text to train on, the text held out, and the number of characters that there are."""
+    vocabulary, text = torch.unique(torch.tensor(list(docstrings().encode("ascii"))), return_inverse=True)
+    cut = len(text) * 9 // 10
+    print(f"{len(text):,} characters of {len(vocabulary)} kinds, {CONTEXT * BATCH:,} a step")
+    return text[:cut], text[cut:], len(vocabulary)
+
+
 def train(
-    make: MakeOptimizer, rate: float, text: Tensor, held_out: Tensor, vocabulary: int, steps: int, name: str
-) -> dict:
-    """Return {step: loss on held-out text}."""
-    torch.manual_seed(0)
-    model = Transformer(vocabulary)
-    optimizer = make(model.parameters(), rate)
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    text: Tensor,
+    held_out: Tensor,
+    steps: int,
+    name: str,
+    last_rate: float = 0.1,
+) -> dict[int, float]:
+    """Return {step: loss on held-out text}; the learning rate ends at `last_rate` of the optimizer's."""
     warm_up = 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * min(1.0, i / steps)))
+        optimizer,
+        lambda i: min(
+            (i + 1) / warm_up, (1 + last_rate) / 2 + (1 - last_rate) / 2 * math.cos(math.pi * min(1.0, i / steps))
+        ),
     )
     generator = torch.Generator().manual_seed(1)
     tests = torch.linspace(0, len(held_out) - CONTEXT - 1, 96).long()
     losses = {}
-    for step in tqdm(range(1, steps + 1), desc=f"{name}, {rate:g}", leave=False):
+    for step in tqdm(range(1, steps + 1), desc=name, leave=False):
         optimizer.zero_grad()
         starts = torch.randint(len(text) - CONTEXT - 1, (BATCH,), generator=generator)
         loss_of(model, text, starts).backward()
@@ -132,21 +146,24 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     options = parser.parse_args()
 
-    vocabulary, text = torch.unique(torch.tensor(list(docstrings().encode("ascii"))), return_inverse=True)
-    cut = len(text) * 9 // 10
-    data = (text[:cut], text[cut:], len(vocabulary))
-    print(f"{len(text):,} characters of {len(vocabulary)} kinds, {CONTEXT * BATCH:,} a step")
+    text, held_out, vocabulary = data()
+
+    def run(name: str, rate: float, steps: int) -> dict[int, float]:
+        torch.manual_seed(0)
+        model = Transformer(vocabulary)
+        optimizer = OPTIMIZERS[name](model.parameters(), rate)
+        return train(model, optimizer, text, held_out, steps, f"{name}, {rate:g}")
 
     curves = {}
-    for name, make in OPTIMIZERS.items():
-        trials = {rate: train(make, rate, *data, min(SHORT, options.steps), name) for rate in RATES}
+    for name in OPTIMIZERS:
+        trials = {rate: run(name, rate, min(SHORT, options.steps)) for rate in RATES}
         finals = {rate: list(losses.values())[-1] for rate, losses in trials.items()}
         best = min(finals, key=finals.__getitem__)
         print(
             f"{name}: after {min(SHORT, options.steps)} steps", *(f"{r:g}: {loss:.3f};" for r, loss in finals.items())
         )
         start = time.perf_counter()
-        curves[f"{name}, lr={best:g}"] = losses = train(make, best, *data, options.steps, name)
+        curves[f"{name}, lr={best:g}"] = losses = run(name, best, options.steps)
         seconds = time.perf_counter() - start
         print(f"{name}, lr={best:g}: {list(losses.values())[-1]:.3f} after {options.steps} steps, {seconds:.0f} s")
     draw(curves, options.out / "language_model.png")
