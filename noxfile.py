@@ -128,6 +128,15 @@ def wheel(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Print the benchmarks; `-- quick` for a short run."""
     install(session, "demo", "rivals")
-    for name in ("import_time", "stepper", "torch_speed", "optax_speed", "speed", "sixteen_bit", "compensation", "accuracy"):
+    for name in (
+        "import_time",
+        "stepper",
+        "torch_speed",
+        "optax_speed",
+        "speed",
+        "sixteen_bit",
+        "compensation",
+        "accuracy",
+    ):
         quick = name.endswith("speed") or name in ("stepper", "sixteen_bit")
         session.run("python", f"tests/benchmarks/{name}.py", *(session.posargs if quick else []))
