@@ -70,7 +70,7 @@ def minimums(session: nox.Session) -> None:
 def reliability(session: nox.Session) -> None:
     """Run what holds a promise, and write the counts into docs/reliability.md."""
     install(session, "tests")
-    options = ["-n", "auto", "-m", "promise and not gpu", "--promises", "docs/reliability.md"]
+    options = ["tests", "-n", "auto", "-m", "promise and not gpu", "--promises", "docs/reliability.md"]
     session.run("python", "-m", "pytest", *options, *session.posargs)
 
 
