@@ -35,7 +35,7 @@ RANDOM_BOUNDS = {
 # number of 16 significant bits: a pair of bfloat16 numbers holds no more. After n steps of noise their roundings add up
 # to this times sqrt(n), as so many at random do; what constant updates lose in 10,000 steps has a bound of its own.
 NOISE_BOUNDS = {"float16": 0.025, "bfloat16": 1.0}
-CONSTANT_BOUNDS = {"float16": 0.2, "bfloat16": 4.0}
+CONSTANT_BOUNDS = {"float16": 0.2, "bfloat16": 8.0}
 
 
 class Record(NamedTuple):

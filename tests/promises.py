@@ -37,7 +37,8 @@ PROMISES = {
     "not finite": "The guard that each host has or needs keeps out gradients that are not finite; parameters, moments "
     "and count stay as they were",
     "soak": "In a long run neither memory grows nor do the moments drift from those in float64",
-    "compensation": "With compensate=True 16-bit parameters lose no update: what rounding takes is kept and given back",
+    "compensation": "With compensate=True 16-bit parameters lose no update: what rounding takes is kept and given back "
+    "(on every backend: the cases compensated-* of the reference suite)",
     "supply chain": "The wheel holds the four packages and asks for array-api-compat alone; nothing in it pickles, "
     "evaluates text, starts a process or opens a connection",
     "bad input": "What cannot be used is refused by an exception of the right type that names the leaf or the option, "
