@@ -1,5 +1,6 @@
 """The functional core on dask.array, in two worker processes: more state than one may hold, and a worker killed."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,16 +23,30 @@ LIMIT = 560 * MIB
 OPTIMIZER = ACProp(1e-2, weight_decay=0.1, clip_exponent=0.25)
 
 
+@contextlib.contextmanager
+def two_workers(folder: Path) -> Iterator[Any]:
+    """Start two workers of one thread each, and stop them."""
+    with (
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            memory_limit=LIMIT,
+            dashboard_address=":0",
+            host="127.0.0.1",
+            local_directory=folder,
+        ) as cluster,
+        distributed.Client(cluster, timeout=60) as client,
+    ):
+        yield client
+
+
 @pytest.fixture
-def client() -> Iterator[Any]:
-    """Start two workers of one thread each, which are killed at their limit: nothing is spilled, nothing waits."""
+def client(tmp_path: Path) -> Iterator[Any]:
+    """Two workers that are killed at their limit: nothing is spilled, nothing waits."""
     limits = {f"distributed.worker.memory.{action}": False for action in ("target", "spill", "pause")}
     with (
         dask.config.set({**limits, "distributed.worker.memory.terminate": 0.95}),
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, memory_limit=LIMIT, dashboard_address=":0", host="127.0.0.1"
-        ) as cluster,
-        distributed.Client(cluster, timeout=60) as client,
+        two_workers(tmp_path) as client,
     ):
         yield client
 
@@ -110,6 +125,23 @@ def test_more_state_than_one_worker_may_hold(client: Any) -> None:
     for x, y in ((params, expected[0]), (state.mu, expected[1].mu), (state.nu, expected[1].nu)):
         wrong = x["w"].view("uint32") != index.map_blocks(_taken, y["w"].view("uint32"), dtype="uint32")
         assert not wrong.any().compute()
+
+
+def test_parameters_larger_than_the_memory_of_a_worker(tmp_path: Path) -> None:
+    """The state is three times the parameters, more than two such workers hold: the rest goes to their disks."""
+    size, chunk, steps = LIMIT // 4 + 2**21, 2**21, 2
+    with two_workers(tmp_path) as client:
+        started = client.run(os.getpid)
+        params = {"w": da.full(size, 1.5, chunks=chunk, dtype="float32")}
+        assert params["w"].nbytes > LIMIT
+        carry = dask.persist(params, OPTIMIZER.init(params))
+        for _ in range(steps):
+            carry = dask.persist(*step(*carry))
+            distributed.wait(carry, timeout=240)
+        assert client.run(os.getpid) == started
+        params, state = in_numpy(np.full(1, 1.5, "float32"), steps)
+        for x, y in ((carry[0], params), (carry[1].mu, state.mu), (carry[1].nu, state.nu)):
+            assert not (x["w"].view("uint32") != y["w"].view("uint32")[0]).any().compute()
 
 
 def _taken(index: Any, values: Any) -> Any:
