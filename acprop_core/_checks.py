@@ -182,8 +182,9 @@ def check_carries(carries: Sequence[Any], params: Sequence[Any], names: Sequence
 
 
 def _device(x: Any) -> Any:
-    # JAX is not asked: its tracers have no device, and arrays not committed to theirs go where they are needed
-    return None if is_jax_array(x) else getattr(x, "device", None)
+    # JAX is not asked: its tracers have no device, and arrays not committed to theirs go where they are needed. Nor is
+    # NumPy, which knows one device, and whose scalars have not always said so.
+    return None if is_jax_array(x) or is_numpy_array(x) else getattr(x, "device", None)
 
 
 def library(xp: Any) -> str:

@@ -19,7 +19,7 @@ distributed = pytest.importorskip("distributed")
 da = pytest.importorskip("dask.array")
 
 MIB = 2**20
-LIMIT = 560 * MIB
+LIMIT = 590 * MIB
 OPTIMIZER = ACProp(1e-2, weight_decay=0.1, clip_exponent=0.25)
 
 
