@@ -170,7 +170,10 @@ def torchrun(script: Path, folder: Path, restarts: int) -> str:
         except BaseException:
             group.terminate()  # upon which it ends its workers
             raise
-    assert group.returncode == 0, printed
+    # With all done, the interpreter's end may meet a thread of gloo's that holds a tensor, and abort: a defect of torch
+    # (pytorch/pytorch#179291). What the run has left behind is compared all the same.
+    aborted_at_exit = "optimizer exported" in printed and "terminate called without an active exception" in printed
+    assert group.returncode == 0 or aborted_at_exit, printed
     return printed
 
 

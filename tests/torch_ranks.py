@@ -352,6 +352,7 @@ def on_a_rank(rank: int, world: int, folder: Path, checks: dict[str, tuple[Calla
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
     results = {name: function(*args) for name, (function, args) in checks.items()}
     torch.save(results, folder / f"results-{world}-{rank}.pt")
+    dist.barrier()  # as at the end of docs/examples/scale_torch.py
     dist.destroy_process_group()
 
 

@@ -106,6 +106,8 @@ def main() -> None:
     if rank == 0:
         save(args.out / "acprop.safetensors", *exported)
     say(f"accuracy {accuracy:.3f} on held-out digits; optimizer exported to {args.out / 'acprop.safetensors'}")
+    # in it gloo's threads let go of the last tensors; at the interpreter's end that may abort (pytorch/pytorch#179291)
+    dist.barrier()
     dist.destroy_process_group()
 
 
