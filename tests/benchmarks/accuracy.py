@@ -4,9 +4,10 @@
 
 Six elements see the same normally distributed gradients. Each quantity of each step is compared with the oracle of the
 test suite (tests/reference.py, 50 digits), in machine epsilons of float32: update and first moment on the scales of
-tests/agreement.py, their largest magnitude so far; the second moment against itself, so that Adam's compare. optax's own ACProp is compared with the formula that its code has (g_t - m_{t-1}), the second moments of AdamW
-with Adam's. Printed is the worst of all elements and steps; written are accuracy.json, accuracy_table.md, and
-accuracy.png with the way there.
+tests/agreement.py, their largest magnitude so far; the second moment against itself, so that Adam's compare. The ACProp
+of optax is compared with the formula that its code has (g_t - m_{t-1}), the second moments of AdamW with Adam's.
+Printed is the worst of all elements and steps. Written are accuracy.json, accuracy_table.md, and accuracy.png, which
+shows the way there.
 """
 
 import functools

@@ -122,7 +122,7 @@ def panels(result: Row, title: str) -> Any:
         ax.set(yscale="log")
         ax.grid(alpha=0.25, which="both", axis="y")
         ax.grid(alpha=0.25, which="major", axis="x")
-    return figure, axes.flat
+    return figure, list(axes.flat)
 
 
 def finish(figure: Any, axes: Any, file: Path) -> None:
