@@ -1,38 +1,19 @@
-"""The how-to and reference pages: what a page says that its code prints is printed; what it says is complete is so."""
+"""The reference pages and the vendored rule: what a page says is complete or alone is so."""
 
 import ast
-import contextlib
-import io
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from acprop_core import ACProp
+
 ROOT = Path(__file__).parents[1]
-HOW_TOS = sorted((ROOT / "docs").glob("howto-*.md")) + [ROOT / "docs" / "checkpoint.md"]
-
-
-def snippets(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def said(snippet: str) -> list[str]:
-    """Return the lines that a snippet says it prints: comments behind a `print`, or at its end if that is in a loop."""
-    lines = snippet.splitlines()
-    behind = [m[1] for line in lines if (m := re.match(r"print\(.*\)  # (.*)$", line))]
-    after = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
-    return behind + after
-
-
-@pytest.mark.parametrize("page", HOW_TOS, ids=lambda page: page.name)
-def test_pages_print_what_they_say(page: Path) -> None:
-    namespace: dict[str, object] = {}
-    for snippet in snippets(page):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(snippet, str(page), "exec"), namespace)
-        assert printed.getvalue().splitlines() == said(snippet)
 
 
 def sources() -> list[Path]:
@@ -91,3 +72,34 @@ def test_every_error_message_is_on_the_page_of_errors() -> None:
 )
 def test_messages_are_read_from_the_syntax_tree(source: str, expected: set[str]) -> None:
     assert messages(source) == expected
+
+
+def test_the_rule_alone_gives_the_same_bits(tmp_path: Path) -> None:
+    """Run the loop of the page on vendoring with a copy of one file, where nothing else of ours can be imported."""
+    page = (ROOT / "docs" / "howto-vendor.md").read_text()
+    (loop,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "for count in" in block)
+    shutil.copy(ROOT / "acprop_core" / "_rule.py", tmp_path / "acprop_rule.py")
+    absent = [
+        "acprop_core",
+        "acprop_optax",
+        "acprop_stepper",
+        "acprop_torch",
+        "array_api_compat",
+        "array_api_compat.numpy",
+    ]
+    program = [
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); sys.path.insert(0, '.')",
+        loop,
+        "print(x.tobytes().hex(), mu.tobytes().hex(), nu.tobytes().hex())",
+    ]
+    command = [sys.executable, "-I", "-c", "\n".join(program)]
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    optimizer = ACProp(1e-3, weight_decay=0.01, clip_exponent=0.25)
+    x = np.linspace(-1.0, 1.0, 5, dtype=np.float32)
+    state = optimizer.init(x)
+    for _ in range(10):
+        updates, state = optimizer.update(2.0 * (x - 0.5), state, x)
+        x = optimizer.apply(x, updates)
+    assert printed.splitlines()[-1] == " ".join(array.tobytes().hex() for array in (x, state.mu, state.nu))
+    assert {*tmp_path.iterdir()} <= {tmp_path / "acprop_rule.py", tmp_path / "__pycache__"}
