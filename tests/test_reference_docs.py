@@ -1,10 +1,12 @@
 """The reference pages and the vendored rule: what a page says is complete or alone is so."""
 
 import ast
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +105,39 @@ def test_the_rule_alone_gives_the_same_bits(tmp_path: Path) -> None:
         x = optimizer.apply(x, updates)
     assert printed.splitlines()[-1] == " ".join(array.tobytes().hex() for array in (x, state.mu, state.nu))
     assert {*tmp_path.iterdir()} <= {tmp_path / "acprop_rule.py", tmp_path / "__pycache__"}
+
+
+def documented() -> Iterator[str]:
+    """Yield the full names of all objects on the page of the API, members after their class."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name, members in re.findall(
+        r"^\.\. auto(?:class|function):: (\S+)\n(?:   :members: (.*)\n)?", page, re.MULTILINE
+    ):
+        yield name
+        yield from (f"{name}.{member}" for member in members.split(", ") if member)
+
+
+@pytest.mark.parametrize("name", list(documented()))
+def test_docstrings_are_complete(name: str) -> None:
+    validate = pytest.importorskip("numpydoc.validate", reason="numpydoc is in the group docs")
+    chosen = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["numpydoc_validation"]["checks"]
+    assert chosen[0] == "all"
+    without = {*chosen[1:]}
+    thing = pkgutil.resolve_name(name)
+    if "._rule." in name and name != "acprop_core._rule.rule":
+        without.add("EX01")  # the example there shows the others too
+    if isinstance(thing, type) and issubclass(thing, tuple):
+        without.add("PR01")  # the fields of a record are attributes, not parameters
+        attributes = {
+            x
+            for part in validate.Validator(validate.get_doc_object(thing)).doc["Attributes"]
+            for x in part.name.split(", ")
+        }
+        assert attributes == {*thing._fields}
+    assert [(code, message) for code, message in validate.validate(name)["errors"] if code not in without] == []
+
+
+def test_the_rule_on_the_page_is_all_that_vendoring_needs() -> None:
+    page = (ROOT / "docs" / "howto-vendor.md").read_text()
+    (names,) = re.findall(r"^from acprop_rule import (.*)$", page, flags=re.MULTILINE)
+    assert {*names.split(", "), "Coefficients", "regularized"} <= {name.rpartition(".")[2] for name in documented()}
