@@ -110,7 +110,7 @@ def docs(session: nox.Session) -> None:
     # -E: read every page anew; a page read by an earlier run would keep its warnings to itself
     session.run("python", "-m", "sphinx", "-W", "-E", "--keep-going", "-b", "html", "docs", "docs/_build/html")
     session.run("python", "tests/site_check.py", "docs/_build/html", "README.md")
-    session.run("python", "-m", "pytest", "-n", "auto", "tests/test_docs.py")
+    session.run("python", "-m", "pytest", "-n", "auto", "tests/test_docs.py", "tests/test_reference_docs.py")
 
 
 @nox.session(reuse_venv=False)

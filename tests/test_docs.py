@@ -16,9 +16,12 @@ import pytest
 
 import acprop_core._checkpoint
 import acprop_core._optimizer
-import acprop_optax
+import acprop_core._rule
+import acprop_optax._state
+import acprop_stepper._state
 import acprop_stepper._stepper
 import acprop_torch._optimizer
+import acprop_torch._state
 from agreement import BOUNDS, CONSTANT_BOUNDS, NOISE_BOUNDS, RANDOM_BOUNDS
 from cases import CASES
 
@@ -149,9 +152,13 @@ def test_what_a_command_names_exists(page: Path) -> None:
     [
         acprop_core._optimizer,
         acprop_core._checkpoint,
+        acprop_core._rule,
         acprop_optax,
+        acprop_optax._state,
         acprop_torch._optimizer,
+        acprop_torch._state,
         acprop_stepper._stepper,
+        acprop_stepper._state,
     ],
 )
 def test_examples_of_docstrings_hold(module: object) -> None:

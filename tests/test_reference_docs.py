@@ -1,38 +1,21 @@
-"""The how-to and reference pages: what a page says that its code prints is printed; what it says is complete is so."""
+"""The reference pages and the vendored rule: what a page says is complete or alone is so."""
 
 import ast
-import contextlib
-import io
+import pkgutil
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from acprop_core import ACProp
+
 ROOT = Path(__file__).parents[1]
-HOW_TOS = sorted((ROOT / "docs").glob("howto-*.md")) + [ROOT / "docs" / "checkpoint.md"]
-
-
-def snippets(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def said(snippet: str) -> list[str]:
-    """Return the lines that a snippet says it prints: comments behind a `print`, or at its end if that is in a loop."""
-    lines = snippet.splitlines()
-    behind = [m[1] for line in lines if (m := re.match(r"print\(.*\)  # (.*)$", line))]
-    after = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
-    return behind + after
-
-
-@pytest.mark.parametrize("page", HOW_TOS, ids=lambda page: page.name)
-def test_pages_print_what_they_say(page: Path) -> None:
-    namespace: dict[str, object] = {}
-    for snippet in snippets(page):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(snippet, str(page), "exec"), namespace)
-        assert printed.getvalue().splitlines() == said(snippet)
 
 
 def sources() -> list[Path]:
@@ -91,3 +74,70 @@ def test_every_error_message_is_on_the_page_of_errors() -> None:
 )
 def test_messages_are_read_from_the_syntax_tree(source: str, expected: set[str]) -> None:
     assert messages(source) == expected
+
+
+def test_the_rule_alone_gives_the_same_bits(tmp_path: Path) -> None:
+    """Run the loop of the page on vendoring with a copy of one file, where nothing else of ours can be imported."""
+    page = (ROOT / "docs" / "howto-vendor.md").read_text()
+    (loop,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "for count in" in block)
+    shutil.copy(ROOT / "acprop_core" / "_rule.py", tmp_path / "acprop_rule.py")
+    absent = [
+        "acprop_core",
+        "acprop_optax",
+        "acprop_stepper",
+        "acprop_torch",
+        "array_api_compat",
+        "array_api_compat.numpy",
+    ]
+    program = [
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); sys.path.insert(0, '.')",
+        loop,
+        "print(x.tobytes().hex(), mu.tobytes().hex(), nu.tobytes().hex())",
+    ]
+    command = [sys.executable, "-I", "-c", "\n".join(program)]
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    optimizer = ACProp(1e-3, weight_decay=0.01, clip_exponent=0.25)
+    x = np.linspace(-1.0, 1.0, 5, dtype=np.float32)
+    state = optimizer.init(x)
+    for _ in range(10):
+        updates, state = optimizer.update(2.0 * (x - 0.5), state, x)
+        x = optimizer.apply(x, updates)
+    assert printed.splitlines()[-1] == " ".join(array.tobytes().hex() for array in (x, state.mu, state.nu))
+    assert {*tmp_path.iterdir()} <= {tmp_path / "acprop_rule.py", tmp_path / "__pycache__"}
+
+
+def documented() -> Iterator[str]:
+    """Yield the full names of all objects on the page of the API, members after their class."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name, members in re.findall(
+        r"^\.\. auto(?:class|function):: (\S+)\n(?:   :members: (.*)\n)?", page, re.MULTILINE
+    ):
+        yield name
+        yield from (f"{name}.{member}" for member in members.split(", ") if member)
+
+
+@pytest.mark.parametrize("name", list(documented()))
+def test_docstrings_are_complete(name: str) -> None:
+    validate = pytest.importorskip("numpydoc.validate", reason="numpydoc is in the group docs")
+    chosen = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["numpydoc_validation"]["checks"]
+    assert chosen[0] == "all"
+    without = {*chosen[1:]}
+    thing = pkgutil.resolve_name(name)
+    if "._rule." in name and name != "acprop_core._rule.rule":
+        without.add("EX01")  # the example there shows the others too
+    if isinstance(thing, type) and issubclass(thing, tuple):
+        without.add("PR01")  # the fields of a record are attributes, not parameters
+        attributes = {
+            x
+            for part in validate.Validator(validate.get_doc_object(thing)).doc["Attributes"]
+            for x in part.name.split(", ")
+        }
+        assert attributes == {*thing._fields}
+    assert [(code, message) for code, message in validate.validate(name)["errors"] if code not in without] == []
+
+
+def test_the_rule_on_the_page_is_all_that_vendoring_needs() -> None:
+    page = (ROOT / "docs" / "howto-vendor.md").read_text()
+    (names,) = re.findall(r"^from acprop_rule import (.*)$", page, flags=re.MULTILINE)
+    assert {*names.split(", "), "Coefficients", "regularized"} <= {name.rpartition(".")[2] for name in documented()}
