@@ -25,7 +25,7 @@ from acprop_optax import acprop
 from output import options, table, write
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-from digits import Digits  # noqa: E402
+from digits import Digits
 
 jax.config.update("jax_enable_x64", True)
 
