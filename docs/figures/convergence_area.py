@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from counterexamples import ASYNCHRONOUS, DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Grid, solve
+from counterexamples import DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Grid, labelled, solve
 from output import options, table, write
 
 NEAR = 0.01
@@ -111,14 +111,11 @@ def text(numbers: dict[str, Any]) -> str:
     parts = []
     for problem in PROBLEMS:
         area = numbers[problem]["area"]
-        rows = [
-            [f"{name}, asynchronous" if name in ASYNCHRONOUS else name, *map(_percent, shares.values())]
-            for name, shares in area.items()
-        ]
+        rows = [[labelled(name), *map(_percent, shares.values())] for name, shares in area.items()]
         header = [f"{problem} problem, beta1 =", *next(iter(area.values()))]
         parts.append(table(header, rows))
     settings = numbers["first problem by setting"]
-    rows = [[name, *(_percent(shares[name]) for shares in settings.values())] for name in OPTIMIZERS]
+    rows = [[labelled(name), *(_percent(shares[name]) for shares in settings.values())] for name in OPTIMIZERS]
     parts.append(table([f"first problem, beta1 = {DRAWN}", *settings], rows))
     return "\n\n".join(parts)
 

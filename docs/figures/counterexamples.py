@@ -96,9 +96,14 @@ def acprop(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tuple[
 
 
 OPTIMIZERS = {"RMSProp": rmsprop, "Adam": adam, "AdaBelief": adabelief, "AdaShift": adashift, "ACProp": acprop}
-ASYNCHRONOUS = ("AdaShift", "ACProp")
+ASYNCHRONOUS = ("AdaShift", "ACProp")  # the denominator does not know g_t
 NO_FIRST_MOMENT = ("RMSProp", "AdaShift")  # b1 does not matter
 LAST = 1000  # steps over which the distance from the optimum is averaged
+
+
+def labelled(name: str) -> str:
+    """Return the name of an optimizer as the tables have it."""
+    return f"{name}, asynchronous" if name in ASYNCHRONOUS else name
 
 
 class Grid(NamedTuple):

@@ -2,10 +2,10 @@
 
     python docs/figures/explosion.py [--quick] [--out out]
 
-Two runs. The Rosenbrock function from (0, 0), learning rate 1e-4, 1,000 steps: the setting of optax issue #1132. And the
-network of docs/examples/digits.py on scikit-learn's digits, learning rate 1e-3, 30 epochs; `--quick` trains for 3. Drawn
-are the loss and the largest element of each update. Written are explosion.png, and explosion.md and explosion.json with
-the figures of the last steps. All in float64.
+Two runs. The Rosenbrock function from (0, 0), learning rate 1e-4, 1,000 steps: the setting of optax issue #1132. And
+the network of docs/examples/digits.py on scikit-learn's digits, learning rate 1e-3, 30 epochs; `--quick` trains for 3.
+Drawn are the loss and the largest element of each update. Written are explosion.png, and explosion.json and .md with
+the largest and the last of them. All in float64.
 """
 
 import pathlib
