@@ -172,6 +172,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw the worst error so far over the steps, ours as one line: the worst of them."""
     mpl.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     # Okabe and Ito's colours
     looks = {
@@ -194,11 +195,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                     ax.plot(row["steps"], row["epsilons so far"], color=color, linestyle=dashes, label=row["contender"])
             ax.set(xscale="log", yscale="log", title=f"{QUANTITIES[quantity]}, b2 = {b2}")
             ax.grid(alpha=0.25)
+    for ax in grid.flat:
+        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+        ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     for ax in grid[1]:
         ax.set_xlabel("step")
     for ax in grid[:, 0]:
         ax.set_ylabel("machine epsilons")
-    figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=110)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 Row = dict[str, Any]
 
 CLOSE = 0.1  # a rate is good if its median score is within this of the best of all optimizers, relatively
+SUBS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)  # ticks of less than a decade
 # Okabe and Ito's colours, which the colour-blind tell apart; and a marker and a dash of its own for each
 LOOKS: dict[str, dict[str, Any]] = {
     "ACProp": {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 5},
@@ -130,9 +131,7 @@ def finish(figure: Any, axes: Any, file: Path) -> None:
 
     for ax in axes:
         low, high = ax.get_ylim()
-        # so few decades that each needs more than its end
-        subs = (1.0, 2.0, 5.0) if high / low > 4.0 else tuple(np.arange(1.0, 10.0, 0.2))
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=20))
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high / low > 4.0 else SUBS, numticks=20))
         ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     handles, labels = axes[0].get_legend_handles_labels()
@@ -162,8 +161,8 @@ def draw_rates(result: Row, file: Path) -> None:
             for name, rows in grouped.items()
         }
         least = min(x.min() for x in bands.values())
-        # what a run has at the start, nearly
-        top = 1.0 if more else max(rows[0]["start"] for rows in grouped.values())
+        # an untrained network is above the frame, or at its upper end
+        top = 1.0 if more else (least + max(rows[0]["start"] for rows in grouped.values())) / 2.0
         for name, rows in grouped.items():
             line(ax, name, [row["rate"] for row in rows], bands[name], top)
         score = "test error (1 - accuracy)" if more else about["score"]
