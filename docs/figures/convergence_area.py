@@ -1,4 +1,4 @@
-"""Draw where five optimizers converge on the two problems of counterexamples.py, over beta2 and the period P.
+"""Draw where each optimizer converges on the two problems of counterexamples.py, over beta2 and the period P.
 
     python docs/figures/convergence_area.py [--quick] [--out out]
 
@@ -21,7 +21,7 @@ from counterexamples import DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Gr
 from output import options, table, write
 
 NEAR = 0.01
-STEPS, MORE_STEPS = 10_000, 100_000
+STEPS = 10_000
 PROBLEMS = {"first": DENSE, "sparse": SPARSE}
 DRAWN = 0.9  # beta1 of the figure
 CLASSES = (  # of the distance from the optimum; colours of Okabe and Ito
@@ -29,6 +29,7 @@ CLASSES = (  # of the distance from the optimum; colours of Okabe and Ito
     (NEAR, "#BBBBBB", "within 0.1"),
     (0.1, "#D55E00", "further away"),
 )
+ONLY_ADASHIFT = "points where AdaShift converges and ACProp does not"
 
 Areas = dict[str, dict[str, np.ndarray]]  # {problem: {optimizer: mean distances}}, axes (rate, b1, b2, P)
 
@@ -54,7 +55,7 @@ def draw(areas: Areas, grid: dict[str, Grid]) -> Figure:
     colours = mpl.colors.ListedColormap([colour for _, colour, _ in CLASSES])
     bins = [edge for edge, _, _ in CLASSES[1:]]
     figure, panels = plt.subplots(
-        len(OPTIMIZERS), len(PROBLEMS), figsize=(6.2, 9.6), sharex="col", layout="constrained"
+        len(OPTIMIZERS), len(PROBLEMS), figsize=(6.2, 11.0), sharex="col", layout="constrained"
     )
     for column, (problem, distances) in zip(panels.T, areas.items(), strict=True):
         axis = grid[problem]
@@ -84,21 +85,23 @@ def by_b1(areas: Areas, grid: dict[str, Grid]) -> dict[str, Any]:
                 name: {f"{b1:g}": float(share) for b1, share in zip(grid[problem].b1, ok.mean((1, 2)), strict=True)}
                 for name, ok in where.items()
             },
-            "AdaShift converges, ACProp does not": {
+            ONLY_ADASHIFT: {
                 f"{b1:g}": int(points) for b1, points in zip(grid[problem].b1, only.sum((1, 2)), strict=True)
             },
         }
     return result
 
 
-def by_setting(first: dict[str, np.ndarray], longer: dict[str, np.ndarray], grid: Grid) -> dict[str, dict[str, float]]:
+def by_setting(
+    first: dict[str, np.ndarray], longer: dict[str, np.ndarray], steps: int, grid: Grid
+) -> dict[str, dict[str, float]]:
     """Return the areas of the first problem at the beta1 of the figure: fewer rates, all, and more steps."""
     i = grid.b1.index(DRAWN)
     decades = slice(None, None, 4)
     settings = {
         f"{len(grid.rates[decades])} rates, {STEPS:,} steps": {name: d[decades, i] for name, d in first.items()},
         f"{len(grid.rates)} rates, {STEPS:,} steps": {name: d[:, i] for name, d in first.items()},
-        f"{len(grid.rates)} rates, {MORE_STEPS:,} steps": {name: d[:, 0] for name, d in longer.items()},
+        f"{len(grid.rates)} rates, {steps:,} steps": {name: d[:, 0] for name, d in longer.items()},
     }
     return {
         setting: {name: float(converged(d).mean()) for name, d in by_name.items()}
@@ -112,6 +115,9 @@ def text(numbers: dict[str, Any]) -> str:
     for problem in PROBLEMS:
         area = numbers[problem]["area"]
         rows = [[labelled(name), *map(_percent, shares.values())] for name, shares in area.items()]
+        points = numbers[problem]["points"]
+        only = numbers[problem][ONLY_ADASHIFT].values()
+        rows.append([ONLY_ADASHIFT, *(f"{n} of {points}" for n in only)])
         header = [f"{problem} problem, beta1 =", *next(iter(area.values()))]
         parts.append(table(header, rows))
     settings = numbers["first problem by setting"]
@@ -143,11 +149,12 @@ def main() -> None:
         return distances
 
     solved = {problem: areas(problem, axes, STEPS) for problem, axes in grid.items()}
-    more = areas("first", longer, MORE_STEPS)
+    steps = 2 * STEPS if given.quick else 10 * STEPS
+    more = areas("first", longer, steps)
     bar.close()
     numbers = {
         **by_b1(solved, grid),
-        "first problem by setting": by_setting(solved["first"], more, grid["first"]),
+        "first problem by setting": by_setting(solved["first"], more, steps, grid["first"]),
         "criterion": {"distance below": NEAR, "on average over the last steps": LAST, "of": STEPS},
     }
     write(given.out, "convergence_area", draw(solved, grid), numbers, text(numbers))

@@ -1,11 +1,11 @@
-"""The two problems on which Zhuang et al. 2021 compare adaptive optimizers, and five optimizers to solve them.
+"""The two problems on which Zhuang et al. 2021 compare adaptive optimizers, and the optimizers that solve them.
 
 Both problems are sequences of linear functions of one number, of period P: nearly every gradient points away from the
 optimum, and a rare large one points towards it. A synchronous optimizer divides the large gradient by a second moment
 that contains it; an asynchronous one does not.
 
-ACProp is `acprop_core.ACProp`. The other four are written here from the equations of their papers. Each is a function
-of one gradient g and one pair of moments,
+ACProp is `acprop_core.ACProp`, as in its paper and with the clip. The other four are written here from the equations of
+their papers. Each is a function of one gradient g and one pair of moments,
 
     direction, moments = optimizer(g, t, moments, b1, b2)
 
@@ -21,8 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from acprop_core import ACProp, State
-
-jax.config.update("jax_enable_x64", True)
 
 Array = Any
 Moments = tuple[Array, Array]  # m and v; an optimizer that has no m leaves it as it is
@@ -89,21 +87,31 @@ def adashift(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tupl
     return jnp.where(t > 1, d, 0.0), (m, b2 * v + (1.0 - b2) * g**2)
 
 
-def acprop(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tuple[Array, Moments]:
-    """Divide by the root of s_{t-1}, centred: the library itself, with its defaults and without a clip."""
-    update, state = ACProp(learning_rate=1.0, b1=b1, b2=b2).update(g, State(t - 1, *moments))
+def acprop(
+    g: Array, t: Array, moments: Moments, b1: Array, b2: Array, clip_exponent: float | None = None
+) -> tuple[Array, Moments]:
+    """Divide by the root of s_{t-1}, centred: the library itself, with its defaults."""
+    optimizer = ACProp(learning_rate=1.0, b1=b1, b2=b2, clip_exponent=clip_exponent)
+    update, state = optimizer.update(g, State(t - 1, *moments))
     return -update, (state.mu, state.nu)
 
 
-OPTIMIZERS = {"RMSProp": rmsprop, "Adam": adam, "AdaBelief": adabelief, "AdaShift": adashift, "ACProp": acprop}
-ASYNCHRONOUS = ("AdaShift", "ACProp")  # the denominator does not know g_t
+OPTIMIZERS = {
+    "RMSProp": rmsprop,
+    "Adam": adam,
+    "AdaBelief": adabelief,
+    "AdaShift": adashift,
+    "ACProp": acprop,
+    "ACProp, clip 0.25": partial(acprop, clip_exponent=0.25),
+}
+ASYNCHRONOUS = ("AdaShift", "ACProp", "ACProp, clip 0.25")  # the denominator does not know g_t
 NO_FIRST_MOMENT = ("RMSProp", "AdaShift")  # b1 does not matter
 LAST = 1000  # steps over which the distance from the optimum is averaged
 
 
 def labelled(name: str) -> str:
     """Return the name of an optimizer as the tables have it."""
-    return f"{name}, asynchronous" if name in ASYNCHRONOUS else name
+    return f"{name} (asynchronous)" if name in ASYNCHRONOUS else name
 
 
 class Grid(NamedTuple):
@@ -121,8 +129,9 @@ def solve(problem: Problem, optimizer: str, grid: Grid, steps: int, trace: bool 
     The learning rate of step t is rate / sqrt(t), and x is put back into the interval after each step. The gradients do
     not depend on x, so that all rates share their moments and directions.
     """
-    arrays = Grid(*(jnp.asarray(axis, dtype=float) for axis in grid))
-    return np.asarray(_solve(problem, optimizer, arrays, steps, trace))
+    with jax.enable_x64(True):
+        arrays = Grid(*(jnp.asarray(axis, dtype=float) for axis in grid))
+        return np.asarray(_solve(problem, optimizer, arrays, steps, trace))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))

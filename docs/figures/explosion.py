@@ -27,8 +27,6 @@ from output import options, table, write
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from digits import Digits
 
-jax.config.update("jax_enable_x64", True)
-
 CLIP = 0.25
 RATES = {"rosenbrock": 1e-4, "digits": 1e-3}
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -120,7 +118,8 @@ def main() -> None:
     """Train, draw and write."""
     given = options(__doc__)
     data = Digits(steps=22 * (3 if given.quick else 30), seed=1)
-    runs = run_all(data)
+    with jax.enable_x64(True):
+        runs = run_all(data)
     numbers = {
         problem: {
             name: {

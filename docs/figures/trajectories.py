@@ -1,11 +1,11 @@
-"""Draw how x moves on the two problems of counterexamples.py, for five optimizers.
+"""Draw how x moves on the two problems of counterexamples.py, for each optimizer.
 
     python docs/figures/trajectories.py [--quick] [--out out]
 
-All five have one learning rate, 0.02 / sqrt(t); convergence_area.py shows where none of many rates helps. Drawn is the
+All have one learning rate, 0.02 / sqrt(t); convergence_area.py shows where none of many rates helps. Drawn is the
 mean of x over each period, and between which values x moves within it. Written are trajectories.png, and
 trajectories.json and .md with the mean distance from the optimum over the last 1,000 of 10,000 steps. `--quick` takes
-2,000 steps.
+5,000 steps.
 """
 
 from typing import NamedTuple
@@ -30,8 +30,8 @@ class Setting(NamedTuple):
 
 SETTINGS = {"first": Setting(DENSE, 0.9, 0.5, 15), "sparse": Setting(SPARSE, 0.9, 0.5, 30)}
 RATE = 0.02
-COLOURS = ("#E69F00", "#555555", "#CC79A7", "#009E73", "#0072B2")  # of Okabe and Ito
-LINES = ("-.", "--", ":", "-", "-")
+COLOURS = ("#E69F00", "#555555", "#CC79A7", "#009E73", "#0072B2", "#000000")  # of Okabe and Ito
+LINES = ("-.", "--", ":", "-", "-", (0, (1, 3)))
 
 
 def trajectory(name: str, setting: Setting, steps: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def draw(found: dict[str, dict[str, np.ndarray]]) -> Figure:
             periods = x[: len(x) // period * period].reshape(-1, period)
             t = period * np.arange(1, len(periods) + 1)
             axes.fill_between(t, periods.min(axis=1), periods.max(axis=1), color=colour, alpha=0.2, linewidth=0)
-            axes.plot(t, periods.mean(axis=1), line, color=colour, linewidth=2.0, label=name)
+            axes.plot(t, periods.mean(axis=1), linestyle=line, color=colour, linewidth=2.0, label=name)
         low, high = problem.interval
         axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel="x")
         axes.set_title(f"{title} problem: {problem.formula}\nP = {period}, beta1 = {b1}, beta2 = {b2}", fontsize=11)
@@ -64,7 +64,7 @@ def draw(found: dict[str, dict[str, np.ndarray]]) -> Figure:
 def main() -> None:
     """Solve, draw and write."""
     given = options(__doc__)
-    steps = 2_000 if given.quick else 10_000
+    steps = 5_000 if given.quick else 10_000
     found: dict[str, dict[str, np.ndarray]] = {title: {} for title in SETTINGS}
     for title, name in tqdm([(title, name) for title in SETTINGS for name in OPTIMIZERS], unit="run"):
         found[title][name] = trajectory(name, SETTINGS[title], steps)
