@@ -335,7 +335,7 @@ class ACProp:
         Returns
         -------
         Step
-            Called with gradient, moments, parameter, whether it decays, and carry, it returns update, moments and carry.
+            Called with gradient, moments, parameter, whether it decays and carry; returns update, moments and carry.
 
         Raises
         ------
