@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -40,8 +41,18 @@ def test_convergence_area(tmp_path: Path) -> None:
         for problem in ("first", "sparse"):
             assert found[problem][convergence_area.ONLY_ADASHIFT][b1] == 0
     assert sparse["ACProp"] == 1.0
-    # centred on itself, a gradient leaves nothing
-    assert found["first"]["area"]["ACProp"]["0"] == 0.0
+    assert found["first"]["area"]["ACProp"]["0"] == 0.0  # g_t - m_t is 0
+
+
+@pytest.mark.parametrize("problem", convergence_area.PROBLEMS)
+def test_a_larger_exponent_gives_back_what_the_clip_takes(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    larger = partial(counterexamples.acprop, clip_exponent=0.5)
+    monkeypatch.setitem(counterexamples.OPTIMIZERS, "ACProp, clip 0.5", larger)
+    axes = {"first": range(11, 21, 3), "sparse": range(32, 41, 4)}[problem]
+    grid = convergence_area.grids(quick=True)[problem]._replace(b1=(0.9,), periods=axes)
+    for name, everywhere in (("ACProp, clip 0.25", False), ("ACProp, clip 0.5", True)):
+        distances = counterexamples.solve(convergence_area.PROBLEMS[problem], name, grid, convergence_area.STEPS)
+        assert convergence_area.converged(distances).all() == everywhere
 
 
 def test_trajectories(tmp_path: Path) -> None:

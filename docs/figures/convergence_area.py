@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from counterexamples import DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Grid, labelled, solve
+from counterexamples import DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Grid, solve
 from output import options, table, write
 
 NEAR = 0.01
@@ -55,7 +55,7 @@ def draw(areas: Areas, grid: dict[str, Grid]) -> Figure:
     colours = mpl.colors.ListedColormap([colour for _, colour, _ in CLASSES])
     bins = [edge for edge, _, _ in CLASSES[1:]]
     figure, panels = plt.subplots(
-        len(OPTIMIZERS), len(PROBLEMS), figsize=(6.2, 11.0), sharex="col", layout="constrained"
+        len(OPTIMIZERS), len(PROBLEMS), figsize=(5.4, 10.6), sharex="col", layout="constrained"
     )
     for column, (problem, distances) in zip(panels.T, areas.items(), strict=True):
         axis = grid[problem]
@@ -63,13 +63,22 @@ def draw(areas: Areas, grid: dict[str, Grid]) -> Figure:
         for axes, (name, distance) in zip(column, distances.items(), strict=True):
             best = distance[:, i].min(axis=0)
             axes.pcolormesh(axis.periods, 1.0 - axis.b2, np.digitize(best, bins), cmap=colours, vmin=0, vmax=2)
-            axes.set(yscale="log", title=f"{name}: {_percent((best < NEAR).mean())}")
+            axes.set_yscale("log")
+            axes.set_yticks(10.0 ** np.arange(-4, 0))
+            axes.set_title(f"{name}: {_percent((best < NEAR).mean())} %", fontsize=10.5)
             axes.grid(visible=False)
         axes.set_xlabel(f"period P\n{problem} problem:\n{PROBLEMS[problem].formula}")
     for axes in panels[:, 0]:
         axes.set_ylabel("1 - beta2")
     handles = [mpl.patches.Patch(color=colour, label=label) for _, colour, label in CLASSES]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(CLASSES), frameon=False, columnspacing=1.0)
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=len(CLASSES),
+        frameon=False,
+        columnspacing=1.0,
+        handlelength=1.2,
+    )
     return figure
 
 
@@ -114,21 +123,21 @@ def text(numbers: dict[str, Any]) -> str:
     parts = []
     for problem in PROBLEMS:
         area = numbers[problem]["area"]
-        rows = [[labelled(name), *map(_percent, shares.values())] for name, shares in area.items()]
-        points = numbers[problem]["points"]
-        only = numbers[problem][ONLY_ADASHIFT].values()
-        rows.append([ONLY_ADASHIFT, *(f"{n} of {points}" for n in only)])
-        header = [f"{problem} problem, beta1 =", *next(iter(area.values()))]
+        rows = [[name, *map(_percent, shares.values())] for name, shares in area.items()]
+        rows.append(
+            [f"{ONLY_ADASHIFT}, of {numbers[problem]['points']}", *map(str, numbers[problem][ONLY_ADASHIFT].values())]
+        )
+        header = [f"{problem} problem: area in %, beta1 =", *next(iter(area.values()))]
         parts.append(table(header, rows))
     settings = numbers["first problem by setting"]
-    rows = [[labelled(name), *(_percent(shares[name]) for shares in settings.values())] for name in OPTIMIZERS]
-    parts.append(table([f"first problem, beta1 = {DRAWN}", *settings], rows))
+    rows = [[name, *(_percent(shares[name]) for shares in settings.values())] for name in OPTIMIZERS]
+    parts.append(table([f"first problem: area in %, beta1 = {DRAWN}", *settings], rows))
     return "\n\n".join(parts)
 
 
 def _percent(share: float) -> str:
     # 99.9 % must not read as all
-    return "100 %" if share == 1.0 else f"{min(100.0 * share, 99.9):.1f} %"
+    return "100" if share == 1.0 else f"{min(100.0 * share, 99.9):.1f}"
 
 
 def main() -> None:

@@ -104,14 +104,8 @@ OPTIMIZERS = {
     "ACProp": acprop,
     "ACProp, clip 0.25": partial(acprop, clip_exponent=0.25),
 }
-ASYNCHRONOUS = ("AdaShift", "ACProp", "ACProp, clip 0.25")  # the denominator does not know g_t
 NO_FIRST_MOMENT = ("RMSProp", "AdaShift")  # b1 does not matter
 LAST = 1000  # steps over which the distance from the optimum is averaged
-
-
-def labelled(name: str) -> str:
-    """Return the name of an optimizer as the tables have it."""
-    return f"{name} (asynchronous)" if name in ASYNCHRONOUS else name
 
 
 class Grid(NamedTuple):

@@ -93,7 +93,7 @@ def run_all(data: Digits) -> dict[str, dict[str, Run]]:
 
 def draw(runs: dict[str, dict[str, Run]]) -> Figure:
     """Draw losses above and the largest element of each update below, a column per problem."""
-    figure, panels = plt.subplots(2, len(runs), figsize=(7.5, 6.8), sharex="col", layout="constrained")
+    figure, panels = plt.subplots(2, len(runs), figsize=(6.4, 6.8), sharex="col", layout="constrained")
     for (top, bottom), (problem, by_name) in zip(panels.T, runs.items(), strict=True):
         for name, run in by_name.items():
             t = np.arange(1, len(run.losses) + 1)

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from counterexamples import DENSE, LAST, OPTIMIZERS, SPARSE, Grid, Problem, labelled, solve
+from counterexamples import DENSE, LAST, OPTIMIZERS, SPARSE, Grid, Problem, solve
 from output import options, table, write
 
 
@@ -42,7 +42,7 @@ def trajectory(name: str, setting: Setting, steps: int) -> np.ndarray:
 
 def draw(found: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Draw x, a panel per problem."""
-    figure, panels = plt.subplots(len(found), 1, figsize=(6.2, 7.6), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(len(found), 1, figsize=(5.6, 7.4), sharex=True, layout="constrained")
     for axes, (title, runs) in zip(panels, found.items(), strict=True):
         problem, b1, b2, period = SETTINGS[title]
         for (name, x), colour, line in zip(runs.items(), COLOURS, LINES, strict=True):
@@ -73,7 +73,7 @@ def main() -> None:
         for title, runs in found.items()
     }
     header = ["mean distance from the optimum in the end", *(f"{title} problem" for title in SETTINGS)]
-    rows = [[labelled(name), *(f"{by_name[name]:.2g}" for by_name in numbers.values())] for name in OPTIMIZERS]
+    rows = [[name, *(f"{by_name[name]:.2g}" for by_name in numbers.values())] for name in OPTIMIZERS]
     write(given.out, "trajectories", draw(found), numbers, table(header, rows))
 
 
