@@ -113,6 +113,14 @@ def docs(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-n", "auto", "tests/test_docs.py", "tests/test_reference_docs.py")
 
 
+@nox.session
+def figures(session: nox.Session) -> None:
+    """Draw the figures of docs/paper.md in full, and write its tables (two minutes)."""
+    install(session, "examples", "jax")
+    for name in ("convergence_area", "trajectories", "explosion"):
+        session.run("python", f"docs/figures/{name}.py", "--out", "docs/figures")
+
+
 @nox.session(reuse_venv=False)
 def wheel(session: nox.Session) -> None:
     """Install the built wheel, not the tree, in a fresh environment and use it from outside."""

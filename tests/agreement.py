@@ -95,7 +95,7 @@ def errors(case: Case, steps: Trajectory, complex_as_real: bool = False) -> dict
             got = np.stack([as_real(x) if complex_as_real else x for x in records])
             assert got.shape == exact[quantity].high.shape, (leaf, quantity, got.shape)
             unit = unit_of(dtypes, quantity)
-            error = _in_epsilons(got, exact[quantity], unit)
+            error = float(np.max(in_epsilons(got, exact[quantity], unit), initial=0.0))
             worst[quantity, unit] = max(worst.get((quantity, unit), 0.0), error)
     return worst
 
@@ -134,15 +134,16 @@ def _float64_run(case: Case) -> dict[str, np.ndarray]:
     return {leaf: np.stack([row[leaf] for row in rows]) for leaf in case.leaves}
 
 
-def _in_epsilons(got: np.ndarray, exact: Exact, unit: str) -> float:
+def in_epsilons(got: np.ndarray, exact: Exact, unit: str) -> np.ndarray:
+    """Return the error of each element, (steps, *shape), in machine epsilons; infinite if any is not finite."""
     wide = np.complex128 if got.dtype.kind == "c" else np.float64
     info = finfo(DTYPES[unit])
     with np.errstate(invalid="ignore"):
         error = np.abs((got.astype(wide) - exact.high) - exact.low)
     if not np.all(np.isfinite(error)):
-        return np.inf
+        return np.full(error.shape, np.inf)
     scale = np.maximum(exact.scale, float(info.smallest_normal))
-    return float(np.max(error / scale, initial=0.0)) / float(info.eps)
+    return error / scale / float(info.eps)
 
 
 @functools.cache
