@@ -26,13 +26,6 @@ nitpicky = True
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-<<<<<<< HEAD
-=======
-html_theme = "furo"
-html_title = "acprop-core"
-exclude_patterns = ["_build", "examples", "figures"]
-nitpicky = False
->>>>>>> 942f429ee5d9c092564b9cd17d65f54c315346ee
 numpydoc_show_class_members = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
