@@ -103,7 +103,7 @@ def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
 
 
 def moments(grad: Array, mu: Array, nu: Array, k: Coefficients, xp: Any) -> tuple[Array, Array]:
-    """Return m_t = b1 m_{t-1} + (1 - b1) g_t and s_t = b2 s_{t-1} + (1 - b2) |g_t - m_t|^2 + eps_root.
+    """Return m_t = b1 m_{t-1} + (1 - b1) g_t and ``s_t = b2 s_{t-1} + (1 - b2) |g_t - m_t|^2 + eps_root``.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ import acprop_core
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-SESSIONS = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE))
+SESSIONS = set(re.findall(r"^@nox.session.*\ndef (\w+)", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE))
 # What a job may do beside reading the source: publish the site, and prove to PyPI which workflow it is.
 RIGHTS = {
     ("docs.yml", "publish"): {"pages": "write", "id-token": "write"},
