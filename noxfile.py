@@ -105,10 +105,20 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the site, warnings being errors, and run every snippet of README, docs and docstrings."""
+    """Build the site, warnings being errors, check its links, and run every snippet of README, docs and docstrings."""
     install(session, "docs", "tests")
-    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
-    session.run("python", "-m", "pytest", "tests/test_docs.py")
+    # -E: read every page anew; a page read by an earlier run would keep its warnings to itself
+    session.run("python", "-m", "sphinx", "-W", "-E", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    session.run("python", "tests/site_check.py", "docs/_build/html", "README.md")
+    session.run("python", "-m", "pytest", "-n", "auto", "tests/test_docs.py", "tests/test_reference_docs.py")
+
+
+@nox.session
+def figures(session: nox.Session) -> None:
+    """Draw the figures of docs/paper.md in full, and write its tables (two minutes)."""
+    install(session, "examples", "jax")
+    for name in ("convergence_area", "trajectories", "explosion"):
+        session.run("python", f"docs/figures/{name}.py", "--out", "docs/figures")
 
 
 @nox.session(reuse_venv=False)

@@ -158,6 +158,22 @@ def load(
         If dtypes do not fit.
     OSError
         If the file cannot be read.
+
+    Notes
+    -----
+    A file is data: reading it runs nothing that it holds.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> import numpy as np
+    >>> params = {"weight": np.ones((2, 3)), "bias": np.zeros(3)}
+    >>> optimizer = ACProp(learning_rate=1e-3, mask={"weight": True, "bias": False}, clip_exponent=0.25)
+    >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
+    >>> save(path, optimizer, optimizer.init(params))
+    >>> same, state = load(path, params)
+    >>> same == optimizer, state.nu["bias"]
+    (True, array([0., 0., 0.]))
     """
     optimizer, state = _read(os.fsdecode(path), {"learning_rate": learning_rate, "mask": mask}, verify)
     optimizer, state = renamed(optimizer, state, rename, transform)

@@ -46,6 +46,12 @@ class State(NamedTuple):
     carry : container of arrays and None, or None
         With ``compensate=True``, what rounding has taken from every 16-bit parameter, in its dtype; zeros at the start.
         None for other parameters, and without it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ACProp().init(np.zeros(2))
+    State(count=0, mu=array([0., 0.]), nu=array([0., 0.]), carry=None)
     """
 
     count: Any
@@ -201,6 +207,13 @@ class ACProp:
         TypeError
             If a leaf is not a floating-point array, the leaves are of different array libraries, or the library
             lacks `moment_dtype`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> state = ACProp().init({"w": np.zeros(2, dtype=np.float16)})
+        >>> state.count, state.nu["w"].dtype
+        (0, dtype('float32'))
         """
         names, leaves = _unzip(params)
         groups = {"parameter": leaves}
@@ -252,6 +265,15 @@ class ACProp:
         ValueError
             If structures or shapes differ, there is weight decay or `compensate` and no `params`, the state was made
             with another `compensate`, or the count or the schedule's value is out of range.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> optimizer = ACProp(learning_rate=1e-3, clip_exponent=0.25)
+        >>> params = np.ones(2)
+        >>> updates, state = optimizer.update(np.array([0.5, 0.0]), optimizer.init(params), params)
+        >>> updates, state.count
+        (array([-0.0005, -0.    ]), 1)
         """
         xp, leaves = self.match(grads, state, params)
         like = state.mu if params is None else params
@@ -281,6 +303,12 @@ class ACProp:
             If a leaf is not a floating-point array, or array libraries are mixed.
         ValueError
             If structures or shapes differ.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> ACProp().apply({"w": np.ones(2, dtype=np.float32)}, {"w": np.array([-0.5, 0.0], dtype=np.float32)})
+        {'w': array([0.5, 1. ], dtype=float32)}
         """
         names, leaves = _unzip(params)
         groups = {"parameter": leaves, "update": list(align(updates, params, "the container of updates"))}
@@ -296,6 +324,18 @@ class ACProp:
 
     def at(self, count: Any, xp: Any) -> Step:
         """Return step ``count + 1``, for one array of the namespace `xp` at a time: what adapters build their loops on.
+
+        Parameters
+        ----------
+        count : int or 0-d integer array
+            Number of updates done.
+        xp : namespace
+            The array library of the parameters.
+
+        Returns
+        -------
+        Step
+            Called with gradient, moments, parameter, whether it decays and carry; returns update, moments and carry.
 
         Raises
         ------
@@ -314,9 +354,28 @@ class ACProp:
         return Step(_rule.coefficients(self, count, learning_rate, xp), xp)
 
     def match(self, grads: Container, state: State, params: Container | None) -> tuple[Any, list[Leaf]]:
-        """Return the namespace of all arrays (None if there is none), and the leaves side by side.
+        """Return the leaves of all containers side by side: the checks of `update`, whose errors these are.
 
-        Parameters, returned leaves and errors are those of `update`, of which these are the checks.
+        Parameters
+        ----------
+        grads : container of arrays
+            As in `update`.
+        state : State
+            As in `update`.
+        params : container of arrays or None
+            As in `update`.
+
+        Returns
+        -------
+        xp : namespace or None
+            The one of all arrays; None if there is none.
+        leaves : list of Leaf
+            One for each parameter, in their order.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `update`.
         """
         if not isinstance(state, State):
             raise TypeError(f"the state is a {type(state).__name__}; give the State that init or update returned")

@@ -18,22 +18,48 @@ Array = Any  # an array of any library: the standard defines no common base clas
 
 
 class Coefficients(NamedTuple):
-    """The numbers of one step: Python floats, or 0-d arrays where they are traced; made by `coefficients`."""
+    """The numbers of one step: Python floats, or 0-d arrays where they are traced; made by `coefficients`.
 
-    scale: Any  # shat = nu * scale + offset: bias correction, and shat_0 = 1 without a branch
+    Attributes
+    ----------
+    scale, offset : float or 0-d array
+        shat = nu * scale + offset: bias correction, and shat_0 = 1 without a branch.
+    eps : float or 0-d array
+        Added to the root.
+    limit : float, 0-d array or None
+        Largest ``|d|``.
+    weight1, weight2 : float or 0-d array
+        The lighter weight of the average that makes mu, and of that which makes nu.
+    old_is_lighter1, old_is_lighter2 : bool or 0-d array
+        Whether that is the weight of the older value (b < 1/2).
+    eps_root : float or 0-d array
+        Added to the second moment.
+    from_previous : bool
+        Whether residuals are those from the mean before the step, ``centering="previous"``.
+    is_complex : bool
+        Whether the arrays are complex.
+    rate : float or 0-d array
+        Minus the learning rate.
+    weight_decay : float or 0-d array
+        Decoupled decay.
+    dither : float, 0-d array or None
+        Within +-1/2; None without compensation.
+    """
+
+    scale: Any
     offset: Any
     eps: Any
-    limit: Any  # largest |d|, or None
-    weight1: Any  # the lighter weight of each average, and whether it is the older value's (b < 1/2)
+    limit: Any
+    weight1: Any
     old_is_lighter1: Any
     weight2: Any
     old_is_lighter2: Any
     eps_root: Any
-    from_previous: bool  # centering="previous"
+    from_previous: bool
     is_complex: bool
-    rate: Any  # -lr
+    rate: Any
     weight_decay: Any
-    dither: Any  # within +-1/2, or None without compensation
+    dither: Any
 
 
 NUMBERS = ("scale", "offset", "eps", "limit", "weight1", "weight2", "eps_root", "rate", "weight_decay", "dither")
@@ -49,7 +75,24 @@ class Format(NamedTuple):
 
 
 def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
-    """Return d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped to ``|d_t| <= k.limit``; `nu` is s_{t-1}."""
+    """Return d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped to ``|d_t| <= k.limit``.
+
+    Parameters
+    ----------
+    grad : array
+        g_t, of any shape, real or complex.
+    nu : real array
+        s_{t-1}, in the shape of `grad` and its real dtype.
+    k : Coefficients
+        The numbers of the step.
+    xp : namespace
+        The array library of both.
+
+    Returns
+    -------
+    array
+        d_t, in the shape and dtype of `grad`.
+    """
     d = grad / (xp.sqrt(nu * k.scale + k.offset) + k.eps)
     if k.limit is None:
         return d
@@ -60,7 +103,26 @@ def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
 
 
 def moments(grad: Array, mu: Array, nu: Array, k: Coefficients, xp: Any) -> tuple[Array, Array]:
-    """Return m_t = b1 m_{t-1} + (1 - b1) g_t and s_t = b2 s_{t-1} + (1 - b2) |g_t - m_t|^2 + eps_root."""
+    """Return m_t = b1 m_{t-1} + (1 - b1) g_t and ``s_t = b2 s_{t-1} + (1 - b2) |g_t - m_t|^2 + eps_root``.
+
+    Parameters
+    ----------
+    grad, mu : array
+        g_t and m_{t-1}, of one shape and dtype.
+    nu : real array
+        s_{t-1}, in their shape and real dtype.
+    k : Coefficients
+        The numbers of the step.
+    xp : namespace
+        The array library of all three.
+
+    Returns
+    -------
+    mu : array
+        m_t, in the shape and dtype of the one before.
+    nu : real array
+        s_t, likewise.
+    """
     new_mu = _average(mu, grad, k.weight1, k.old_is_lighter1, xp)
     residual = grad - (mu if k.from_previous else new_mu)
     square = xp.real(xp.conj(residual) * residual) if k.is_complex else residual * residual
@@ -68,18 +130,84 @@ def moments(grad: Array, mu: Array, nu: Array, k: Coefficients, xp: Any) -> tupl
 
 
 def rule(grad: Array, mu: Array, nu: Array, k: Coefficients, xp: Any) -> tuple[Array, Array, Array]:
-    """Return (d_t, m_t, s_t) from g_t, m_{t-1} and s_{t-1}: one step of ACProp for one array."""
+    """Return d_t, m_t and s_t from g_t, m_{t-1} and s_{t-1}: one step of ACProp for one array.
+
+    Parameters
+    ----------
+    grad, mu : array
+        g_t and m_{t-1}, of one shape and dtype: float32, float64, complex64 or complex128.
+    nu : real array
+        s_{t-1}, in their shape and real dtype.
+    k : Coefficients
+        The numbers of the step, `cast` to this dtype.
+    xp : namespace
+        The array library of all three.
+
+    Returns
+    -------
+    d : array
+        d_t, in the shape and dtype of `grad`; no argument is written to.
+    mu : array
+        m_t, in the shape and dtype of the one before.
+    nu : real array
+        s_t, likewise.
+
+    Notes
+    -----
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip is ours.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> import numpy as np
+    >>> hyper = SimpleNamespace(
+    ...     b1=0.9, b2=0.999, eps=1e-16, eps_root=1e-16, weight_decay=0.0, clip_exponent=0.25, centering="current",
+    ...     compensate=False,
+    ... )
+    >>> k = cast(coefficients(hyper, 0, 1e-3, np), np.float64, False, 2.0**-1022, np)
+    >>> d, mu, nu = rule(np.array([0.5, -2.0]), np.zeros(2), np.zeros(2), k, np)
+    >>> d, displacement(d, None, k)
+    (array([ 0.5, -1. ]), array([-0.0005,  0.001 ]))
+    """
     new_mu, new_nu = moments(grad, mu, nu, k, xp)
     return direction(grad, nu, k, xp), new_mu, new_nu
 
 
 def displacement(d: Array, param: Array | None, k: Coefficients) -> Array:
-    """Return u_t = -lr_t (d_t + weight_decay x_{t-1}); without a parameter, no decay."""
+    """Return u_t = -lr_t (d_t + weight_decay x_{t-1}), what is added to the parameter.
+
+    Parameters
+    ----------
+    d : array
+        d_t, from `rule` or `direction`.
+    param : array or None
+        x_{t-1}, in the shape and dtype of `d`; None for no decay.
+    k : Coefficients
+        The numbers of the step.
+
+    Returns
+    -------
+    array
+        u_t, in the shape and dtype of `d`.
+    """
     return k.rate * (d if param is None else d + k.weight_decay * param)
 
 
 def regularized(grad: Array, param: Array, k: Coefficients) -> Array:
-    """Return g_t + weight_decay x_{t-1}: decay as L2 regularization, the form that the authors' training script has."""
+    """Return g_t + weight_decay x_{t-1}: decay as L2 regularization, the form that the authors' training script has.
+
+    Parameters
+    ----------
+    grad, param : array
+        g_t and x_{t-1}, of one shape and dtype.
+    k : Coefficients
+        The numbers of the step.
+
+    Returns
+    -------
+    array
+        What takes the place of the gradient.
+    """
     return grad + k.weight_decay * param
 
 
@@ -119,6 +247,23 @@ def coefficients(optimizer: Any, count: Any, learning_rate: Any, xp: Any) -> Coe
 
     A Python `count` and Python hyperparameters give Python floats, computed in float64. An array `count` or array
     hyperparameters give 0-d arrays in the widest float that `xp` has; `cast` fits them to an array's dtype.
+
+    Parameters
+    ----------
+    optimizer : object
+        Has the attributes `b1`, `b2`, `eps`, `eps_root`, `weight_decay`, `clip_exponent`, `centering` and `compensate`,
+        as an `acprop_core.ACProp` does. They are not checked.
+    count : int or 0-d integer array
+        Number of steps done before this one.
+    learning_rate : float or 0-d array
+        That of this step.
+    xp : namespace
+        The array library; of use for arrays only.
+
+    Returns
+    -------
+    Coefficients
+        For real arrays; `cast` says so if they are complex.
     """
     scale, offset = _bias_correction(optimizer.b2, count, xp)
     weight1, old_is_lighter1 = _lighter_weight(optimizer.b1, xp)
@@ -144,8 +289,24 @@ def coefficients(optimizer: Any, count: Any, learning_rate: Any, xp: Any) -> Coe
 def cast(k: Coefficients, real_dtype: Any, is_complex: bool, tiny: float, xp: Any) -> Coefficients:
     """Return `k` for arrays of one dtype: its 0-d arrays become `real_dtype`, so that they never widen an array.
 
-    `tiny`, the smallest normal number, takes the place of a smaller eps. It is invisible beside the square root of any
-    nonzero number, and makes 0 / (sqrt(0) + eps) be 0.
+    Parameters
+    ----------
+    k : Coefficients
+        From `coefficients`.
+    real_dtype : dtype
+        Dtype of the second moment, float32 or float64, as `xp` has it.
+    is_complex : bool
+        Whether gradient and first moment are complex.
+    tiny : float
+        The smallest normal number of `real_dtype`, which takes the place of a smaller eps. It is invisible beside the
+        square root of any nonzero number, and makes 0 / (sqrt(0) + eps) be 0.
+    xp : namespace
+        The array library; of use for 0-d arrays only.
+
+    Returns
+    -------
+    Coefficients
+        With Python floats as they were.
     """
     # by exclusion: inside torch.compile a float may be a symbol, which cannot be asked whether it has a dtype
     numbers = {name: x for name in NUMBERS if type(x := getattr(k, name)) not in (float, int, type(None))}

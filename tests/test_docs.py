@@ -1,32 +1,150 @@
 """What the documentation says is so: its snippets run, its docstrings' examples hold, its bounds are those tested."""
 
+import contextlib
 import doctest
+import io
 import re
 import subprocess
 import sys
+import textwrap
+import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 import acprop_core._checkpoint
 import acprop_core._optimizer
-import acprop_optax
+import acprop_core._rule
+import acprop_optax._state
+import acprop_stepper._state
 import acprop_stepper._stepper
 import acprop_torch._optimizer
+import acprop_torch._state
 from agreement import BOUNDS, CONSTANT_BOUNDS, NOISE_BOUNDS, RANDOM_BOUNDS
 from cases import CASES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+# what a fenced block may be, beside a directive: {executed, compared with what was printed, named things exist}
+RUN, PROMPTS, PRINTED, SHELL = "python", "pycon", "output", "console"
+NOT_CODE = {"bibtex", "text", "toml", "yaml"}
+
+
+class Block(NamedTuple):
+    """A fenced block of code: its language, text, first line, tab ("" outside), and why it does not run."""
+
+    language: str
+    text: str
+    line: int
+    tab: str
+    not_run: str
+
+
+def blocks_of(page: str) -> list[Block]:
+    """Return the fenced blocks of a MyST page, those within tabs and other directives too, in order."""
+    blocks: list[Block] = []
+    tab, not_run = "", ""
+    lines = enumerate(textwrap.dedent(page).splitlines(), start=1)
+    for number, line in lines:
+        if found := re.match(r"\s*(`{3,}|~{3,})\s*(\S*)", line):
+            fence, language = found.groups()
+            inside = []
+            for _, inner in lines:
+                if inner.strip() == fence:
+                    break
+                inside.append(inner)
+            else:
+                raise AssertionError(f"the block in line {number} is not closed")
+            text = "\n".join(inside) + "\n"
+            if language.startswith("{"):  # a directive: what it holds
+                nested = blocks_of(text)
+                blocks += [block._replace(tab=block.tab or tab, line=block.line + number) for block in nested]
+            else:
+                blocks.append(Block(language, textwrap.dedent(text), number, tab, not_run))
+            not_run = ""
+        elif found := re.match(r"\s*:{3,}\{tab-item\}\s*(.*)", line):
+            tab = f"{number} {found[1]}"
+        elif re.match(r"\s*:{4,}\s*$", line):  # the end of a set of tabs, which is longer than that of a tab
+            tab = ""
+        elif found := re.match(r"\s*(?:%|<!--) not run: (.*?)(?: *-->)?$", line):
+            not_run = found[1]
+        elif line.strip():
+            not_run = ""
+    return blocks
+
+
+def run_blocks(page: Path) -> None:
+    """Execute a page from top to bottom; each tab sees what stands above it, and nobody sees into a tab."""
+    outside: dict[str, object] = {}
+    inside: dict[str, dict[str, object]] = {}
+    printed = ""
+    for block in blocks_of(page.read_text()):
+        namespace = inside.setdefault(block.tab, dict(outside)) if block.tab else outside
+        where = f"{page.name}, line {block.line}"
+        assert block.language in {RUN, PROMPTS, PRINTED, SHELL, *NOT_CODE}, f"{where}: a block of {block.language!r}"
+        if block.language == RUN and not block.not_run:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                # as many lines before it as on the page, so that a traceback names the page's line
+                exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
+            printed = out.getvalue()
+        elif block.language == PROMPTS and not block.not_run:
+            example = doctest.DocTestParser().get_doctest(block.text, namespace, page.name, str(page), block.line)
+            assert example.examples, where
+            report: list[str] = []
+            failed, _ = doctest.DocTestRunner(verbose=False).run(example, out=report.append, clear_globs=False)
+            assert not failed, "".join(report)
+            namespace.update(example.globs)
+        elif block.language == PRINTED and not block.not_run:
+            assert block.text == printed, f"{where}: printed is\n{printed}"
+        # a shell block is not run here: it installs, or trains for minutes; what it names must exist (below)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path) -> None:
-    snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    namespace: dict[str, object] = {}
-    for snippet in snippets:
-        exec(compile(snippet, str(page), "exec"), namespace)
+    run_blocks(page)
+
+
+@pytest.mark.parametrize(
+    ("page", "error"),
+    [
+        ("```python\n1 / 0\n```\n", ZeroDivisionError),
+        (":::{tab-item} A\n```python\n1 / 0\n```\n:::\n", ZeroDivisionError),
+        ("````{note}\n```python\n1 / 0\n```\n````\n", ZeroDivisionError),
+        ("```pycon\n>>> 1 + 1\n3\n```\n", AssertionError),
+        ("```python\nprint(1)\n```\n```output\n2\n```\n", AssertionError),
+        ("```ruby\n1\n```\n", AssertionError),
+        ("```python\n1\n", AssertionError),
+        ("::::{tab-set}\n:::{tab-item} A\n```python\na = 1\n```\n:::\n::::\n```python\na\n```\n", NameError),
+    ],
+)
+def test_a_wrong_block_fails(page: str, error: type[Exception], tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises(error):
+        run_blocks(tmp_path / "page.md")
+
+
+def test_good_blocks_pass_and_a_reason_keeps_one_from_running(tmp_path: Path) -> None:
+    page = "```python\nprint(a := 1)\n```\n```output\n1\n```\n```pycon\n>>> a + 1\n2\n```\n"
+    page += "<!-- not run: divides by zero -->\n```python\n1 / 0\n```\n"
+    (tmp_path / "page.md").write_text(page)
+    run_blocks(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_command_names_exists(page: Path) -> None:
+    text = page.read_text()
+    sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE))
+    for line in re.findall(r"nox -s ((?:[a-z_]+(?:-[0-9.]+)? ?)+)", text):
+        assert {*line.split()} <= sessions | {"and", "or"}, line
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for names in re.findall(r"install \"?(?:\.|acprop-core)\[([\w,]+)\]", text):
+        assert {*names.split(",")} <= {*extras}, names
+    for path in re.findall(r"\b((?:docs|tests|adapters|acprop_core)/[\w/.-]+\.(?:py|md|png|svg|json))\b", text):
+        assert (ROOT / path).is_file(), path
 
 
 @pytest.mark.parametrize(
@@ -34,9 +152,13 @@ def test_snippets_run(page: Path) -> None:
     [
         acprop_core._optimizer,
         acprop_core._checkpoint,
+        acprop_core._rule,
         acprop_optax,
+        acprop_optax._state,
         acprop_torch._optimizer,
+        acprop_torch._state,
         acprop_stepper._stepper,
+        acprop_stepper._state,
     ],
 )
 def test_examples_of_docstrings_hold(module: object) -> None:

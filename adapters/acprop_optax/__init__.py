@@ -37,13 +37,22 @@ def acprop(
     Parameters
     ----------
     learning_rate : float, 0-d array, or schedule
-        A schedule is called with the count of updates done, 0 at the first step.
-    b1, b2, eps, eps_root, clip_exponent, centering, moment_dtype
-        As in `scale_by_acprop`.
+        At least 0. A schedule is called with the count of updates done, 0 at the first step.
+    b1, b2 : float or 0-d array
+        Decay rates of the two moments, in [0, 1); as in `scale_by_acprop`.
+    eps, eps_root : float or 0-d array
+        Added to the root of the second moment, and to the second moment at every step; at least 0.
     weight_decay : float or 0-d array
         Decoupled decay, multiplied by the learning rate; as in ``optax.add_decayed_weights``.
     mask : pytree of bool, prefix of one, or callable, optional
         Which parameters decay; as in ``optax.add_decayed_weights``.
+    clip_exponent : float, optional
+        No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
+        clip. 0.25 is recommended.
+    centering : {"current", "previous"}
+        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    moment_dtype : dtype or its name, optional
+        Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
     compensate : bool
         Keep what rounding takes from 16-bit parameters, and give it back as soon as it is enough to change them; as in
         `acprop_core.ACProp`. What comes behind this in a chain must leave the updates as they are.
@@ -62,6 +71,10 @@ def acprop(
         As in `scale_by_acprop`; from `init` and `update`, for a mask of another structure, or whose leaves are no
         bools; for a learning rate or weight decay that is no number, negative or not finite (arrays are not looked
         into); from `update`, if there is weight decay or `compensate` and no `params`.
+
+    Notes
+    -----
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the equations stand at `acprop_core.ACProp`.
 
     Examples
     --------
@@ -158,9 +171,17 @@ def scale_by_acprop(
 
     Parameters
     ----------
-    b1, b2, eps, eps_root, clip_exponent, centering, moment_dtype
-        As in `acprop_core.ACProp`. A `b1` or `b2` that is a 16-bit array of 1 stands for the numbers that round to it:
+    b1, b2 : float or 0-d array
+        Decay rates of the two moments, in [0, 1). A 16-bit array of 1 stands for the numbers that round to it:
         ``optax.inject_hyperparams`` rounds to the dtype of the parameters, and 0.999 is 1 in bfloat16.
+    eps, eps_root : float or 0-d array
+        Added to the root of the second moment, and to the second moment at every step; at least 0.
+    clip_exponent : float, optional
+        No element of d_t exceeds ``t**clip_exponent``; None for no clip. 0.25 is recommended.
+    centering : {"current", "previous"}
+        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    moment_dtype : dtype or its name, optional
+        Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
 
     Returns
     -------
@@ -180,6 +201,15 @@ def scale_by_acprop(
     Notes
     -----
     Zhuang et al. 2021, arXiv:2110.05454, algorithm 2.
+
+    Examples
+    --------
+    >>> import optax
+    >>> optimizer = optax.chain(scale_by_acprop(clip_exponent=0.25), optax.scale_by_learning_rate(1e-3))
+    >>> params = jnp.ones(2)
+    >>> updates, state = optimizer.update(jnp.array([0.5, -2.0]), optimizer.init(params), params)
+    >>> updates
+    Array([-0.0005,  0.001 ], dtype=float32)
     """
     return _scale_by(
         _optimizer(

@@ -25,6 +25,12 @@ class CarryState(NamedTuple):
     ----------
     carry : pytree
         What rounding has taken from every 16-bit parameter, in its dtype; None for other parameters.
+
+    Examples
+    --------
+    >>> from acprop_optax import acprop
+    >>> acprop(1e-3, compensate=True).init({"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)})[3]
+    CarryState(carry={'b': None, 'w': Array([0, 0], dtype=bfloat16)})
     """
 
     carry: Any
@@ -65,6 +71,14 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
         MultiSteps is between two updates, or schedules have counted other updates than ACProp.
     TypeError
         If the arrays are traced or abstract.
+
+    Examples
+    --------
+    >>> from acprop_optax import acprop
+    >>> transform = acprop(1e-3, clip_exponent=0.25)
+    >>> hyper, state = export_state(transform.init({"w": jnp.ones(2)}), ACProp(1e-3, clip_exponent=0.25))
+    >>> state.count, state.mu
+    (0, {'w': array([0., 0.], dtype=float32)})
     """
     moments = _only(state)
     count = check_count(to_numpy("step count", "", _value(moments.count)))
@@ -112,6 +126,16 @@ def import_state(
         than one.
     TypeError
         If dtypes differ.
+
+    Examples
+    --------
+    >>> from acprop_optax import acprop
+    >>> params, hyper = {"w": jnp.ones(2)}, ACProp(1e-3, clip_exponent=0.25)
+    >>> zeros = {"w": np.zeros(2, np.float32)}
+    >>> transform = acprop(1e-3, clip_exponent=0.25)
+    >>> opt_state = import_state(transform.init(params), hyper, hyper, State(7, zeros, zeros))
+    >>> opt_state[0].count
+    Array(7, dtype=int32)
     """
     saved = checked(saved, saved_state)
     moments = _only(state)

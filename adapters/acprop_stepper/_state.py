@@ -29,6 +29,13 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
         If two parameters have one dotted name.
     TypeError
         If it is no stepper.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> hyper, state = export_state(Stepper({"layer": [np.ones(2)]}, 1e-3, clip_exponent=0.25))
+    >>> hyper.learning_rate, state.mu
+    (0.001, {'layer.0': array([0., 0.])})
     """
     _check(stepper)
     state = stepper.state
@@ -63,6 +70,15 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
         If dtypes differ, or an argument is of a wrong type; nothing has changed then.
     RuntimeError
         If called from within a step of this stepper.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> stepper = Stepper({"w": np.ones(2)}, 1e-3, clip_exponent=0.25)
+    >>> zeros = {"w": np.zeros(2)}
+    >>> import_state(stepper, ACProp(1e-3, clip_exponent=0.25), State(7, zeros, zeros))
+    >>> stepper.state.count
+    7
     """
     _check(stepper)
     saved = checked(saved, state)

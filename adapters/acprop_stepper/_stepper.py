@@ -45,6 +45,12 @@ class StepRecord(NamedTuple):
         Global norm of the gradients as they were given; None if nothing asked for it.
     skipped : bool
         Whether nothing was changed, because something was not finite.
+
+    Examples
+    --------
+    >>> stepper = Stepper(np.ones(2), clip_norm=1.0, clip_exponent=0.25)
+    >>> stepper.step(np.array([3.0, 4.0])).grad_norm
+    5.0
     """
 
     count: int  # type: ignore[assignment]  # tuples have a method of this name
@@ -61,8 +67,25 @@ class Stepper:
     params : container of arrays
         Writeable NumPy or CuPy arrays of a floating-point dtype in native byte order, of any shape and layout. They
         stay the caller's; every step changes them in place. They must not overlap.
-    learning_rate, b1, b2, eps, eps_root, weight_decay, mask, clip_exponent, centering, moment_dtype, compensate
-        As in `acprop_core.ACProp`, but numbers only. `mask` is read once, here.
+    learning_rate : float or callable
+        At least 0. A callable (a schedule) is given the count of updates done, 0 at the first step.
+    b1, b2 : float
+        Decay rates of the two moments, in [0, 1).
+    eps, eps_root : float
+        Added to the root of the second moment, and to the second moment at every step; at least 0.
+    weight_decay : float
+        Decoupled weight decay, at least 0; it is multiplied by the learning rate.
+    mask : container of bool, prefix of one, or callable, optional
+        Which parameters decay; as in `acprop_core.ACProp`, but read once, here.
+    clip_exponent : float, optional
+        No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
+        clip. 0.25 is recommended.
+    centering : {"current", "previous"}
+        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    moment_dtype : dtype or its name, optional
+        Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
+    compensate : bool
+        Keep what rounding takes from 16-bit parameters, and give it back as soon as it is enough to change them.
     clip_norm : float, optional
         Gradients whose global norm exceeds this are scaled down to it; positive.
     nonfinite : {"allow", "skip", "raise"}
@@ -205,7 +228,19 @@ class Stepper:
 
     @property
     def state(self) -> State:
-        """A copy of step count, moments and carry, in the structure of the parameters."""
+        """A copy of step count, moments and carry, in the structure of the parameters.
+
+        Returns
+        -------
+        acprop_core.State
+            Arrays of the parameters' library, which `load_state` takes and so does the functional optimizer.
+
+        Examples
+        --------
+        >>> stepper = Stepper({"w": np.ones(2)}, clip_exponent=0.25)
+        >>> stepper.state
+        State(count=0, mu={'w': array([0., 0.])}, nu={'w': array([0., 0.])}, carry=None)
+        """
         with self._lock:
             self._settle()
             rows: list[tuple[Any, Any, Any]] = [(None, None, None)] * len(self._leaves)
@@ -232,6 +267,16 @@ class Stepper:
             If it does not fit; nothing has changed then.
         RuntimeError
             If called from within a step, as by `step`.
+
+        Examples
+        --------
+        >>> params = {"w": np.ones(2)}
+        >>> stepper = Stepper(params, clip_exponent=0.25)
+        >>> record = stepper.step({"w": np.ones(2)})
+        >>> resumed = Stepper(params, clip_exponent=0.25)
+        >>> resumed.load_state(stepper.state)
+        >>> resumed.state.count
+        1
         """
         self._alone(self._load, state)
 
@@ -291,6 +336,17 @@ class Stepper:
             If something is not finite and `nonfinite` is "raise"; nothing has changed then.
         RuntimeError
             If called from within a step of this stepper: by a schedule, or a signal's handler that interrupts one.
+
+        Examples
+        --------
+        >>> params = np.array([1.0, 1.0])
+        >>> stepper = Stepper(params, learning_rate=1e-3, nonfinite="skip", clip_exponent=0.25)
+        >>> stepper.step(np.array([0.5, np.nan]))
+        StepRecord(count=0, learning_rate=0.001, grad_norm=None, skipped=True)
+        >>> stepper.step(np.array([0.5, 0.0]))
+        StepRecord(count=1, learning_rate=0.001, grad_norm=None, skipped=False)
+        >>> params
+        array([0.9995, 1.    ])
         """
         return self._alone(self._step, grads)
 

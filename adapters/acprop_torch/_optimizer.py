@@ -80,7 +80,8 @@ class ACProp(torch.optim.Optimizer):
 
     Notes
     -----
-    As of the optimizers of torch, one belongs to one thread at a time; several may step in several threads.
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip is ours. As of the optimizers of torch, one belongs to
+    one thread at a time; several may step in several threads.
 
     Examples
     --------
@@ -155,6 +156,14 @@ class ACProp(torch.optim.Optimizer):
         ------
         ValueError, TypeError
             If an option is out of its range or of a wrong type.
+
+        Examples
+        --------
+        >>> body, head = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+        >>> optimizer = ACProp(body.parameters(), lr=1e-3, clip_exponent=0.25)
+        >>> optimizer.add_param_group({"params": head.parameters(), "lr": 1e-2})
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.001, 0.01]
         """
         if isinstance(param_group, dict):  # or else the base class refuses it
             _check({**self.defaults, **param_group})
@@ -187,6 +196,15 @@ class ACProp(torch.optim.Optimizer):
         ValueError, TypeError
             If an option has been given a value that the constructor would refuse, or a parameter has a dtype that no
             update can be in; nothing has changed then.
+
+        Examples
+        --------
+        >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> optimizer = ACProp([w], lr=1e-3, clip_exponent=0.25)
+        >>> w.grad = torch.tensor([0.5, -2.0])
+        >>> optimizer.step()
+        >>> w.detach()
+        tensor([0.9995, 1.0010])
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -320,6 +338,17 @@ class ACProp(torch.optim.Optimizer):
             groups differ in size, or something in it is out of range; nothing has changed then.
         TypeError
             If something in it is of a wrong type; nothing has changed then.
+
+        Examples
+        --------
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> optimizer = ACProp([w], lr=1e-3, clip_exponent=0.25)
+        >>> w.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> resumed = ACProp([w], lr=1e-3, clip_exponent=0.25)
+        >>> resumed.load_state_dict(optimizer.state_dict())
+        >>> resumed.state[w]["step"]
+        tensor(1.)
         """
         if not isinstance(state_dict, dict):
             raise TypeError(

@@ -59,6 +59,16 @@ def export_state(
     Notes
     -----
     All of this is refused before anything is gathered, so that no rank waits for one that has refused.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = ACProp(model.parameters(), lr=1e-3, clip_exponent=0.25)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> hyper, state = export_state(optimizer, model)
+    >>> hyper.learning_rate, state.count, sorted(state.mu)
+    (0.001, 1, ['bias', 'weight'])
     """
     named = _named(optimizer, model)
     if hyperparameters is None:
@@ -120,6 +130,16 @@ def import_state(
     Notes
     -----
     The step counts of torch.optim are float32: one beyond 2**24 is rounded to it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = ACProp(model.parameters(), lr=1e-3, clip_exponent=0.25)
+    >>> zeros = {"weight": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}
+    >>> import_state(optimizer, model, acprop_core.ACProp(1e-3, clip_exponent=0.25), State(7, zeros, zeros))
+    >>> optimizer.state[model.bias]["step"]
+    tensor(7.)
     """
     saved = checked(saved, state)
     named = _named(optimizer, model)

@@ -1,0 +1,173 @@
+"""Draw where each optimizer converges on the two problems of counterexamples.py, over beta2 and the period P.
+
+    python docs/figures/convergence_area.py [--quick] [--out out]
+
+A point of the grid converges if, for the best of the learning rates from 1e-5 to 1, x is nearer than 0.01 to the
+optimum on average over the last 1,000 of 10,000 steps. The area is the share of points that converge. Written are
+convergence_area.png, for beta1 = 0.9; and convergence_area.json and .md with the areas for every beta1, for fewer
+learning rates and for more steps. `--quick` takes a coarse grid of short periods, in which every optimizer has the
+steps that it needs.
+"""
+
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from counterexamples import DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Grid, solve
+from output import options, table, write
+
+NEAR = 0.01
+STEPS = 10_000
+PROBLEMS = {"first": DENSE, "sparse": SPARSE}
+DRAWN = 0.9  # beta1 of the figure
+CLASSES = (  # of the distance from the optimum; colours of Okabe and Ito
+    (0.0, "#0072B2", f"converges: within {NEAR}"),
+    (NEAR, "#BBBBBB", "within 0.1"),
+    (0.1, "#D55E00", "further away"),
+)
+ONLY_ADASHIFT = "points where AdaShift converges and ACProp does not"
+
+Areas = dict[str, dict[str, np.ndarray]]  # {problem: {optimizer: mean distances}}, axes (rate, b1, b2, P)
+
+
+def grids(quick: bool) -> dict[str, Grid]:
+    """Return the grid of each problem."""
+    rates = 10.0 ** (np.arange(-20, 1) / 4.0)
+    b1 = (0.0, 0.5, 0.9) if quick else (0.0, 0.1, 0.5, 0.9, 0.95, 0.99)
+    b2 = 1.0 - np.geomspace(1e-4, 10.0**-0.05, 9 if quick else 40)
+    periods = {"first": range(3, 11), "sparse": range(4, 41, 4)}
+    if not quick:
+        periods = {"first": range(3, 21), "sparse": range(4, 41)}
+    return {name: Grid(rates, b1, b2, periods[name]) for name in PROBLEMS}
+
+
+def converged(distances: np.ndarray) -> np.ndarray:
+    """Return whether the best rate converges; axes (b1, b2, P)."""
+    return distances.min(axis=0) < NEAR
+
+
+def draw(areas: Areas, grid: dict[str, Grid]) -> Figure:
+    """Draw the best distance of each point in three classes, a row per optimizer."""
+    colours = mpl.colors.ListedColormap([colour for _, colour, _ in CLASSES])
+    bins = [edge for edge, _, _ in CLASSES[1:]]
+    figure, panels = plt.subplots(
+        len(OPTIMIZERS), len(PROBLEMS), figsize=(5.4, 10.6), sharex="col", layout="constrained"
+    )
+    for column, (problem, distances) in zip(panels.T, areas.items(), strict=True):
+        axis = grid[problem]
+        i = axis.b1.index(DRAWN)
+        for axes, (name, distance) in zip(column, distances.items(), strict=True):
+            best = distance[:, i].min(axis=0)
+            axes.pcolormesh(axis.periods, 1.0 - axis.b2, np.digitize(best, bins), cmap=colours, vmin=0, vmax=2)
+            axes.set_yscale("log")
+            axes.set_yticks(10.0 ** np.arange(-4, 0))
+            axes.set_title(f"{name}: {_percent((best < NEAR).mean())} %", fontsize=10.5)
+            axes.grid(visible=False)
+        axes.set_xlabel(f"period P\n{problem} problem:\n{PROBLEMS[problem].formula}")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("1 - beta2")
+    handles = [mpl.patches.Patch(color=colour, label=label) for _, colour, label in CLASSES]
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=len(CLASSES),
+        frameon=False,
+        columnspacing=1.0,
+        handlelength=1.2,
+    )
+    return figure
+
+
+def by_b1(areas: Areas, grid: dict[str, Grid]) -> dict[str, Any]:
+    """Return the area of each optimizer for each beta1, and where AdaShift converges and ACProp does not."""
+    result: dict[str, Any] = {}
+    for problem, distances in areas.items():
+        where = {name: converged(distance) for name, distance in distances.items()}
+        only = where["AdaShift"] & ~where["ACProp"]
+        result[problem] = {
+            "points": int(where["ACProp"][0].size),
+            "area": {
+                name: {f"{b1:g}": float(share) for b1, share in zip(grid[problem].b1, ok.mean((1, 2)), strict=True)}
+                for name, ok in where.items()
+            },
+            ONLY_ADASHIFT: {
+                f"{b1:g}": int(points) for b1, points in zip(grid[problem].b1, only.sum((1, 2)), strict=True)
+            },
+        }
+    return result
+
+
+def by_setting(
+    first: dict[str, np.ndarray], longer: dict[str, np.ndarray], steps: int, grid: Grid
+) -> dict[str, dict[str, float]]:
+    """Return the areas of the first problem at the beta1 of the figure: fewer rates, all, and more steps."""
+    i = grid.b1.index(DRAWN)
+    decades = slice(None, None, 4)
+    settings = {
+        f"{len(grid.rates[decades])} rates, {STEPS:,} steps": {name: d[decades, i] for name, d in first.items()},
+        f"{len(grid.rates)} rates, {STEPS:,} steps": {name: d[:, i] for name, d in first.items()},
+        f"{len(grid.rates)} rates, {steps:,} steps": {name: d[:, 0] for name, d in longer.items()},
+    }
+    return {
+        setting: {name: float(converged(d).mean()) for name, d in by_name.items()}
+        for setting, by_name in settings.items()
+    }
+
+
+def text(numbers: dict[str, Any]) -> str:
+    """Return the tables of the page."""
+    parts = []
+    for problem in PROBLEMS:
+        area = numbers[problem]["area"]
+        rows = [[name, *map(_percent, shares.values())] for name, shares in area.items()]
+        rows.append(
+            [f"{ONLY_ADASHIFT}, of {numbers[problem]['points']}", *map(str, numbers[problem][ONLY_ADASHIFT].values())]
+        )
+        header = [f"{problem} problem: area in %, beta1 =", *next(iter(area.values()))]
+        parts.append(table(header, rows))
+    settings = numbers["first problem by setting"]
+    rows = [[name, *(_percent(shares[name]) for shares in settings.values())] for name in OPTIMIZERS]
+    parts.append(table([f"first problem: area in %, beta1 = {DRAWN}", *settings], rows))
+    return "\n\n".join(parts)
+
+
+def _percent(share: float) -> str:
+    # 99.9 % must not read as all
+    return "100" if share == 1.0 else f"{min(100.0 * share, 99.9):.1f}"
+
+
+def main() -> None:
+    """Solve, draw and write."""
+    given = options(__doc__)
+    grid = grids(given.quick)
+    longer = grid["first"]._replace(b1=(DRAWN,))
+    bar = tqdm(total=3 * len(OPTIMIZERS), unit="solved")
+
+    def areas(problem: str, axes: Grid, steps: int) -> dict[str, np.ndarray]:
+        distances = {}
+        for name in OPTIMIZERS:
+            bar.set_description(f"{problem}, {steps:,} steps, {name}")
+            one = axes._replace(b1=axes.b1[:1]) if name in NO_FIRST_MOMENT else axes
+            found = solve(PROBLEMS[problem], name, one, steps)
+            distances[name] = np.broadcast_to(found, (len(axes.rates), len(axes.b1), *found.shape[2:]))
+            bar.update()
+        return distances
+
+    solved = {problem: areas(problem, axes, STEPS) for problem, axes in grid.items()}
+    steps = 2 * STEPS if given.quick else 10 * STEPS
+    more = areas("first", longer, steps)
+    bar.close()
+    numbers = {
+        **by_b1(solved, grid),
+        "first problem by setting": by_setting(solved["first"], more, steps, grid["first"]),
+        "criterion": {"distance below": NEAR, "on average over the last steps": LAST, "of": STEPS},
+    }
+    write(given.out, "convergence_area", draw(solved, grid), numbers, text(numbers))
+
+
+if __name__ == "__main__":
+    main()
