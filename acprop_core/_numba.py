@@ -111,9 +111,13 @@ def step(params: Any, grads: Any, ends: Any, mu: Any, nu: Any, k: Any, decay: bo
 
 
 def scalars_of(k: _rule.Coefficients, dtype: Any) -> _rule.Coefficients:
-    """Return `k` for `step`: scalars of `dtype`, so that nothing is computed wider; an infinite limit for none."""
+    """Return `k` for `step`: scalars of `dtype`, so that nothing is computed wider; an infinite limit for none.
+
+    A flag that is off becomes None. That is a type of its own, so that the usual step is compiled without branches; a
+    loop with all of them takes up to a third longer in the processor's cache.
+    """
     k = k._replace(limit=np.inf if k.limit is None else k.limit, dither=0.0)  # of 16 bits nothing comes here
-    return _rule.Coefficients(*(dtype.type(x) if isinstance(x, float) else x for x in k))
+    return _rule.Coefficients(*(dtype.type(x) if isinstance(x, float) else None if x is False else x for x in k))
 
 
 def addresses(arrays: Any) -> Any:
