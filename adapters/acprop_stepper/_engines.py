@@ -394,8 +394,9 @@ def _seen(buffer: Buffer) -> tuple[Any, Any] | None:
     """Return the dtypes that the compiled step takes for parameters and moments; None if it can take none."""
     from acprop_core import _numba16
 
-    (own,), (moments,) = {x.dtype.name for x in buffer.params}, {buffer.mu.dtype.name, buffer.nu.dtype.name}
-    return _numba16.seen_as(own, moments)
+    if buffer.mu.dtype != buffer.nu.dtype:  # those of complex numbers
+        return None
+    return _numba16.seen_as(buffer.params[0].dtype.name, buffer.mu.dtype.name)
 
 
 class CupyTask(TileTask):
