@@ -9,10 +9,14 @@ from numba import types as nb
 from numba.extending import intrinsic, register_jitable
 
 from acprop_core import _rule
+from acprop_core._numba16 import load, narrowed, rounded
 
 # Numba compiles the very functions of _rule, called on scalars; only the namespace that they are given is its own.
-for _function in (_rule.direction, _rule.moments, _rule.rule, _rule.displacement, _rule.regularized, _rule._average):
-    register_jitable(_function)
+for _function in (
+    *(_rule.direction, _rule.moments, _rule.rule, _rule._average),
+    *(_rule.displacement, _rule.regularized, _rule.compensated),
+):
+    register_jitable(forceinline=True)(_function)  # a call would keep the loop around it from being vectorised
 
 
 @register_jitable
@@ -26,39 +30,55 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
     return x if condition else y
 
 
+@register_jitable
+def _maximum(x: Any, y: Any) -> Any:
+    return x if x > y or x != x else y
+
+
 _scalars = types.ModuleType("scalars")
 _scalars.__dict__.update(sqrt=np.sqrt, abs=np.abs, real=np.real, conj=np.conj, clip=_clip, where=_where)
+_scalars.__dict__.update(maximum=_maximum, round=np.rint)
 
 
 NO_DECAY, DECOUPLED, L2 = range(3)
 
 
 @register_jitable
-def _run(param: Any, grad: Any, mu: Any, nu: Any, k: Any, decay: int, grad_scale: Any) -> None:
+def _run(param: Any, grad: Any, mu: Any, nu: Any, carry: Any, k: Any, low: Any, decay: int, grad_scale: Any) -> None:
     for i in range(param.size):
-        x, g = param[i], grad[i] * grad_scale
+        x, g = load(param, i), load(grad, i) * grad_scale
         if decay == L2:
             g = _rule.regularized(g, x, k)
-        d, new_mu, new_nu = _rule.rule(g, mu[i], nu[i], k, _scalars)
-        param[i] = x + (_rule.displacement(d, x, k) if decay == DECOUPLED else _rule.displacement(d, None, k))
-        mu[i] = new_mu
-        nu[i] = new_nu
+        d, new_mu, new_nu = _rule.rule(g, load(mu, i), load(nu, i), k, _scalars)
+        update = _rule.displacement(d, x, k) if decay == DECOUPLED else _rule.displacement(d, None, k)
+        if low is None:
+            update = rounded(update, param)  # before it is added, as in every framework
+        else:
+            update, lost = _rule.compensated(update, x, load(carry, i), k, low, _scalars)
+            carry[i] = narrowed(lost, carry)
+        param[i] = narrowed(x + update, param)
+        mu[i] = narrowed(new_mu, mu)
+        nu[i] = narrowed(new_nu, nu)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def step_each(addresses: Any, sizes: Any, like: Any, k: Any, decay: int, grad_scale: Any) -> None:
+def step_each(
+    addresses: Any, sizes: Any, own: Any, moments: Any, k: Any, low: Any, decay: int, grad_scale: Any
+) -> None:
     """Step contiguous parameters in place, whose moments lie anywhere.
 
     Parameters
     ----------
-    addresses : (4, n) int64 array
-        Where the parameters, their gradients and their two moments begin, all of the dtype of `like`.
+    addresses : (4, n) int64 array, (5, n) with `low`
+        Where the parameters, their gradients, their two moments and their carries begin.
     sizes : (n,) int64 array
         How many elements each has.
-    like : float array
-        For its dtype.
+    own, moments : arrays
+        For the dtypes of parameters, gradients and carries, and of moments, as `seen_as` has them.
     k : Coefficients
         From `scalars_of`.
+    low : Format or None
+        From `format_of`, if there are carries.
     decay : int
         NO_DECAY, DECOUPLED or L2.
     grad_scale : float
@@ -66,30 +86,46 @@ def step_each(addresses: Any, sizes: Any, like: Any, k: Any, decay: int, grad_sc
     """
     for i in range(sizes.size):
         _run(
-            numba.carray(_pointer(addresses[0, i], like), sizes[i]),
-            numba.carray(_pointer(addresses[1, i], like), sizes[i]),
-            numba.carray(_pointer(addresses[2, i], like), sizes[i]),
-            numba.carray(_pointer(addresses[3, i], like), sizes[i]),
+            numba.carray(_pointer(addresses[0, i], own), sizes[i]),
+            numba.carray(_pointer(addresses[1, i], own), sizes[i]),
+            numba.carray(_pointer(addresses[2, i], moments), sizes[i]),
+            numba.carray(_pointer(addresses[3, i], moments), sizes[i]),
+            numba.carray(_pointer(addresses[-1, i], own), sizes[i]),  # the carry, or with no `low` what is not touched
             k,
+            low,
             decay,
             grad_scale,
         )
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def step(params: Any, grads: Any, ends: Any, mu: Any, nu: Any, k: Any, decay: bool, grad_scale: Any, done: Any) -> None:
+def step(
+    params: Any,
+    grads: Any,
+    ends: Any,
+    mu: Any,
+    nu: Any,
+    carry: Any,
+    k: Any,
+    low: Any,
+    decay: bool,
+    grad_scale: Any,
+    done: Any,
+) -> None:
     """Step contiguous parameters in place.
 
     Parameters
     ----------
     params, grads : (n,) int64 arrays
-        The addresses of the parameters and their gradients, of the dtype of `mu`.
+        The addresses of the parameters and their gradients, which have the dtype of `carry`.
     ends : (n,) int64 array
         Where each parameter ends in the moments, in which they lie one behind the other.
-    mu, nu : float arrays
-        The moments, updated.
+    mu, nu, carry : arrays
+        The moments and the carries, updated, of dtypes as `seen_as` has them; without `low` the carry is empty.
     k : Coefficients
         From `scalars_of`.
+    low : Format or None
+        From `format_of`, if there are carries.
     decay : bool
         Whether the parameters decay.
     grad_scale : float
@@ -103,17 +139,22 @@ def step(params: Any, grads: Any, ends: Any, mu: Any, nu: Any, k: Any, decay: bo
     start = 0
     for i in range(params.size):
         size = ends[i] - start
-        param = numba.carray(_pointer(params[i], mu), size)
-        grad = numba.carray(_pointer(grads[i], mu), size)
-        _run(param, grad, mu[start : ends[i]], nu[start : ends[i]], k, decay, grad_scale)
+        part = slice(start, ends[i])
+        param = numba.carray(_pointer(params[i], carry), size)
+        grad = numba.carray(_pointer(grads[i], carry), size)
+        _run(param, grad, mu[part], nu[part], carry[part], k, low, decay, grad_scale)
         start = ends[i]
     done[0] = True
 
 
 def scalars_of(k: _rule.Coefficients, dtype: Any) -> _rule.Coefficients:
-    """Return `k` for `step`: scalars of `dtype`, so that nothing is computed wider; an infinite limit for none."""
-    k = k._replace(limit=np.inf if k.limit is None else k.limit, dither=0.0)  # of 16 bits nothing comes here
-    return _rule.Coefficients(*(dtype.type(x) if isinstance(x, float) else x for x in k))
+    """Return `k` for `step`: scalars of `dtype`, so that nothing is computed wider; an infinite limit for none.
+
+    A flag that is off becomes None. That is a type of its own, so that the usual step is compiled without branches; a
+    loop with all of them takes up to a third longer in the processor's cache.
+    """
+    k = k._replace(limit=np.inf if k.limit is None else k.limit, dither=0.0 if k.dither is None else k.dither)
+    return _rule.Coefficients._make(dtype.type(x) if isinstance(x, float) else None if x is False else x for x in k)
 
 
 def addresses(arrays: Any) -> Any:

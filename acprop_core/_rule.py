@@ -69,9 +69,10 @@ class Format(NamedTuple):
     """A 16-bit format of numbers; all but `rounded` in the dtype in which the rule runs."""
 
     rounded: Callable[[Array], Array]  # to this format, and back
-    significand: float  # 2**p for p significant bits
+    unit: float  # 2**-p for p significant bits
     above: float  # times this, rounded, any number becomes the next larger one
     floor: float  # so that the last place of a carry is never less than the format has, or is flushed to zero
+    half: float  # 1/2: beside a float32 scalar a Python number would be a float64 to some compilers
 
 
 def direction(grad: Array, nu: Array, k: Coefficients, xp: Any) -> Array:
@@ -226,8 +227,8 @@ def compensated(
     new = low.rounded(param + v)
     lost = wanted - (new - param)
     # half the parameter, lest the next larger number overflows; where almost nothing is left of it, the carry itself
-    half = low.rounded(xp.maximum(0.5 * xp.abs(new), xp.abs(lost)) + low.floor)
-    place = (low.rounded(low.above * half) - half) / low.significand
+    half = low.rounded(xp.maximum(low.half * xp.abs(new), xp.abs(lost)) + low.floor)
+    place = (low.rounded(low.above * half) - half) * low.unit
     return v, place * xp.round(lost / place + k.dither)
 
 

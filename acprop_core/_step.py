@@ -1,5 +1,6 @@
 """One step, for one array at a time: the casts around the rule."""
 
+from collections.abc import Callable
 from typing import Any
 
 from acprop_core import _rule
@@ -75,17 +76,23 @@ class Step:
 def compensated(update: Array, param: Array, carry: Array, k: _rule.Coefficients, xp: Any) -> tuple[Array, Array]:
     """Return what to add to a 16-bit parameter, and its next carry, both in its dtype, for an update in a wider one."""
     wide, own = update.dtype, param.dtype
-    bits, floor = _SIGNIFICANT_BITS_AND_FLOOR[dtype_name(own)]
-    significand = 2.0**bits
-    low = _rule.Format(
-        rounded=lambda x: as_dtype(as_dtype(x, own, xp), wide, xp),
-        significand=significand,
-        above=1.0 + 1.01 / significand,  # a little more than half a last place for the smallest significand
-        floor=floor,
-    )
+    low = format_of(dtype_name(own), lambda x: as_dtype(as_dtype(x, own, xp), wide, xp))
     results = _rule.compensated(update, as_dtype(param, wide, xp), as_dtype(carry, wide, xp), k, low, xp)
     added, carry = (restore(x, param, xp) for x in results)
     return added, carry
+
+
+def format_of(dtype: str, rounded: Callable[[Array], Array]) -> _rule.Format:
+    """Return what the rule needs to know of a 16-bit dtype, `rounded` being how to round to it, and back."""
+    bits, floor = _SIGNIFICANT_BITS_AND_FLOOR[dtype]
+    unit = 2.0**-bits
+    return _rule.Format(
+        rounded=rounded,
+        unit=unit,
+        above=1.0 + 1.01 * unit,  # a little more than half a last place for the smallest significand
+        floor=floor,
+        half=0.5,
+    )
 
 
 # Half the smallest parameters whose carry has a last place of its own: below, it is 2**-24, the smallest number, in

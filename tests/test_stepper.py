@@ -46,7 +46,7 @@ def assert_same(stepper: Stepper, expected: tuple[Any, State]) -> None:
     params, state = expected
     got = stepper.state
     assert got.count == state.count
-    pairs = [(stepper.params, params), (got.mu, state.mu), (got.nu, state.nu)]
+    pairs = [(stepper.params, params), (got.mu, state.mu), (got.nu, state.nu), (got.carry, state.carry)]
     for a, b in pairs:
         for x, y in zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else [(a, b)]:
             np.testing.assert_array_equal(x, y)
@@ -443,9 +443,11 @@ def stepper_and_outcomes(engine: str, threads: int) -> tuple[Stepper, Any, tuple
     start = {f"p{i}": rng.normal(size=n) for i, n in enumerate((3, 50, 2, 17))}
     start["half"] = rng.normal(size=9).astype(np.float16)
     grads = [{name: rng.normal(size=x.shape).astype(x.dtype) for name, x in start.items()} for _ in range(2)]
-    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine=engine, threads=threads)
+    options = {"compensate": True, "engine": engine, "threads": threads}
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, **options)
     stepper.step(grads[0])
-    return stepper, grads[1], functional(start, grads[:1]), functional(start, grads)
+    outcomes = [functional(start, some, compensate=True) for some in (grads[:1], grads)]
+    return stepper, grads[1], *outcomes
 
 
 def assert_one_of(stepper: Stepper, before: tuple[Any, State], after: tuple[Any, State]) -> bool:

@@ -341,12 +341,16 @@ class NumbaTask:
 
 
 class Numba:
-    """Numba, one pass over memory: contiguous float32 or float64 parameters with moments of the same dtype."""
+    """Numba, one pass over memory: contiguous real parameters, with moments that are computed in the same dtype."""
 
     def __init__(self, buffer: Buffer) -> None:
-        from acprop_core import _numba
+        from acprop_core import _numba, _numba16
 
         self.compiled = _numba
+        own, moments = _seen(buffer) or (None, None)  # it fits
+        self._kept = [x.view(moments) for x in (buffer.mu, buffer.nu)]
+        self._carry = np.empty(0, own) if buffer.carry is None else buffer.carry.view(own)
+        self._low = None if buffer.carry is None else _numba16.format_of(buffer.carry.dtype.name)
         self._buffer = buffer
         self._tiles = Tiles(buffer)
         self._params = _numba.addresses(buffer.params)
@@ -356,7 +360,7 @@ class Numba:
     @staticmethod
     def fits(buffer: Buffer) -> bool:
         """Return whether the compiled step can take all parameters of this buffer."""
-        return alike(buffer) and all(x.flags.carray for x in buffer.params)
+        return _seen(buffer) is not None and all(x.flags.carray for x in buffer.params)
 
     def tasks(self, grads: Sequence[Array | None], numbers: Numbers) -> Sequence[Any]:
         """Return the tasks of one step; gradients of another layout than the parameters' are left to tiles."""
@@ -365,7 +369,7 @@ class Numba:
             if not all(g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads):
                 return self._tiles.tasks(grads, numbers)
             grad_addresses = self.compiled.addresses(grads)
-        buffer, dtype = self._buffer, self._buffer.mu.dtype
+        buffer, dtype, width = self._buffer, np.dtype(numbers.dtype), self._carry.itemsize
         k, scale = self.compiled.scalars_of(numbers.k, dtype), dtype.type(numbers.grad_scale)
         tasks = []
         for run in self._runs:
@@ -373,17 +377,26 @@ class Numba:
             leaves, part = slice(run.first, run.last), slice(run.start, run.stop)
             ends = np.minimum(self._ends[leaves], run.stop) - run.start
             arguments = (
-                self._params[leaves] + whole * dtype.itemsize,
-                grad_addresses[leaves] + whole * dtype.itemsize,
+                self._params[leaves] + whole * width,
+                grad_addresses[leaves] + whole * width,
                 ends,
-                buffer.mu[part],
-                buffer.nu[part],
+                *(x[part] for x in (*self._kept, self._carry)),
                 k,
+                self._low,
                 buffer.decay,
                 scale,
             )
             tasks.append(NumbaTask(functools.partial(self.compiled.step, *arguments), grads))
         return tasks
+
+
+def _seen(buffer: Buffer) -> tuple[Any, Any] | None:
+    """Return the dtypes that the compiled step takes for parameters and moments; None if it can take none."""
+    from acprop_core import _numba16
+
+    if buffer.mu.dtype != buffer.nu.dtype:  # those of complex numbers
+        return None
+    return _numba16.seen_as(buffer.params[0].dtype.name, buffer.mu.dtype.name)
 
 
 class CupyTask(TileTask):

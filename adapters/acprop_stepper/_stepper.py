@@ -92,8 +92,8 @@ class Stepper:
         What to do if a gradient, or a moment that it would lead to, is not finite: go on as the rule does, skip the
         step, or raise FloatingPointError. "skip" and "raise" read the gradients once more.
     engine : {"numba", "tiles", "cupy"}, optional
-        By default the best that is installed and fits: for NumPy "numba" (contiguous float32 and float64; the rest goes
-        through "tiles"), else "tiles"; for CuPy "cupy".
+        By default the best that is installed and fits: for NumPy "numba" (contiguous and real; the rest goes through
+        "tiles"), else "tiles"; for CuPy "cupy".
     threads : int
         Threads that share a step. More than one helps where one core cannot fill the memory bus.
 

@@ -102,8 +102,8 @@ def _on_cpu(
         return
     check_shapes(lists)
     for count, alike, counted in by_kind(lists, steps, one_device=True):
-        # What is not plain memory keeps to the rule as it is, operation by operation. So do 16-bit tensors: on the way
-        # to their new values the rule rounds to 16 bits in between, which a compiler would leave out.
+        # What is not plain memory keeps to the rule as it is, operation by operation. So do 16-bit tensors without
+        # Numba: on the way to their new values the rule rounds in between, which torch's compiler would leave out.
         flat = [contiguous(row) for row in map(Row, *alike)]
         plain = [row if row is not None and _is_plain(transposed([row])) else None for row in flat]
         rows = transposed([row for row in plain if row is not None])
@@ -129,58 +129,79 @@ def _has_numba() -> bool:
 
 
 def _is_plain(lists: Row) -> bool:
-    """Return whether all is contiguous memory of a CPU, of one dtype that is compiled, and says what the values are."""
-    tensors = [x for column in lists[:4] for x in column]
+    """Return whether all is contiguous memory of a CPU, of dtypes that are compiled, and says what the values are."""
+    columns = [*lists[:4], *_carries(lists)]
+    tensors = [x for column in columns for x in column]
+    own, moments = ({*map(attrgetter("dtype"), chain(*some))} for some in (columns[:2] + columns[4:], columns[2:4]))
     return (
         PLAIN.issuperset(map(type, tensors))
         and all(map(attrgetter("is_cpu"), tensors))
-        and {*map(attrgetter("dtype"), tensors)} in ({torch.float32}, {torch.float64})
+        and _is_compiled(own, moments or own)
         and all(map(Tensor.is_contiguous, tensors))
         and not any(map(Tensor.is_neg, lists.param + lists.grad))  # moments are made here, and are not
         and not any(map(Tensor._is_zerotensor, lists.grad))
     )
 
 
-class Memory(NamedTuple):
-    """Where rows lie: int64 arrays of their (4, n) addresses and of their (n,) numbers of elements."""
+def _is_compiled(own: set[torch.dtype], moments: set[torch.dtype]) -> bool:
+    if not _has_numba():
+        return own == moments and own in ({torch.float32}, {torch.float64})
+    from acprop_core import _numba16
 
-    dtype: Any
+    return len(own) == len(moments) == 1 and _numba16.seen_as(_name(*own), _name(*moments)) is not None
+
+
+def _carries(lists: Row) -> list[list[Tensor]]:
+    """Return the column of the carries, if there are any."""
+    return [] if not lists.carry or lists.carry[0] is None else [lists.carry]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Memory(NamedTuple):
+    """Where rows lie: int64 arrays of their (4 or 5, n) addresses and of their (n,) numbers of elements."""
+
+    dtypes: tuple[str, str]  # of parameters and moments
     addresses: Any
     sizes: Any
 
 
 def _memory_of(lists: Row, known: dict[str, Any]) -> Memory | None:
-    """Return where plain rows of one dtype lie; None if they are not.
+    """Return where plain rows alike in dtypes lie; None if they are not.
 
-    With many small parameters these questions cost more than the step. So parameters and moments that are the objects
-    of the last step, at the same addresses, are not asked again: gradients are new, have the dtype, shape and order of
-    their parameters, and answer for them.
+    With many small parameters these questions cost more than the step. So parameters, moments and carries that are the
+    objects of the last step, at the same addresses, are not asked again: gradients are new, have the dtype, shape and
+    order of their parameters, and answer for them.
     """
     import numpy as np
 
     def ask(question: Any, *columns: list[Tensor]) -> Any:
         return np.fromiter(map(question, chain(*columns)), np.int64).reshape(len(columns), -1)
 
-    lasting = (lists.param, lists.mu, lists.nu)
+    carries = _carries(lists)
+    lasting = (lists.param, lists.mu, lists.nu, *carries)
     dtype = lists.grad[0].dtype
     if known and _are_same(known["lasting"], lasting) and _is_plain(Row([], lists.grad, [], [], [])):
         before: Memory = known["memory"]
-        addresses = ask(Tensor.data_ptr, *lists[:4])
-        stayed = (addresses == before.addresses)[[0, 2, 3]].all()
+        addresses = ask(Tensor.data_ptr, *lists[:4], *carries)
+        stayed = addresses == before.addresses
+        stayed = stayed[0].all() and stayed[2:].all()  # all but the gradients
         if stayed and dtype == known["dtype"] and (ask(Tensor.numel, lists.grad) == before.sizes).all():
             return before._replace(addresses=addresses)
     known.clear()
     if not _is_plain(lists):
         return None
-    addresses, sizes = ask(Tensor.data_ptr, *lists[:4]), ask(Tensor.numel, *lists[:4])
+    addresses, sizes = ask(Tensor.data_ptr, *lists[:4], *carries), ask(Tensor.numel, *lists[:4])
     check_shapes(lists)
-    memory = Memory(np.dtype(str(dtype).removeprefix("torch.")), addresses, sizes[0])
+    memory = Memory((_name(dtype), _name(lists.mu[0].dtype)), addresses, sizes[0])
     known.update(lasting=lasting, memory=memory, dtype=dtype)
     return memory
 
 
 def _are_same(olds: tuple[list[Tensor], ...], news: tuple[list[Tensor], ...]) -> bool:
-    return len(olds[0]) == len(news[0]) and all(map(operator.is_, chain(*olds), chain(*news)))
+    return [*map(len, olds)] == [*map(len, news)] and all(map(operator.is_, chain(*olds), chain(*news)))
 
 
 def _with_numba(
@@ -188,10 +209,12 @@ def _with_numba(
 ) -> None:
     import numpy as np
 
-    from acprop_core import _numba
+    from acprop_core import _numba, _numba16
 
-    dtype, addresses, sizes = memory
-    like = np.empty(0, dtype)
+    dtypes, addresses, sizes = memory
+    own, moments = (np.empty(0, seen) for seen in _numba16.seen_as(*dtypes) or ())
+    dtype = np.dtype("float64" if "float64" in dtypes else "float32")
+    low = _numba16.format_of(dtypes[0]) if len(addresses) == 5 else None
     k = _numba.scalars_of(Step(options.at(int(steps[0].item())), xp).numbers_for(dtype)[0], dtype)
     decay = _numba.NO_DECAY if not options.decays else _numba.DECOUPLED if options.decoupled else _numba.L2
     factor = dtype.type(1.0 if grad_scale is None else 1.0 / grad_scale.item())
@@ -200,14 +223,15 @@ def _with_numba(
     torch.autograd.graph.increment_version(params)  # autograd does not see it happen
     threads = min(torch.get_num_threads(), int(sizes.sum()) // _MIN_PER_THREAD)
     if threads < 2:
-        _numba.step_each(addresses, sizes, like, k, decay, factor)
+        _numba.step_each(addresses, sizes, own, moments, k, low, decay, factor)
     else:
         # each thread has an equal part of the memory, as if the tensors lay one behind the other
         ends = np.cumsum(sizes)
+        widths = np.array([x.itemsize for x in (own, own, moments, moments, own)])[: len(addresses), None]
 
-        def run(low: int, high: int) -> None:
-            start, stop = (np.clip(cut - (ends - sizes), 0, sizes) for cut in (low, high))
-            _numba.step_each(addresses + start * like.itemsize, stop - start, like, k, decay, factor)
+        def run(first: int, last: int) -> None:
+            start, stop = (np.clip(cut - (ends - sizes), 0, sizes) for cut in (first, last))
+            _numba.step_each(addresses + widths * start, stop - start, own, moments, k, low, decay, factor)
 
         cuts = np.linspace(0, ends[-1], threads + 1).astype(np.int64)
         with ThreadPoolExecutor(threads) as pool:
