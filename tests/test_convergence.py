@@ -60,10 +60,13 @@ def test_the_rate_is_chosen_by_the_validation_data_alone(more_is_better):
     validation = np.asarray([[0.1, 0.9, np.nan], [0.5, 0.5, 0.9], [0.5, 0.1, 0.5]])
     validation = validation if more_is_better else 1.0 - validation
     losses[2, :, -1] = 0.9  # which decides between equal scores
-    rows = convergence.rows(task, "ACProp", (1.0, 2.0, 3.0), (losses, validation, 1.0 - validation))
+    test = np.full((3, 3), 0.5)
+    test[1] = 1.0 if more_is_better else 0.0  # which is the best, and chooses nothing
+    rows = convergence.rows(task, "ACProp", (1.0, 2.0, 3.0), (losses, validation, test))
     assert [row["chosen"] for row in rows] == [False, False, True]
     assert [row["diverged"] for row in rows] == [2, 0, 0]
     assert rows[0]["validation"][2] is None
+    assert rows[1]["test"] == [test[1, 0]] * 3
     json.dumps(rows, allow_nan=False)
 
 
@@ -84,3 +87,26 @@ def test_the_tables_are_those_of_the_results():
     assert convergence_report.readme_table(result) in (ROOT / "README.md").read_text()
     rows = json.loads(RESULTS.with_name("accuracy.json").read_text())["rows"]
     assert RESULTS.with_name("accuracy_table.md").read_text() == accuracy.table(rows)
+
+
+def test_what_the_page_says_of_the_results():
+    result = json.loads(RESULTS.read_text())
+    rows = {(row["task"], row["optimizer"]): row for row in result["rows"] if row["chosen"]}
+    *three, gan = result["tasks"]
+    plain = [r for r in result["rows"] if r["optimizer"] == "ACProp without the clip" and r["task"] in three]
+    assert sum(row["diverged"] for row in plain) > sum(len(row["test"]) for row in plain) / 2
+    for task in three:
+        ours = rows[task, "ACProp"]["test"]
+        for rival in ("AdamW", "AdaBelief"):
+            theirs = rows[task, rival]["test"]
+            assert min(ours) <= max(theirs), (task, rival)
+            assert min(theirs) <= max(ours), (task, rival)
+        sign = 1.0 if result["tasks"][task]["more is better"] else -1.0
+        medians = {name: sign * np.median(rows[task, name]["test"]) for name in convergence.OPTIMIZERS}
+        assert min(medians, key=medians.__getitem__) == "ACProp without the clip"
+    distances = {name: np.median(rows[gan, name]["test"]) for name in convergence.OPTIMIZERS}
+    assert distances["ACProp without the clip"] < distances["ACProp"] < distances["AdamW"] < distances["AdaBelief"]
+    ours, adamw, adabelief, sgd = (rows[gan, name]["test"] for name in list(convergence.OPTIMIZERS)[:4])
+    assert max(ours) >= max(min(adamw), min(adabelief))
+    assert max(ours) >= min(sgd)
+    assert max(sgd) >= min(ours)
