@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import io
+import json
 import re
 import subprocess
 import sys
@@ -196,6 +197,24 @@ def test_the_explosion_is_as_documented() -> None:
         update, _ = optimizer.update(np.ones(1), state)
         assert f"{update[0]:.2g}" == f"{float(expected):.2g}"
         assert expected in (ROOT / "docs" / "algorithm.md").read_text()
+
+
+def test_whether_to_use_it_is_as_measured() -> None:
+    measured = json.loads((ROOT / "docs" / "benchmarks" / "convergence.json").read_text())
+    page = " ".join((ROOT / "docs" / "should-i-use.md").read_text().split())
+    of = {name: [row for row in measured["rows"] if row["optimizer"] == name] for name in ("ACProp", "AdamW")}
+    ours, theirs = (sum(row["diverged"] for row in rows) for rows in of.values())
+    runs = sum(len(row["test"]) for row in of["ACProp"])
+    assert f"it diverges more often: in {ours} of {runs} runs, AdamW in {theirs}." in page
+    assert ours > theirs
+    # "In each of the four tasks below the ranges of five seeds overlap"
+    best = [{row["task"]: row for row in rows if row["chosen"]} for rows in of.values()]
+    assert len(best[0]) == len(best[1]) == 4
+    for task, row in best[0].items():
+        other = best[1][task]["test"]
+        assert len(other) == len(row["test"]) == 5
+        assert min(row["test"]) <= max(other), task
+        assert min(other) <= max(row["test"]), task
 
 
 def test_readme_keeps_its_length() -> None:

@@ -288,7 +288,9 @@ def _draw(runs: list[Run], exploded: Run, folder: pathlib.Path) -> pathlib.Path:
         window = min(20, len(losses))
         return np.convolve(losses, np.ones(window) / window, mode="valid")
 
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, height_ratios=(3, 2), layout="constrained")
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7, 5.6), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
     widths = np.linspace(9.0, 1.5, len(runs))
     for run, colour, width in zip(runs, COLOURS, widths, strict=False):
         top.semilogy(smooth(run.losses), color=colour, linewidth=width, label=run.name)
