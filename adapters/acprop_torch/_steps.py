@@ -162,11 +162,11 @@ def numbers_of_each(k: _rule.Coefficients, take: Any) -> _rule.Coefficients:
     return k._replace(**{name: take(x) for name, x in numbers.items() if isinstance(x, Tensor) and x.ndim == 1})
 
 
-def as_tensors(k: _rule.Coefficients) -> _rule.Coefficients:
+def as_tensors(k: _rule.Coefficients, dtype: torch.dtype = torch.float64) -> _rule.Coefficients:
     """Return `k` with 0-d tensors for its Python numbers: on the CPU, from where they go with tensors of any device."""
     numbers: dict[str, Any] = {name: getattr(k, name) for name in _rule.NUMBERS}
     for name in [name for name, x in numbers.items() if isinstance(x, float)]:
-        numbers[name] = torch.tensor(numbers[name], dtype=torch.float64, device="cpu")
+        numbers[name] = torch.tensor(numbers[name], dtype=dtype, device="cpu")
     return k._replace(**numbers)
 
 
