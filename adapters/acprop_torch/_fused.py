@@ -104,9 +104,9 @@ def _on_cpu(
     for count, alike, counted in by_kind(lists, steps, one_device=True):
         # What is not plain memory keeps to the rule as it is, operation by operation. So do 16-bit tensors: on the way
         # to their new values the rule rounds to 16 bits in between, which a compiler would leave out.
-        plain = list(map(Row, *alike))
+        plain: list[Row | None] = list(map(Row, *alike))
         if not _is_plain(alike):
-            flat = [contiguous(row) for row in plain]
+            flat = [contiguous(row) for row in map(Row, *alike)]
             plain = [row if row is not None and _is_plain(transposed([row])) else None for row in flat]
         rows = transposed([row for row in plain if row is not None])
         if rows.param:
