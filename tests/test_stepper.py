@@ -19,10 +19,11 @@ import pytest
 import acprop_stepper._engines as engines
 import acprop_stepper._stepper as module
 from acprop_core import ACProp, State
+from acprop_core._program import execute
 from acprop_core._rule import displacement, rule
 from acprop_stepper import Stepper, StepRecord
+from acprop_stepper._engines import program_for
 from acprop_stepper._memory import first_overlap
-from acprop_stepper._program import execute, program_of
 
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
 ENGINES = ["tiles", "numba"]
@@ -128,7 +129,7 @@ def test_a_program_is_the_rule_and_its_second_half_can_be_repeated(
     k, dtype, _ = ACProp(**hyper).at(count, np).numbers_for(np.float32)
     rng = np.random.default_rng(0)
     param, grad, mu, nu = inputs = [readonly(rng.uniform(0.1, 1.0, 50).astype(np.float32)) for _ in range(4)]
-    program = program_of(k, grad_scale, decay, dtype)
+    program = program_for(k, grad_scale, decay, dtype)
     registers = [np.full(50, math.nan, np.float32) for _ in range(program.registers)]
     execute(program.compute, [*inputs, *program.numbers, *registers])
     outputs = [np.full(50, math.nan, np.float32) for _ in range(2)]
@@ -156,7 +157,7 @@ def test_many_complex_scalars_give_the_bits_of_the_functional_core() -> None:
 
 def test_a_program_is_as_short_as_the_rule() -> None:
     k, dtype, _ = ACProp(clip_exponent=0.25).at(5, np).numbers_for(np.float32)
-    program = program_of(k, 1.0, False, dtype)
+    program = program_for(k, 1.0, False, dtype)
     assert len(program.compute) == 15
     assert [function.__name__ for function, _ in program.write] == ["_copy", "add"]
     assert program.registers == 3

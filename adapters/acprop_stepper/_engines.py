@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
+from acprop_core._program import Operations, Program, execute, program_of
 from acprop_core._rule import NUMBERS, Array, Coefficients, displacement, rule
 from acprop_core._step import compensated
-from acprop_stepper._program import Program, execute, program_of
 
 # Bytes of one operand of a tile that a program runs on, and of one whose operands are allocated or gathered. Smaller
 # tiles pay for the interpreter, larger ones for memory: the latter kind should stay in the second-level cache.
@@ -304,8 +304,28 @@ class Tiles:
         tiles = present(self._tiles, self._buffer, grads)
         if not alike(self._buffer):
             return [TileTask(self._buffer, tile, grads, numbers) for tile in tiles]
-        program = program_of(numbers.k, numbers.grad_scale, self._buffer.decay, numbers.dtype)
+        program = program_for(numbers.k, numbers.grad_scale, self._buffer.decay, numbers.dtype)
         return [ProgramTask(self._buffer, tile, grads, numbers, program, self._spare) for tile in tiles]
+
+
+def program_for(k: Coefficients, grad_scale: float, decay: bool, dtype: Any) -> Program:
+    """Return a step of real NumPy arrays of `dtype`."""
+    return program_of(k, grad_scale, decay, lambda _, value: np.asarray(value, dtype), _NUMPY)
+
+
+def _copy(source: Array, target: Array) -> None:
+    np.copyto(target, source)
+
+
+_NUMPY = Operations(
+    np.add,
+    np.subtract,
+    np.multiply,
+    np.divide,
+    np.sqrt,
+    clip=np.ndarray.clip,  # np.clip itself costs a microsecond more
+    copy=_copy,
+)
 
 
 def present(tiles: list[Tile], buffer: Buffer, grads: Sequence[Array | None]) -> list[Tile]:

@@ -104,8 +104,10 @@ def _on_cpu(
     for count, alike, counted in by_kind(lists, steps, one_device=True):
         # What is not plain memory keeps to the rule as it is, operation by operation. So do 16-bit tensors without
         # Numba: on the way to their new values the rule rounds in between, which torch's compiler would leave out.
-        flat = [contiguous(row) for row in map(Row, *alike)]
-        plain = [row if row is not None and _is_plain(transposed([row])) else None for row in flat]
+        plain: list[Row | None] = list(map(Row, *alike))
+        if not _is_plain(alike):
+            flat = [contiguous(row) for row in map(Row, *alike)]
+            plain = [row if row is not None and _is_plain(transposed([row])) else None for row in flat]
         rows = transposed([row for row in plain if row is not None])
         if rows.param:
             own_steps = [step for step, row in zip(counted, plain, strict=True) if row is not None]
@@ -243,7 +245,8 @@ def _with_inductor(
 ) -> None:
     count_steps(steps)
     torch.autograd.graph.increment_version(lists.param)
-    k = as_tensors(k)  # arguments of the compiled function: numbers it would build in
+    # Arguments of the compiled function: numbers it would build in. It would convert them anew for every few elements.
+    k = as_tensors(k, lists.mu[0].dtype)
     for block in blocks(lists, tile=sys.maxsize):
         _compiled()(block.row.map(_memory), k, options.decays, options.decoupled, grad_scale, None)
         for name in ("param", "mu", "nu") if block.members else ():

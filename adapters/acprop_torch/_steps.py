@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from acprop_core import _rule
+from acprop_core._program import Operations, execute, program_of
 from acprop_core._step import Step
 from acprop_torch import _foreach
 from acprop_torch._foreach import TensorList
@@ -97,11 +98,65 @@ def single_tensor(lists: Row, steps: list[Tensor], options: Options, traced: boo
 def in_tiles(lists: Row, k: _rule.Coefficients, options: Options) -> None:
     """Run the rule on rows of one device and alike in dtypes, as much at once as `blocks` says."""
     _keep_freed_memory()
-    # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster
+    step = Step(k, xp, options.decoupled)
+    if _takes_outputs(lists, k):
+        _by_program(lists, step.numbers_for(lists.mu[0].dtype)[0], options)
+        return
+    # as for `_operand`
     step = Step(as_tensors(k)._replace(limit=k.limit), xp, options.decoupled)
     for block in blocks(lists):
         param, grad, mu, nu, carry = block.row
         write([block], *([new] for new in step(grad, mu, nu, param, options.decays, carry)))
+
+
+def _takes_outputs(lists: Row, k: _rule.Coefficients) -> bool:
+    """Return whether a program can step all rows: plain tensors on a CPU, without casts, and numbers of the host."""
+    tensors = [x for column in lists[:4] for x in column]
+    return (
+        lists.param[0].is_cpu
+        and {*map(attrgetter("dtype"), (column[0] for column in lists[:4]))} in ({torch.float32}, {torch.float64})
+        and PLAIN.issuperset(map(type, tensors))
+        and not any(isinstance(getattr(k, name), Tensor) for name in _rule.NUMBERS)
+    )
+
+
+def _by_program(lists: Row, k: _rule.Coefficients, options: Options) -> None:
+    # The operations write into a few registers that stay in the cache, where operators would make a tensor each.
+    program = program_of(k, 1.0, options.decays, _operand, _TORCH, options.decoupled)
+    memory = torch.empty((program.registers, 0), dtype=lists.mu[0].dtype, device="cpu")
+    registers: list[Tensor] = []
+    shape = None
+    for block in blocks(lists):
+        if block.row.param.shape != shape:
+            shape = block.row.param.shape
+            if shape.numel() > memory.shape[1]:
+                memory = memory.new_empty((program.registers, shape.numel()))
+            registers = [x[: shape.numel()].view(shape) for x in memory]
+        slots = [*block.row[:4], *program.numbers, *registers]
+        execute(program.compute, slots)
+        execute(program.write, slots)
+        made = {"param": slots[program.param]}
+        if block.members:
+            made |= {"mu": block.row.mu, "nu": block.row.nu}  # copies, which the program has written
+        for name, value in made.items():
+            bring([value], name, [block], torch._foreach_copy_)
+        del block, slots, made  # what was gathered goes before more is
+
+
+def _operand(name: str, value: float) -> Any:
+    # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster
+    return value if name == "limit" else torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+_TORCH = Operations(
+    add=lambda x, y, out: torch.add(x, y, out=out),
+    subtract=lambda x, y, out: torch.sub(x, y, out=out),
+    multiply=lambda x, y, out: torch.mul(x, y, out=out),
+    divide=lambda x, y, out: torch.div(x, y, out=out),
+    sqrt=lambda x, out: torch.sqrt(x, out=out),
+    clip=lambda x, low, high, out: torch.clamp(x, low, high, out=out),
+    copy=lambda x, out: out.copy_(x),
+)
 
 
 def in_lists(lists: Row, k: _rule.Coefficients, options: Options) -> None:
@@ -162,11 +217,11 @@ def numbers_of_each(k: _rule.Coefficients, take: Any) -> _rule.Coefficients:
     return k._replace(**{name: take(x) for name, x in numbers.items() if isinstance(x, Tensor) and x.ndim == 1})
 
 
-def as_tensors(k: _rule.Coefficients) -> _rule.Coefficients:
+def as_tensors(k: _rule.Coefficients, dtype: torch.dtype = torch.float64) -> _rule.Coefficients:
     """Return `k` with 0-d tensors for its Python numbers: on the CPU, from where they go with tensors of any device."""
     numbers: dict[str, Any] = {name: getattr(k, name) for name in _rule.NUMBERS}
     for name in [name for name, x in numbers.items() if isinstance(x, float)]:
-        numbers[name] = torch.tensor(numbers[name], dtype=torch.float64, device="cpu")
+        numbers[name] = torch.tensor(numbers[name], dtype=dtype, device="cpu")
     return k._replace(**numbers)
 
 

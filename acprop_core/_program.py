@@ -1,4 +1,4 @@
-"""The rule as a list of NumPy calls with outputs, so that a tile needs few arrays and allocates none.
+"""The rule as a list of calls with outputs, as NumPy and torch have them: a tile needs few arrays and allocates none.
 
 The rule is run once, on arrays that are not there and write down what is done with them. As in a compiler, registers
 are given to the values: here arrays of the size of a tile, taken over where a value is needed no more.
@@ -11,11 +11,21 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from acprop_core._rule import NUMBERS, Array, Coefficients, displacement, rule
+from acprop_core._rule import NUMBERS, Coefficients, displacement, regularized, rule
 
 Instruction = tuple[Callable[..., Any], Callable[[Sequence[Any]], Any]]  # a function, and what picks its arguments
+
+
+class Operations(NamedTuple):
+    """Functions of an array library that take their output behind their operands."""
+
+    add: Callable[..., Any]
+    subtract: Callable[..., Any]
+    multiply: Callable[..., Any]
+    divide: Callable[..., Any]
+    sqrt: Callable[..., Any]
+    clip: Callable[..., Any]
+    copy: Callable[..., Any]
 
 
 class Program(NamedTuple):
@@ -28,13 +38,20 @@ class Program(NamedTuple):
     registers: int
 
 
-def program_of(k: Coefficients, grad_scale: float, decay: bool, dtype: Any) -> Program:
-    """Return a step of real arrays of `dtype`."""
+def program_of(
+    k: Coefficients,
+    grad_scale: float,
+    decay: bool,
+    number: Callable[[str, float], Any],
+    operations: Operations,
+    decoupled: bool = True,
+) -> Program:
+    """Return a step of real arrays of one dtype; `number` makes an operand of the name and the value of a number."""
     numbers = {name: getattr(k, name) for name in NUMBERS} | {"grad_scale": grad_scale}
     neutral = {"offset": 0.0, "eps_root": 0.0, "grad_scale": 1.0, "limit": None}
     absent = frozenset(name for name, x in neutral.items() if numbers[name] == x)
-    traced = _trace(absent, k.old_is_lighter1, k.old_is_lighter2, k.from_previous, decay)
-    return traced._replace(numbers=[np.asarray(x.sign * numbers[x.name], dtype) for x in traced.numbers])
+    traced = _trace(absent, k.old_is_lighter1, k.old_is_lighter2, k.from_previous, decay, decoupled, operations)
+    return traced._replace(numbers=[number(x.name, x.sign * numbers[x.name]) for x in traced.numbers])
 
 
 def execute(instructions: list[Instruction], slots: Sequence[Any]) -> None:
@@ -46,29 +63,30 @@ def execute(instructions: list[Instruction], slots: Sequence[Any]) -> None:
 class _Array:
     """An array that is not there: what is done with it is appended to a list of calls."""
 
-    def __init__(self, calls: "list[_Call]") -> None:
+    def __init__(self, calls: "list[_Call]", operations: Operations) -> None:
         self._calls = calls
+        self.operations = operations
 
     def call(self, function: Callable[..., Any], *operands: Any) -> "_Array":
-        """Return the result of a NumPy function that takes its output behind its operands."""
-        result = _Array(self._calls)
+        """Return the result of one of the operations."""
+        result = _Array(self._calls, self.operations)
         self._calls.append(_Call(function, operands, result))
         return result
 
     def __add__(self, other: Any) -> "_Array":
         # None: zero. x + 0 differs from x in the sign of a zero alone, and no second moment is a negative zero.
-        return self if other is None else self.call(np.add, self, other)
+        return self if other is None else self.call(self.operations.add, self, other)
 
     def __sub__(self, other: Any) -> "_Array":
-        return self.call(np.subtract, self, other)
+        return self.call(self.operations.subtract, self, other)
 
     def __mul__(self, other: Any) -> "_Array":
-        return self.call(np.multiply, self, other)
+        return self.call(self.operations.multiply, self, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> "_Array":
-        return self.call(np.divide, self, other)
+        return self.call(self.operations.divide, self, other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +107,20 @@ class _Call(NamedTuple):
 
 
 _namespace = SimpleNamespace(
-    sqrt=lambda x: x.call(np.sqrt, x),
-    clip=lambda x, low, high: x.call(np.ndarray.clip, x, low, high),  # np.clip itself costs a microsecond more
+    sqrt=lambda x: x.call(x.operations.sqrt, x),
+    clip=lambda x, low, high: x.call(x.operations.clip, x, low, high),
 )
 
 
 @functools.cache
 def _trace(
-    absent: frozenset[str], old_is_lighter1: bool, old_is_lighter2: bool, from_previous: bool, decay: bool
+    absent: frozenset[str],
+    old_is_lighter1: bool,
+    old_is_lighter2: bool,
+    from_previous: bool,
+    decay: bool,
+    decoupled: bool,
+    operations: Operations,
 ) -> Program:
     """Return the program for numbers of which `absent` change nothing."""
     k = Coefficients(
@@ -107,24 +131,22 @@ def _trace(
         is_complex=False,
     )
     calls: list[_Call] = []
-    param, grad, mu, nu = inputs = [_Array(calls) for _ in range(4)]
+    param, grad, mu, nu = inputs = [_Array(calls, operations) for _ in range(4)]
     scaled = grad if "grad_scale" in absent else grad * _Number("grad_scale")
+    if decay and not decoupled:
+        scaled = regularized(scaled, param, k)
     d, new_mu, new_nu = rule(scaled, mu, nu, k, _namespace)
-    new_param = param + displacement(d, param if decay else None, k)
+    new_param = param + displacement(d, param if decay and decoupled else None, k)
 
     write = []
     for old, new in ((mu, new_mu), (nu, new_nu)):
         last = next(call for call in calls if call.result is new)
         if {mu, nu} & set(last.operands) or any(new in call.operands for call in calls):
-            write.append(_Call(_copy, (new,), old))
+            write.append(_Call(operations.copy, (new,), old))
         else:  # it waits for nothing and nothing for it: it is made where it belongs
             write.append(last._replace(result=old))
             calls.remove(last)
     return _allocate(calls, new_param, write, inputs)
-
-
-def _copy(source: Array, target: Array) -> None:
-    np.copyto(target, source)
 
 
 def _allocate(compute: list[_Call], param: _Array, write: list[_Call], inputs: list[_Array]) -> Program:
