@@ -220,6 +220,8 @@ def _with_numba(
     k = _numba.scalars_of(Step(options.at(int(steps[0].item())), xp).numbers_for(dtype)[0], dtype)
     decay = _numba.NO_DECAY if not options.decays else _numba.DECOUPLED if options.decoupled else _numba.L2
     factor = dtype.type(1.0 if grad_scale is None else 1.0 / grad_scale.item())
+    # Of nothing, so that it is compiled before anything changes: whoever interrupts the compiler stops no half step.
+    _numba.step_each(addresses[:, :0], sizes[:0], own, moments, k, low, decay, factor)
     # Both before the compiled step: when it returns Python looks for signals, whose exception must find all of it done.
     count_steps(steps)
     torch.autograd.graph.increment_version(params)  # autograd does not see it happen
