@@ -1,6 +1,6 @@
 """JAX on a CPU: jitted steps with donated parameters and state, in one process and on one core.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_jax.py [quick] [--out docs/benchmarks]
+OMP_NUM_THREADS=1 python tests/benchmarks/bench_jax.py [quick] [--out docs/benchmarks]
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """NumPy: what may be chosen for a step, in one process and on one core.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_numpy.py [quick] [--out docs/benchmarks]
+OMP_NUM_THREADS=1 python tests/benchmarks/bench_numpy.py [quick] [--out docs/benchmarks]
 """
 
 import os
@@ -93,7 +93,12 @@ def in_threads(cores: set[int], size: int) -> dict[str, Any]:
     grads = gradients(1, size)
     makes: dict[str, Callable[..., Optimizer]] = {str(n): partial(stepper, engine="numba", threads=n) for n in (1, 2)}
     seconds = measure({n: Run(make(grads, "float32").step) for n, make in makes.items()}, budget=2.0, label="threads")
-    return {"size": size, "cores": len(cores), "ratio": ratio(seconds["1"], seconds["2"]), "one": quartiles(seconds["1"])}
+    return {
+        "size": size,
+        "cores": len(cores),
+        "ratio": ratio(seconds["1"], seconds["2"]),
+        "one": quartiles(seconds["1"]),
+    }
 
 
 def main() -> None:

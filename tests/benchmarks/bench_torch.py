@@ -1,6 +1,6 @@
 """PyTorch on a CPU: ways to step, in one process and on one core.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_torch.py [quick] [--out docs/benchmarks]
+OMP_NUM_THREADS=1 python tests/benchmarks/bench_torch.py [quick] [--out docs/benchmarks]
 """
 
 from collections.abc import Callable
