@@ -60,10 +60,13 @@ def test_the_rate_is_chosen_by_the_validation_data_alone(more_is_better):
     validation = np.asarray([[0.1, 0.9, np.nan], [0.5, 0.5, 0.9], [0.5, 0.1, 0.5]])
     validation = validation if more_is_better else 1.0 - validation
     losses[2, :, -1] = 0.9  # which decides between equal scores
-    rows = convergence.rows(task, "ACProp", (1.0, 2.0, 3.0), (losses, validation, 1.0 - validation))
+    test = np.full((3, 3), 0.5)
+    test[1] = 1.0 if more_is_better else 0.0  # which is the best, and chooses nothing
+    rows = convergence.rows(task, "ACProp", (1.0, 2.0, 3.0), (losses, validation, test))
     assert [row["chosen"] for row in rows] == [False, False, True]
     assert [row["diverged"] for row in rows] == [2, 0, 0]
     assert rows[0]["validation"][2] is None
+    assert rows[1]["test"] == [test[1, 0]] * 3
     json.dumps(rows, allow_nan=False)
 
 

@@ -288,7 +288,7 @@ def gan() -> Task:
         False,
         "validation Frechet distance",
         0.5,  # as in the paper's GANs, and usual there
-        2400,
+        4800,
         start,
         batches,
         grads,
