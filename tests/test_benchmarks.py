@@ -1,5 +1,6 @@
 """The benchmarks of steps: how they measure, and that their page says what their results say."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests" / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))
+
 import record  # noqa: E402
 import report  # noqa: E402
 
@@ -22,7 +24,7 @@ def test_the_page_has_the_figures_of_the_results():
     results = report.only_steps(RESULTS)
     assert list(results) == list(report.TITLES)
     assert (RESULTS / "steps_table.md").read_text() == report.page(results)
-    assert "{include} benchmarks/steps_table.md" in (ROOT / "docs" / "benchmarks.md").read_text()
+    assert "{include} /benchmarks/steps_table.md" in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 def test_results_name_no_machine():
@@ -42,7 +44,7 @@ def test_every_round_measures_every_run_after_its_preparation(monkeypatch):
     assert {name: len(s) for name, s in seconds.items()} == {"a": record.LEAST, "b": record.LEAST}
     assert all(s > 0 for both in seconds.values() for s in both)
     assert seen.count("before a") == seen.count("before b") == 2 + record.LEAST
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in itertools.pairwise(seen):
         if before.startswith("before"):
             assert after == before.removeprefix("before ")
 

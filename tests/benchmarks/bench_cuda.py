@@ -57,6 +57,7 @@ def cupy_runs(size: int) -> Runs:
 def jax_runs(size: int) -> Runs:
     import jax
     from bench_jax import CONTENDERS
+
     from steps import gradients
 
     jax.devices("cuda")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from record import arguments
 from steps import Contender, Grads, Optimizer, bench
 

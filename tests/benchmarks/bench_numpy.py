@@ -12,7 +12,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from record import Run, arguments, measure, quartiles, ratio
+
+from record import Run, arguments, measure, ratio
 from steps import Contender, Grads, Optimizer, bench, gradients
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -93,12 +94,7 @@ def in_threads(cores: set[int], size: int) -> dict[str, Any]:
     grads = gradients(1, size)
     makes: dict[str, Callable[..., Optimizer]] = {str(n): partial(stepper, engine="numba", threads=n) for n in (1, 2)}
     seconds = measure({n: Run(make(grads, "float32").step) for n, make in makes.items()}, budget=2.0, label="threads")
-    return {
-        "size": size,
-        "cores": len(cores),
-        "ratio": ratio(seconds["1"], seconds["2"]),
-        "one": quartiles(seconds["1"]),
-    }
+    return {"size": size, "cores": len(cores), "ratio": ratio(seconds["1"], seconds["2"])}
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
 from record import arguments
 from steps import Contender, Grads, Optimizer, bench
-from torch.profiler import ProfilerActivity, profile
 
 OURS = {"clip_exponent": 0.25}
 

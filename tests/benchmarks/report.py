@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from record import arguments, load
 
 Result = dict[str, Any]
@@ -66,6 +67,8 @@ def grown(result: Result, by: str) -> dict[str, tuple[list[int], list[float]]]:
 
 def slope(x: list[int], seconds: list[float]) -> float:
     """Return the exponent of growth: least squares in logarithms over the upper half of the sizes."""
+    if len(x) < 2:
+        return float("nan")
     upper = slice(len(x) // 2, None) if len(x) > 3 else slice(None)
     return float(np.polyfit(np.log(x[upper]), np.log(seconds[upper]), 1)[0])
 

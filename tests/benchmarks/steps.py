@@ -7,7 +7,6 @@ are read, parameter and moments written; 28 bytes a float32 parameter, 22 a bflo
 
 import argparse
 import gc
-import importlib
 import json
 import random
 import subprocess
@@ -18,8 +17,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from record import Run, measure, pin, quartiles, ratio, save, versions
 from tqdm import tqdm
+
+from record import Run, measure, pin, quartiles, ratio, save, versions
 
 Grads = list[np.ndarray]  # float32
 Shape = tuple[int, int]  # so many arrays of so many elements
