@@ -79,7 +79,11 @@ def growth(results: dict[str, Result]) -> Iterator[list[str]]:
     for name, result in results.items():
         by_size, by_number = grown(result, "size"), grown(result, "arrays")
         for contender, line in by_size.items():
-            yield [TITLES[name], contender, f"{slope(*line):.2f}", f"{slope(*by_number[contender]):.2f}"]
+            yield [
+                TITLES[name],
+                contender,
+                *(f"{slope(*x):.2f}".replace("nan", "") for x in (line, by_number[contender])),
+            ]
 
 
 def markdown(rows: Iterator[list[str]]) -> str:
@@ -94,7 +98,7 @@ def measured(results: dict[str, Result]) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in first["machine"].items())
     used = {key: value for result in results.values() for key, value in result["versions"].items()}
     kind = "A short run (`quick`): the ratios are rough.\n" if any(r["quick"] for r in results.values()) else ""
-    return f"Measured on: {machine}.\nVersions: {', '.join(f'{k} {v}' for k, v in used.items())}.\n{kind}"
+    return f"Machine: {machine}.\nVersions: {', '.join(f'{k} {v}' for k, v in used.items())}.\n{kind}"
 
 
 def sections(results: dict[str, Result]) -> dict[str, str]:
@@ -133,7 +137,7 @@ def draw_growth(results: dict[str, Result], file: Path) -> None:
             for i, (contender, line) in enumerate(grown(result, by).items()):
                 own = i < sum("cprop" in n.lower() or "Stepper" in n or "core" in n for n in grown(result, by))
                 ax.loglog(*line, marker="osv^Dx*P"[i % 8], markersize=4, color=f"C{i}", lw=1.6 if own else 1.2)
-                ax.lines[-1].set_label(f"{contender} ({slope(*line):.2f})")
+                ax.lines[-1].set_label(f"{contender} ({slope(*line):.2f})".replace(" (nan)", ""))
             ax.set(title=TITLES[name], xlabel=label, ylabel="seconds of a step")
             ax.grid(alpha=0.25)
             ax.legend(fontsize=7, title="slope at the upper end", title_fontsize=7, frameon=False)
