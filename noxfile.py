@@ -136,17 +136,16 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Print the benchmarks; `-- quick` for a short run."""
+    """Print the benchmarks; `-- quick` is short, `-- gpu` on a CUDA device, `-- --out docs/benchmarks` publishes."""
     install(session, "demo", "rivals")
-    for name in (
-        "import_time",
-        "stepper",
-        "torch_speed",
-        "optax_speed",
-        "speed",
-        "sixteen_bit",
-        "compensation",
-        "accuracy",
-    ):
-        quick = name.endswith("speed") or name in ("stepper", "sixteen_bit")
-        session.run("python", f"tests/benchmarks/{name}.py", *(session.posargs if quick else []))
+    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+    one_thread["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    one_thread["KINETO_LOG_LEVEL"] = "5"  # torch's profiler is silent
+    options = [option for option in session.posargs if option != "gpu"]
+    if "gpu" in session.posargs:
+        session.run("python", "tests/benchmarks/bench_cuda.py", *options)
+        return
+    for name in ("numpy", "torch", "jax"):
+        session.run("python", f"tests/benchmarks/bench_{name}.py", *options, env=one_thread)
+    for name in ("accuracy", "convergence", "report"):
+        session.run("python", f"tests/benchmarks/{name}.py", *options)

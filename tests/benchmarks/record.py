@@ -26,15 +26,6 @@ TURN = 1e-3  # seconds: a shorter step is repeated within its turn until this is
 REST = 5e-3  # seconds before each turn, in which what the step before gave back in the background is gone
 LEAST, MOST = 5, 30  # rounds
 
-# For whoever starts a benchmark: a library reads these when it is imported, later is too late.
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "NUMBA_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-}
-
 
 class Run(NamedTuple):
     """What is timed, and what is done before each turn without being timed."""

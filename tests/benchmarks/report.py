@@ -1,0 +1,186 @@
+"""The table, the pictures and the page of the results that the benchmarks of steps have left in a folder.
+
+    python tests/benchmarks/report.py [--out docs/benchmarks]
+
+Writes `steps_table.md`, which docs/benchmarks.md includes, and pictures; prints the same figures as one table.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from record import arguments, load
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+TITLES = {"steps_numpy": "NumPy", "steps_torch": "PyTorch", "steps_jax": "JAX"}
+
+
+def shape_of(row: Row) -> str:
+    return f"{row['arrays']:,} x {row['size']:,}"
+
+
+def number(x: float) -> str:
+    """Write three digits, plainly."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def cells(result: Result, title: str, dtype: str) -> Iterator[list[str]]:
+    """Yield the rows of one table: head, then one a contender and size; ratios with their quartiles."""
+    yield [title, "arrays", "ms", f"times {result['unit']}", "times the limit", "rounds"]
+    for row in result["rows"]:
+        if row["dtype"] == dtype:
+            ratios = (f"{number(q[1])} ({number(q[0])}, {number(q[2])})" for q in (row["to unit"], row["to limit"]))
+            yield [row["contender"], shape_of(row), number(1e3 * row["seconds"][1]), *ratios, str(row["rounds"])]
+
+
+def memory(results: dict[str, Result]) -> Iterator[list[str]]:
+    """Yield what a parameter takes: with its state, and at the peak of a step beside it."""
+    yield ["", "", "dtype", "arrays", "parameter and state, bytes", "more at the peak of a step, bytes"]
+    for name, result in results.items():
+        for row in result["rows"]:
+            if "extra bytes" in row:
+                extra, own = (f"{row[key]:.2f}" for key in ("extra bytes", "bytes"))
+                yield [TITLES[name], row["contender"], row["dtype"], shape_of(row), own, extra]
+
+
+def starts(results: dict[str, Result]) -> Iterator[list[str]]:
+    """Yield the seconds of imports and of first steps."""
+    yield ["", "", "import of the framework, s", "then of the package, s", "first step, s"]
+    for name, result in results.items():
+        for row in result["starts"]:
+            seconds = (f"{row[key]:.3f}" for key in ("framework", "package", "first step"))
+            yield [TITLES[name], row["contender"], *seconds]
+
+
+def grown(result: Result, by: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Return numbers of parameters or of arrays, and seconds, of each contender in float32."""
+    other, value = ("arrays", 1) if by == "size" else ("size", 1_000)
+    lines: dict[str, dict[int, float]] = {}
+    for row in result["rows"]:
+        if row["dtype"] == "float32" and row[other] == value:
+            lines.setdefault(row["contender"], {})[row[by]] = row["seconds"][1]
+    return {name: (sorted(line), [line[x] for x in sorted(line)]) for name, line in lines.items()}
+
+
+def slope(x: list[int], seconds: list[float]) -> float:
+    """Return the exponent of growth: least squares in logarithms over the upper half of the sizes."""
+    if len(x) < 2:
+        return float("nan")
+    upper = slice(len(x) // 2, None) if len(x) > 3 else slice(None)
+    return float(np.polyfit(np.log(x[upper]), np.log(seconds[upper]), 1)[0])
+
+
+def growth(results: dict[str, Result]) -> Iterator[list[str]]:
+    """Yield the slopes."""
+    yield ["", "", "with the size of one array", "with the number of arrays"]
+    for name, result in results.items():
+        by_size, by_number = grown(result, "size"), grown(result, "arrays")
+        for contender, line in by_size.items():
+            yield [
+                TITLES[name],
+                contender,
+                *(f"{slope(*x):.2f}".replace("nan", "") for x in (line, by_number[contender])),
+            ]
+
+
+def markdown(rows: Iterator[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def measured(results: dict[str, Result]) -> str:
+    """Say on what machine, and with which versions."""
+    first = next(iter(results.values()))
+    machine = ", ".join(f"{key} {value}" for key, value in first["machine"].items())
+    used = {key: value for result in results.values() for key, value in result["versions"].items()}
+    kind = "A short run (`quick`): the ratios are rough.\n" if any(r["quick"] for r in results.values()) else ""
+    return f"Machine: {machine}.\nVersions: {', '.join(f'{k} {v}' for k, v in used.items())}.\n{kind}"
+
+
+def sections(results: dict[str, Result]) -> dict[str, str]:
+    """Return the tables by their headings."""
+    found = {"Measured on": measured(results)}
+    for name, result in results.items():
+        for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+            found[f"{TITLES[name]}, {dtype}"] = markdown(cells(result, "", dtype))
+        if threads := result.get("threads"):
+            found[f"{TITLES[name]}, threads"] = (
+                f"Stepper with Numba, 1 x {threads['size']:,}: two threads on {threads['cores']} cores are"
+                f" {number(threads['ratio'][1])} times as fast as one.\n"
+            )
+    tables = {"Memory": memory, "Growth": growth, "Import and first step": starts}
+    return found | {heading: markdown(rows(results)) for heading, rows in tables.items()}
+
+
+def page(results: dict[str, Result]) -> str:
+    """Return the generated part of docs/benchmarks.md."""
+    return "\n".join(f"### {heading}\n\n{text}" for heading, text in sections(results).items())
+
+
+def only_steps(folder: Path) -> dict[str, Result]:
+    found = load(folder)
+    return {name: found[name] for name in TITLES if name in found}
+
+
+def draw_growth(results: dict[str, Result], file: Path) -> None:
+    """Draw seconds over sizes, and over numbers of arrays, of each framework."""
+    import matplotlib.pyplot as plt
+
+    axes_of = {"size": "parameters in one array", "arrays": "arrays of 1,000 parameters"}
+    figure, axes = plt.subplots(2, len(results), figsize=(5.2 * len(results), 9), squeeze=False, layout="constrained")
+    for column, (name, result) in zip(axes.T, results.items(), strict=True):
+        for ax, (by, label) in zip(column, axes_of.items(), strict=True):
+            for i, (contender, line) in enumerate(grown(result, by).items()):
+                own = i < sum("cprop" in n.lower() or "Stepper" in n or "core" in n for n in grown(result, by))
+                ax.loglog(*line, marker="osv^Dx*P"[i % 8], markersize=4, color=f"C{i}", lw=1.6 if own else 1.2)
+                ax.lines[-1].set_label(f"{contender} ({slope(*line):.2f})".replace(" (nan)", ""))
+            ax.set(title=TITLES[name], xlabel=label, ylabel="seconds of a step")
+            ax.grid(alpha=0.25)
+            ax.legend(fontsize=7, title="slope at the upper end", title_fontsize=7, frameon=False)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def draw_ratios(results: dict[str, Result], file: Path) -> None:
+    """Draw the ratios to the limit at each size, with their quartiles."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(6.2 * len(results), 5.5), squeeze=False, layout="constrained")
+    for ax, (name, result) in zip(axes[0], results.items(), strict=True):
+        rows = [row for row in result["rows"] if row["dtype"] == "float32" and row["arrays"] * row["size"] >= 10**5]
+        shapes = list(dict.fromkeys(map(shape_of, rows)))
+        names = list(dict.fromkeys(row["contender"] for row in rows))
+        for i, contender in enumerate(names):
+            own = [row for row in rows if row["contender"] == contender]
+            low, middle, high = np.array([row["to limit"] for row in own]).T
+            y = [shapes.index(shape_of(row)) + 0.8 * (i + 0.5) / len(names) - 0.4 for row in own]
+            spread = [middle - low, high - middle]
+            ax.errorbar(middle, y, xerr=spread, fmt="osv^Dx*P"[i % 8], ms=4, color=f"C{i}", label=contender)
+        for edge in range(1, len(shapes)):
+            ax.axhline(edge - 0.5, color="0.9", lw=1)
+        ax.axvline(1.0, color="0.5", lw=1, ls="--")
+        ax.set(title=f"{TITLES[name]}, float32", xscale="log", xlabel="time of a step, times the limit")
+        ax.set_yticks(range(len(shapes)), shapes)
+        ax.invert_yaxis()
+        ax.grid(axis="x", alpha=0.25)
+        ax.legend(fontsize=7)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write and print."""
+    folder = arguments(__doc__ or "").out
+    results = only_steps(folder)
+    (folder / "steps_table.md").write_text(page(results))
+    draw_growth(results, folder / "steps_growth.png")
+    draw_ratios(results, folder / "steps_ratios.png")
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()

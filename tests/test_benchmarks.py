@@ -1,0 +1,67 @@
+"""The benchmarks of steps: how they measure, and that their page says what their results say."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "tests" / "benchmarks"
+sys.path.insert(0, str(SCRIPTS))
+
+import record  # noqa: E402
+import report  # noqa: E402
+
+RESULTS = ROOT / "docs" / "benchmarks"
+ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+
+
+def test_the_page_has_the_figures_of_the_results():
+    results = report.only_steps(RESULTS)
+    assert list(results) == list(report.TITLES)
+    assert (RESULTS / "steps_table.md").read_text() == report.page(results)
+    assert "{include} /benchmarks/steps_table.md" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_results_name_no_machine():
+    assert set(record.machine()) == {"cpu", "cores", "cores used", "memory, GiB", "system"}
+    for path in RESULTS.glob("*.json"):
+        assert set(json.loads(path.read_text())["machine"]) == set(record.machine())
+
+
+def test_every_round_measures_every_run_after_its_preparation(monkeypatch):
+    monkeypatch.setattr(record, "REST", 0.0)
+    seen = []
+    runs = {
+        name: record.Run(lambda name=name: seen.append(name), lambda name=name: seen.append(f"before {name}"))
+        for name in "ab"
+    }
+    seconds = record.measure(runs, budget=0.0)
+    assert {name: len(s) for name, s in seconds.items()} == {"a": record.LEAST, "b": record.LEAST}
+    assert all(s > 0 for both in seconds.values() for s in both)
+    assert seen.count("before a") == seen.count("before b") == 2 + record.LEAST
+    for before, after in itertools.pairwise(seen):
+        if before.startswith("before"):
+            assert after == before.removeprefix("before ")
+
+
+def test_ratios_are_of_one_round():
+    assert record.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_the_slope_is_the_exponent_at_the_upper_end(exponent):
+    x = [10, 100, 1_000, 10_000, 100_000, 1_000_000]
+    seconds = [7.0, 7.0, 7.0, *(3.0 * n**exponent for n in x[3:])]
+    assert report.slope(x, seconds) == pytest.approx(exponent)
+
+
+def test_without_a_cuda_device_the_reason_is_printed(tmp_path):
+    command = [sys.executable, SCRIPTS / "bench_cuda.py", "quick", "--out", tmp_path]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=ENV)
+    assert done.stdout.count("skipped (") == 3
+    assert not list(tmp_path.iterdir())
