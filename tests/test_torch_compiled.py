@@ -119,6 +119,21 @@ def test_a_compiled_training_step_with_a_closure() -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
+def test_a_step_on_lists_is_compiled_for_any_size() -> None:
+    """The second size makes torch take the sizes for symbols."""
+
+    @torch.compile(fullgraph=True)
+    def compute(optimizer: ACProp) -> None:
+        ACProp.step.__wrapped__.__wrapped__(optimizer)  # type: ignore[attr-defined]
+
+    for size in (10, 20, 30):
+        x = torch.ones(size, requires_grad=True)
+        x.grad = torch.ones(size)
+        with torch.no_grad():
+            compute(ACProp([x], lr=0.1, foreach=True))
+        torch.testing.assert_close(x.detach(), torch.full((size,), 0.9))
+
+
 def test_a_step_without_a_gradient_is_compiled_away() -> None:
     model, _ = models()
     optimizer = ACProp(model.parameters())

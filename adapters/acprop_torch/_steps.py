@@ -385,11 +385,12 @@ def _chunks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     chunk: list[Block] = []
     size = 0
     for block in blocks:
-        if chunk and size + block.row.mu.nbytes > _tile_of(block.row):
+        own = block.row.mu.numel() * block.row.mu.element_size()  # nbytes is refused where a traced size is a symbol
+        if chunk and size + own > _tile_of(block.row):
             yield chunk
             chunk, size = [], 0
         chunk.append(block)
-        size += block.row.mu.nbytes
+        size += own
     if chunk:
         yield chunk
 
