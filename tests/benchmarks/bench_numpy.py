@@ -79,9 +79,11 @@ def extra(optimizer: Optimizer) -> int:
 
 
 CONTENDERS = {
-    "Stepper, Numba": Contender("acprop_stepper", partial(stepper, engine="numba"), ("float32",)),
+    "Stepper, Numba": Contender("acprop_stepper", partial(stepper, engine="numba")),
+    "Stepper, Numba, compensate": Contender(
+        "acprop_stepper", partial(stepper, engine="numba", compensate=True), ("bfloat16",)
+    ),
     "Stepper, tiles": Contender("acprop_stepper", partial(stepper, engine="tiles")),
-    "Stepper, tiles, compensate": Contender("acprop_stepper", partial(stepper, compensate=True), ("bfloat16",)),
     "functional core": Contender("acprop_core", functional),
     "scikit-learn Adam": Contender("sklearn.neural_network", sklearn, ("float32",)),
     "thinc Adam": Contender("thinc.api", thinc, ("float32",)),
@@ -103,7 +105,7 @@ def main() -> None:
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     threads = in_threads(cores, 10**6 if given.quick else 16 * 10**6) if len(cores) > 1 else None
     libraries = ("numpy", "numba", "scikit-learn", "thinc", "ml_dtypes")
-    bench("numpy", CONTENDERS, given, unit="Stepper, tiles", extra=extra, libraries=libraries, threads=threads)
+    bench("numpy", CONTENDERS, given, unit="functional core", extra=extra, libraries=libraries, threads=threads)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from record import arguments, load
+from steps import GROWTH
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -28,10 +29,13 @@ def number(x: float) -> str:
 
 
 def cells(result: Result, title: str, dtype: str) -> Iterator[list[str]]:
-    """Yield the rows of one table: head, then one a contender and size; ratios with their quartiles."""
+    """Yield the rows of one table: head, then one a contender and size; ratios with their quartiles.
+
+    What was measured for the pictures of growth alone is left out.
+    """
     yield [title, "arrays", "ms", f"times {result['unit']}", "times the limit", "rounds"]
     for row in result["rows"]:
-        if row["dtype"] == dtype:
+        if row["dtype"] == dtype and (row["arrays"], row["size"]) not in GROWTH:
             ratios = (f"{number(q[1])} ({number(q[0])}, {number(q[2])})" for q in (row["to unit"], row["to limit"]))
             yield [row["contender"], shape_of(row), number(1e3 * row["seconds"][1]), *ratios, str(row["rounds"])]
 
