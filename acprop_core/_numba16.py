@@ -89,17 +89,17 @@ def seen_as(own: str, moments: str) -> tuple[Any, Any] | None:
 
 def load(array: Any, i: int) -> Any:
     """Return what stands in memory as a number to compute with."""
-    raise NotImplementedError("only in compiled code")
+    raise NotImplementedError  # but in compiled code
 
 
 def narrowed(x: Any, array: Any) -> Any:
     """Return the nearest to a number of those that such memory holds, as it is seen there."""
-    raise NotImplementedError("only in compiled code")
+    raise NotImplementedError  # but in compiled code
 
 
 def rounded(x: Any, array: Any) -> Any:
     """Return the nearest to a number of those that such memory holds, to compute with."""
-    raise NotImplementedError("only in compiled code")
+    raise NotImplementedError  # but in compiled code
 
 
 def _chosen(array: Any, for_bfloat16: Any, for_float16: Any, otherwise: Any) -> Any:

@@ -29,7 +29,7 @@ STANDARD = {
     "json", "math", "mmap", "numbers", "operator", "os", "sys", "threading", "types", "typing",
 }  # fmt: skip
 FRAMEWORKS = {
-    "acprop_core": {"array_api_compat", "ml_dtypes", "numba", "numpy", "safetensors"},
+    "acprop_core": {"array_api_compat", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"},  # llvmlite: Numba's
     "acprop_optax": {"jax", "numpy", "optax"},
     "acprop_stepper": {"array_api_compat", "numpy"},
     "acprop_torch": {"array_api_compat", "numpy", "torch"},

@@ -122,8 +122,9 @@ def _takes_outputs(lists: Row, k: _rule.Coefficients) -> bool:
 
 def _by_program(lists: Row, k: _rule.Coefficients, options: Options) -> None:
     # The operations write into a few registers that stay in the cache, where operators would make a tensor each.
-    program = program_of(k, 1.0, options.decays, _operand, _TORCH, options.decoupled)
-    memory = torch.empty((program.registers, 0), dtype=lists.mu[0].dtype, device="cpu")
+    dtype = lists.mu[0].dtype
+    program = program_of(k, 1.0, options.decays, functools.partial(_operand, dtype), _TORCH, options.decoupled)
+    memory = torch.empty((program.registers, 0), dtype=dtype, device="cpu")
     registers: list[Tensor] = []
     shape = None
     for block in blocks(lists):
@@ -143,9 +144,10 @@ def _by_program(lists: Row, k: _rule.Coefficients, options: Options) -> None:
         del block, slots, made  # what was gathered goes before more is
 
 
-def _operand(name: str, value: float) -> Any:
-    # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster
-    return value if name == "limit" else torch.tensor(value, dtype=torch.float64, device="cpu")
+def _operand(dtype: torch.dtype, name: str, value: float) -> Any:
+    # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster. A wider
+    # number would widen parameters without axes.
+    return value if name == "limit" else torch.tensor(value, dtype=dtype, device="cpu")
 
 
 _TORCH = Operations(
