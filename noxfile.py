@@ -137,7 +137,7 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Print the benchmarks; `-- quick` is short, `-- gpu` on a CUDA device, `-- --out docs/benchmarks` publishes."""
-    install(session, "demo", "rivals")
+    install(session, "demo", "rivals", *(["cupy"] if "gpu" in session.posargs else []))
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
     one_thread["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     one_thread["KINETO_LOG_LEVEL"] = "5"  # torch's profiler is silent

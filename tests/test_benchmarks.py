@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +28,11 @@ def test_the_page_has_the_figures_of_the_results():
     assert "{include} /benchmarks/steps_table.md" in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-def test_results_name_no_machine():
-    assert set(record.machine()) == {"cpu", "cores", "cores used", "memory, GiB", "system"}
+def test_results_name_no_machine_and_are_whole():
     for path in RESULTS.glob("*.json"):
-        assert set(json.loads(path.read_text())["machine"]) == set(record.machine())
+        result = json.loads(path.read_text())
+        assert not result["quick"], path.name
+        assert not [value for value in result["machine"].values() if platform.node() in str(value) or "/" in str(value)]
 
 
 def test_every_round_measures_every_run_after_its_preparation(monkeypatch):

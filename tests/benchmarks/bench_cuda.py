@@ -19,7 +19,6 @@ def torch_runs(size: int) -> Runs:
 
     from acprop_torch import ACProp
 
-    torch.zeros(1, device="cuda")
     runs: Runs = {}
 
     def add(name: str, kind: type[torch.optim.Optimizer], **options: Any) -> None:
@@ -55,18 +54,37 @@ def cupy_runs(size: int) -> Runs:
 
 
 def jax_runs(size: int) -> Runs:
-    import jax
     from bench_jax import CONTENDERS
-
     from steps import gradients
 
-    jax.devices("cuda")
     names = ("optax.adamw", "acprop_optax", "optax.contrib.acprop")
     return {name: Run(CONTENDERS[name].make(gradients(1, size), "float32").step) for name in names}
 
 
-# the first of each is the unit
-FRAMEWORKS = {"torch": (torch_runs, "torch"), "CuPy": (cupy_runs, "cupy-cuda13x"), "JAX": (jax_runs, "jax")}
+def on_torch() -> None:
+    import torch
+
+    torch.zeros(1, device="cuda")
+
+
+def on_cupy() -> None:
+    import cupy
+
+    cupy.zeros(1)
+
+
+def on_jax() -> None:
+    import jax
+
+    jax.devices("cuda")
+
+
+# what fails without a device, and what makes the runs, of which the first is the unit
+FRAMEWORKS = {
+    "torch": (on_torch, torch_runs, "torch"),
+    "CuPy": (on_cupy, cupy_runs, "cupy-cuda13x"),
+    "JAX": (on_jax, jax_runs, "jax"),
+}
 
 
 def main() -> None:
@@ -75,12 +93,13 @@ def main() -> None:
     size = 10**6 if given.quick else 10**8
     rows: list[dict[str, Any]] = []
     used: list[str] = []
-    for framework, (make, distribution) in FRAMEWORKS.items():
+    for framework, (probe, make, distribution) in FRAMEWORKS.items():
         try:
-            runs = make(size)
+            probe()
         except Exception as error:  # each library has its own for a device that is not there
             print(f"{framework} on CUDA: skipped ({str(error).strip().splitlines()[0]})")
             continue
+        runs = make(size)
         seconds = measure(runs, budget=10.0, label=framework)
         unit = next(iter(runs))
         for name in runs:

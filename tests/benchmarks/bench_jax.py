@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from record import arguments
 from steps import Contender, Grads, Optimizer, bench
 
-programs: dict[int, Any] = {}  # of each optimizer's step
-
 
 def optimizer(grads: Grads, dtype: str, name: str, **options: Any) -> Optimizer:
     """Return the compiled step of the transformation called `name`."""
@@ -34,13 +32,13 @@ def optimizer(grads: Grads, dtype: str, name: str, **options: Any) -> Optimizer:
     def step() -> None:
         held[:] = jax.block_until_ready(program(*held, own))
 
-    programs[id(step)] = program
+    step.program = program
     return Optimizer(step, lambda: sum(x.nbytes for x in jax.tree.leaves(held)))
 
 
 def extra(optimizer: Optimizer) -> int:
     """Return the bytes of the temporaries that XLA plans."""
-    return programs[id(optimizer.step)].memory_analysis().temp_size_in_bytes
+    return optimizer.step.program.memory_analysis().temp_size_in_bytes
 
 
 def contender(name: str, **options: Any) -> Contender:

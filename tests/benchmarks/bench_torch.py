@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from record import arguments
 from steps import Contender, Grads, Optimizer, bench
 
-OURS = {"clip_exponent": 0.25}
+CLIPPED = {"clip_exponent": 0.25}
 
 
 def optimizer(
@@ -78,7 +78,7 @@ def contender(name: str, **options: Any) -> Contender:
     return Contender(name.partition(":")[0], partial(optimizer, name=name, **options), **limits)
 
 
-acprop = partial(contender, "acprop_torch:ACProp", **OURS)
+acprop = partial(contender, "acprop_torch:ACProp", **CLIPPED)
 CONTENDERS = {
     "ACProp, for-loop": acprop(foreach=False),
     "ACProp, foreach": acprop(foreach=True),

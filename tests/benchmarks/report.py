@@ -5,18 +5,23 @@
 Writes `steps_table.md`, which docs/benchmarks.md includes, and pictures; prints the same figures as one table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from record import arguments, load
-from steps import GROWTH
+from steps import SIZES, Shape
 
 Result = dict[str, Any]
 Row = dict[str, Any]
 TITLES = {"steps_numpy": "NumPy", "steps_torch": "PyTorch", "steps_jax": "JAX"}
+WANTED = [
+    ("steps_numpy", "Stepper, Numba", "to limit", 1.15),
+    ("steps_torch", "ACProp, fused", "to unit", 1.0),
+    ("steps_jax", "acprop_optax", "to unit", 1.1),
+]
 
 
 def shape_of(row: Row) -> str:
@@ -28,16 +33,42 @@ def number(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def cells(result: Result, title: str, dtype: str) -> Iterator[list[str]]:
-    """Yield the rows of one table: head, then one a contender and size; ratios with their quartiles.
+def sized(rows: Sequence[Row], shapes: Sequence[Shape], cell: Callable[[Row], str]) -> Iterator[list[str]]:
+    """Yield a table of contenders by sizes."""
+    yield ["", *(f"{arrays:,} x {size:,}" for arrays, size in shapes)]
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        own = {(row["arrays"], row["size"]): cell(row) for row in rows if row["contender"] == name}
+        yield [name, *(own.get(shape, "") for shape in shapes)]
 
-    What was measured for the pictures of growth alone is left out.
-    """
-    yield [title, "arrays", "ms", f"times {result['unit']}", "times the limit", "rounds"]
-    for row in result["rows"]:
-        if row["dtype"] == dtype and (row["arrays"], row["size"]) not in GROWTH:
-            ratios = (f"{number(q[1])} ({number(q[0])}, {number(q[2])})" for q in (row["to unit"], row["to limit"]))
-            yield [row["contender"], shape_of(row), number(1e3 * row["seconds"][1]), *ratios, str(row["rounds"])]
+
+def spread(quartiles: Sequence[float]) -> str:
+    """Write a median, and the quartiles around it."""
+    low, middle, high = map(number, quartiles)
+    return f"{middle} ({low}, {high})"
+
+
+def times(result: Result, dtype: str) -> dict[str, str]:
+    """Return the tables of a framework in one dtype; what was measured for the pictures of growth alone is left out."""
+    rows = [row for row in result["rows"] if row["dtype"] == dtype]
+    measured = {(row["arrays"], row["size"]) for row in rows}
+    shapes = [shape for shape in SIZES if shape in measured] if not result["quick"] else sorted(measured)
+    cells = {
+        "milliseconds": lambda row: number(1e3 * row["seconds"][1]),
+        "times the limit": lambda row: spread(row["to limit"]),
+        f"times {result['unit']}": lambda row: spread(row["to unit"]),
+    }
+    return {heading: markdown(sized(rows, shapes, cell)) for heading, cell in cells.items()}
+
+
+def wanted(results: dict[str, Result]) -> Iterator[list[str]]:
+    """Yield what was asked of float32 steps beside what was reached."""
+    yield ["", "of", "wanted", *(f"{arrays:,} x {size:,}" for arrays, size in SIZES)]
+    for name, contender, key, most in WANTED:
+        if name in results:
+            unit = results[name]["unit"] if key == "to unit" else "the limit"
+            rows = [row for row in results[name]["rows"] if (row["contender"], row["dtype"]) == (contender, "float32")]
+            own = {(row["arrays"], row["size"]): spread(row[key]) for row in rows}
+            yield [f"{TITLES[name]}: {contender}", unit, str(most), *(own.get(shape, "") for shape in SIZES)]
 
 
 def memory(results: dict[str, Result]) -> Iterator[list[str]]:
@@ -96,28 +127,28 @@ def markdown(rows: Iterator[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def measured(results: dict[str, Result]) -> str:
+def measured(result: Result) -> str:
     """Say on what machine, and with which versions."""
-    first = next(iter(results.values()))
-    machine = ", ".join(f"{key} {value}" for key, value in first["machine"].items())
-    used = {key: value for result in results.values() for key, value in result["versions"].items()}
-    kind = "A short run (`quick`): the ratios are rough.\n" if any(r["quick"] for r in results.values()) else ""
-    return f"Machine: {machine}.\nVersions: {', '.join(f'{k} {v}' for k, v in used.items())}.\n{kind}"
+    machine, used = (", ".join(f"{k} {v}" for k, v in result[key].items()) for key in ("machine", "versions"))
+    kind = "A short run (`quick`): the ratios are rough. " if result["quick"] else ""
+    return f"{kind}Machine: {machine}. Versions: {used}.\n"
 
 
 def sections(results: dict[str, Result]) -> dict[str, str]:
     """Return the tables by their headings."""
-    found = {"Measured on": measured(results)}
+    found = {"What was asked, float32": markdown(wanted(results))}
     for name, result in results.items():
         for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
-            found[f"{TITLES[name]}, {dtype}"] = markdown(cells(result, "", dtype))
+            for heading, table in times(result, dtype).items():
+                found[f"{TITLES[name]}, {dtype}, {heading}"] = table
         if threads := result.get("threads"):
             found[f"{TITLES[name]}, threads"] = (
                 f"Stepper with Numba, 1 x {threads['size']:,}: two threads on {threads['cores']} cores are"
                 f" {number(threads['ratio'][1])} times as fast as one.\n"
             )
     tables = {"Memory": memory, "Growth": growth, "Import and first step": starts}
-    return found | {heading: markdown(rows(results)) for heading, rows in tables.items()}
+    found |= {heading: markdown(rows(results)) for heading, rows in tables.items()}
+    return found | {f"{TITLES[name]}, measured on": measured(result) for name, result in results.items()}
 
 
 def page(results: dict[str, Result]) -> str:
@@ -139,9 +170,8 @@ def draw_growth(results: dict[str, Result], file: Path) -> None:
     for column, (name, result) in zip(axes.T, results.items(), strict=True):
         for ax, (by, label) in zip(column, axes_of.items(), strict=True):
             for i, (contender, line) in enumerate(grown(result, by).items()):
-                own = i < sum("cprop" in n.lower() or "Stepper" in n or "core" in n for n in grown(result, by))
-                ax.loglog(*line, marker="osv^Dx*P"[i % 8], markersize=4, color=f"C{i}", lw=1.6 if own else 1.2)
-                ax.lines[-1].set_label(f"{contender} ({slope(*line):.2f})".replace(" (nan)", ""))
+                label_of_line = f"{contender} ({slope(*line):.2f})".replace(" (nan)", "")
+                ax.loglog(*line, marker="osv^Dx*P"[i % 8], ms=4, color=f"C{i}", lw=1.4, label=label_of_line)
             ax.set(title=TITLES[name], xlabel=label, ylabel="seconds of a step")
             ax.grid(alpha=0.25)
             ax.legend(fontsize=7, title="slope at the upper end", title_fontsize=7, frameon=False)
@@ -156,14 +186,15 @@ def draw_ratios(results: dict[str, Result], file: Path) -> None:
     figure, axes = plt.subplots(1, len(results), figsize=(6.2 * len(results), 5.5), squeeze=False, layout="constrained")
     for ax, (name, result) in zip(axes[0], results.items(), strict=True):
         rows = [row for row in result["rows"] if row["dtype"] == "float32" and row["arrays"] * row["size"] >= 10**5]
+        rows.sort(key=lambda row: (row["arrays"], row["size"]))
         shapes = list(dict.fromkeys(map(shape_of, rows)))
         names = list(dict.fromkeys(row["contender"] for row in rows))
         for i, contender in enumerate(names):
             own = [row for row in rows if row["contender"] == contender]
             low, middle, high = np.array([row["to limit"] for row in own]).T
             y = [shapes.index(shape_of(row)) + 0.8 * (i + 0.5) / len(names) - 0.4 for row in own]
-            spread = [middle - low, high - middle]
-            ax.errorbar(middle, y, xerr=spread, fmt="osv^Dx*P"[i % 8], ms=4, color=f"C{i}", label=contender)
+            bars = {"xerr": [middle - low, high - middle], "fmt": "osv^Dx*P"[i % 8], "ms": 4, "color": f"C{i}"}
+            ax.errorbar(middle, y, **bars, label=contender)
         for edge in range(1, len(shapes)):
             ax.axhline(edge - 0.5, color="0.9", lw=1)
         ax.axvline(1.0, color="0.5", lw=1, ls="--")
