@@ -32,7 +32,7 @@ class Program(NamedTuple):
     """A step of one tile. Its arrays stand in slots: parameter, gradient, mu, nu, then numbers, then registers."""
 
     compute: list[Instruction]  # writes registers only
-    param: int  # the slot of what the parameter becomes
+    result: int  # the slot of what the parameter becomes, or of what is to be added to it
     write: list[Instruction]  # writes mu and nu, without reading them, so that it may be repeated
     numbers: list[Any]
     registers: int
@@ -45,12 +45,16 @@ def program_of(
     number: Callable[[str, float], Any],
     operations: Operations,
     decoupled: bool = True,
+    adds: bool = True,
 ) -> Program:
-    """Return a step of real arrays of one dtype; `number` makes an operand of the name and the value of a number."""
+    """Return a step of real arrays of one dtype; `number` makes an operand of the name and the value of a number.
+
+    Its result is the new parameter if it `adds`, otherwise the update.
+    """
     numbers = {name: getattr(k, name) for name in NUMBERS} | {"grad_scale": grad_scale}
     neutral = {"offset": 0.0, "eps_root": 0.0, "grad_scale": 1.0, "limit": None}
     absent = frozenset(name for name, x in neutral.items() if numbers[name] == x)
-    traced = _trace(absent, k.old_is_lighter1, k.old_is_lighter2, k.from_previous, decay, decoupled, operations)
+    traced = _trace(absent, k.old_is_lighter1, k.old_is_lighter2, k.from_previous, decay, decoupled, adds, operations)
     return traced._replace(numbers=[number(x.name, x.sign * numbers[x.name]) for x in traced.numbers])
 
 
@@ -120,6 +124,7 @@ def _trace(
     from_previous: bool,
     decay: bool,
     decoupled: bool,
+    adds: bool,
     operations: Operations,
 ) -> Program:
     """Return the program for numbers of which `absent` change nothing."""
@@ -136,7 +141,9 @@ def _trace(
     if decay and not decoupled:
         scaled = regularized(scaled, param, k)
     d, new_mu, new_nu = rule(scaled, mu, nu, k, _namespace)
-    new_param = param + displacement(d, param if decay and decoupled else None, k)
+    result = displacement(d, param if decay and decoupled else None, k)
+    if adds:
+        result = param + result
 
     write = []
     for old, new in ((mu, new_mu), (nu, new_nu)):
@@ -146,13 +153,13 @@ def _trace(
         else:  # it waits for nothing and nothing for it: it is made where it belongs
             write.append(last._replace(result=old))
             calls.remove(last)
-    return _allocate(calls, new_param, write, inputs)
+    return _allocate(calls, result, write, inputs)
 
 
-def _allocate(compute: list[_Call], param: _Array, write: list[_Call], inputs: list[_Array]) -> Program:
+def _allocate(compute: list[_Call], result: _Array, write: list[_Call], inputs: list[_Array]) -> Program:
     """Give every array and number a slot."""
     calls = [*compute, *write]
-    last_use = {x: i for i, call in enumerate(calls) for x in call.operands}  # of `param`: none
+    last_use = {x: i for i, call in enumerate(calls) for x in call.operands}  # of `result`: none
     numbers = [x for x in last_use if isinstance(x, _Number)]
     slots: dict[Any, int] = {x: i for i, x in enumerate([*inputs, *numbers])}
     first = end = len(slots)
@@ -168,4 +175,4 @@ def _allocate(compute: list[_Call], param: _Array, write: list[_Call], inputs: l
             slots[call.result] = free.pop()
         instructions.append((call.function, operator.itemgetter(*(slots[x] for x in (*call.operands, call.result)))))
     n = len(compute)
-    return Program(instructions[:n], slots[param], instructions[n:], numbers, end - first)
+    return Program(instructions[:n], slots[result], instructions[n:], numbers, end - first)

@@ -436,3 +436,52 @@ def test_options_survive_deepcopy() -> None:
     assert again.defaults == optimizer.defaults
     assert again._step_supports_amp_scaling
     assert {k for k in again.__dict__ if k[0] != "_"} == {k for k in optimizer.__dict__ if k[0] != "_"}
+
+
+FLAGS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_dtypes_may_be_mixed_when_some_are_compensated(flags: dict[str, bool], order: tuple[int, ...]) -> None:
+    """Matrices of 16 bits between norms of 32, say."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+
+    def trained(chosen: tuple[int, ...]) -> dict[int, torch.Tensor]:
+        params = {i: torch.ones(5, dtype=dtypes[i], requires_grad=True) for i in chosen}
+        optimizer = ACProp(list(params.values()), lr=0.01, compensate=True, **flags)
+        for _ in range(3):
+            for i, p in params.items():
+                p.grad = torch.full((5,), 0.1 * (i + 1), dtype=dtypes[i])
+            optimizer.step()
+        return params
+
+    together = trained(order)
+    for i in order:
+        assert torch.equal(together[i], trained((i,))[i])
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_parameters_that_share_memory_get_both_updates(flags: dict[str, bool]) -> None:
+    memory = torch.zeros(4)
+    params = [torch.nn.Parameter(memory), torch.nn.Parameter(memory)]
+    for p in params:
+        p.grad = torch.ones(4)
+    ACProp(params, lr=0.5, **flags).step()
+    assert torch.equal(memory, torch.full((4,), -1.0))
+
+
+@pytest.mark.parametrize("key", ["param", "exp_avg", "exp_avg_var"])
+def test_a_fused_step_sees_that_a_tensor_was_transposed_where_it_lies(key: str) -> None:
+    def trained(fused: bool) -> torch.Tensor:
+        p = torch.arange(16.0).reshape(4, 4).clone().requires_grad_()
+        optimizer = ACProp([p], lr=0.1, fused=fused, foreach=False)
+        for i in range(3):
+            p.grad = torch.linspace(-1.0, 1.0 + i, 16).reshape(4, 4)
+            optimizer.step()
+            if i == 1:
+                x = p if key == "param" else optimizer.state[p][key]
+                x.data = x.data.t()
+        return p.detach()
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=1e-6, atol=0.0)

@@ -270,7 +270,7 @@ class ProgramTask(TileTask):
                 if self.done:  # by such a handler, perhaps while this computed
                     return
                 self._slots = slots
-            scatter(slots[program.param], buffer, tile)
+            scatter(slots[program.result], buffer, tile)
             execute(program.write, slots)
         self.done = True
         self._slots = None

@@ -154,8 +154,8 @@ def _is_compiled(own: set[torch.dtype], moments: set[torch.dtype]) -> bool:
 
 
 def _carries(lists: Row) -> list[list[Tensor]]:
-    """Return the column of the carries, if there are any."""
-    return [] if not lists.carry or lists.carry[0] is None else [lists.carry]
+    """Return the column of the carries, if all rows have one."""
+    return [] if not lists.carry or any(x is None for x in lists.carry) else [lists.carry]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -174,8 +174,8 @@ def _memory_of(lists: Row, known: dict[str, Any]) -> Memory | None:
     """Return where plain rows alike in dtypes lie; None if they are not.
 
     With many small parameters these questions cost more than the step. So parameters, moments and carries that are the
-    objects of the last step, at the same addresses, are not asked again: gradients are new, have the dtype, shape and
-    order of their parameters, and answer for them.
+    objects of the last step, at the same addresses and still contiguous, are not asked again: gradients are new, have
+    the dtype and shape of their parameters, and answer for them.
     """
     import numpy as np
 
@@ -188,8 +188,8 @@ def _memory_of(lists: Row, known: dict[str, Any]) -> Memory | None:
     if known and _are_same(known["lasting"], lasting) and _is_plain(Row([], lists.grad, [], [], [])):
         before: Memory = known["memory"]
         addresses = ask(Tensor.data_ptr, *lists[:4], *carries)
-        stayed = addresses == before.addresses
-        stayed = stayed[0].all() and stayed[2:].all()  # all but the gradients
+        stayed = addresses == before.addresses  # but for the gradients
+        stayed = stayed[0].all() and stayed[2:].all() and all(map(Tensor.is_contiguous, chain(*lasting)))
         if stayed and dtype == known["dtype"] and (ask(Tensor.numel, lists.grad) == before.sizes).all():
             return before._replace(addresses=addresses)
     known.clear()

@@ -123,7 +123,9 @@ def _takes_outputs(lists: Row, k: _rule.Coefficients) -> bool:
 def _by_program(lists: Row, k: _rule.Coefficients, options: Options) -> None:
     # The operations write into a few registers that stay in the cache, where operators would make a tensor each.
     dtype = lists.mu[0].dtype
-    program = program_of(k, 1.0, options.decays, functools.partial(_operand, dtype), _TORCH, options.decoupled)
+    program = program_of(
+        k, 1.0, options.decays, functools.partial(_operand, dtype), _TORCH, options.decoupled, adds=False
+    )
     memory = torch.empty((program.registers, 0), dtype=dtype, device="cpu")
     registers: list[Tensor] = []
     shape = None
@@ -136,12 +138,11 @@ def _by_program(lists: Row, k: _rule.Coefficients, options: Options) -> None:
         slots = [*block.row[:4], *program.numbers, *registers]
         execute(program.compute, slots)
         execute(program.write, slots)
-        made = {"param": slots[program.param]}
-        if block.members:
-            made |= {"mu": block.row.mu, "nu": block.row.nu}  # copies, which the program has written
-        for name, value in made.items():
-            bring([value], name, [block], torch._foreach_copy_)
-        del block, slots, made  # what was gathered goes before more is
+        # added where it belongs, not to a copy that is brought back: another parameter may share the memory
+        bring([slots[program.result]], "param", [block], torch._foreach_add_)
+        for name in ("mu", "nu") if block.members else ():  # copies, which the program has written
+            bring([getattr(block.row, name)], name, [block], torch._foreach_copy_)
+        del block, slots  # what was gathered goes before more is
 
 
 def _operand(dtype: torch.dtype, name: str, value: float) -> Any:
