@@ -150,7 +150,9 @@ def ends_at(make: Callable[[Grads], Run]) -> tuple[float, float | None]:
 
 def main() -> None:
     """Print one table."""
-    quick = "quick" in sys.argv[1:]
+    quick = sys.argv[1:] == ["quick"]
+    if sys.argv[1:] and not quick:
+        sys.exit(f"{sys.argv[1:]}: not understood; the one argument that there is is `quick`")
     rounds = 3 if quick else 25
     shapes = [(1, 100_000), (10, 1_000)] if quick else [(1, 4_000_000), (100, 10_000)]
     rng = np.random.default_rng(0)
