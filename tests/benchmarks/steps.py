@@ -127,5 +127,5 @@ def bench(
     # a fresh process takes seconds: in a short run each package has one
     started = {c.package: {name: c} for name, c in reversed(contenders.items())} if given.quick else {"": contenders}
     chosen = {name: c for some in started.values() for name, c in some.items()}
-    first = starts(f"bench_{framework}", framework, chosen, rounds=1 if given.quick else 3)
+    first = starts(f"bench_{framework}", framework, chosen, rounds=1 if given.quick else 2)
     save(f"steps_{framework}", rows, given, versions(*libraries), unit=unit, starts=first, **about)
