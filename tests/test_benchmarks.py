@@ -28,6 +28,11 @@ def test_the_page_has_the_figures_of_the_results():
     assert "{include} /benchmarks/steps_table.md" in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
+def test_the_readme_has_the_figures_of_the_results():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert report.summary(report.only_steps(RESULTS)) in readme
+
+
 def test_results_name_no_machine_and_are_whole():
     for path in RESULTS.glob("*.json"):
         result = json.loads(path.read_text())

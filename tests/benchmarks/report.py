@@ -156,6 +156,29 @@ def page(results: dict[str, Result]) -> str:
     return "\n".join(f"### {heading}\n\n{text}" for heading, text in sections(results).items())
 
 
+def summary(results: dict[str, Result]) -> str:
+    """Return the sentences of README.md: large arrays, float32, on one core."""
+    rows = {
+        (name, row["contender"]): row
+        for name, result in results.items()
+        for row in result["rows"]
+        if (row["dtype"], row["arrays"], row["size"]) == ("float32", 1, 16 * 10**6)
+    }
+
+    def times(name: str, contender: str, key: str) -> str:
+        return number(rows[f"steps_{name}", contender][key][1])
+
+    return (
+        "At 16M float32 parameters on one core (`nox -s bench`) a `Stepper` step takes"
+        f" {times('numpy', 'Stepper, Numba', 'to limit')} times as long as moving its bytes with Numba,"
+        f" {times('numpy', 'Stepper, tiles', 'to limit')} without; scikit-learn's Adam"
+        f" {times('numpy', 'scikit-learn Adam', 'to limit')}. A fused step in [torch](docs/torch.md) takes"
+        f" {times('torch', 'ACProp, fused', 'to unit')} times as long as fused AdamW's, one in [optax](docs/optax.md)"
+        f" {times('jax', 'acprop_optax', 'to unit')} times as long as `optax.adamw`'s (`optax.contrib.acprop`:"
+        f" {times('jax', 'optax.contrib.acprop', 'to unit')}); below 100k parameters ours are slower."
+    )
+
+
 def only_steps(folder: Path) -> dict[str, Result]:
     found = load(folder)
     return {name: found[name] for name in TITLES if name in found}
@@ -202,7 +225,7 @@ def draw_ratios(results: dict[str, Result], file: Path) -> None:
         ax.set_yticks(range(len(shapes)), shapes)
         ax.invert_yaxis()
         ax.grid(axis="x", alpha=0.25)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
