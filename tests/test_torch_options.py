@@ -485,3 +485,15 @@ def test_a_fused_step_sees_that_a_tensor_was_transposed_where_it_lies(key: str) 
         return p.detach()
 
     torch.testing.assert_close(trained(True), trained(False), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_an_expanded_parameter_is_refused_before_anything_changes(flags: dict[str, bool]) -> None:
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(1, 3).expand(2, 3))]
+    for p in params:
+        p.grad = torch.ones(p.shape)
+    optimizer = ACProp(params, lr=0.5, **flags)
+    with pytest.raises(RuntimeError, match="parameter 1 of its group is expanded"):
+        optimizer.step()
+    assert torch.equal(params[0].detach(), torch.ones(3))
+    assert all(state["step"] == 0 for state in optimizer.state.values() if state)

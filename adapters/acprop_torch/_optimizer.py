@@ -191,8 +191,8 @@ class ACProp(torch.optim.Optimizer):
         Raises
         ------
         RuntimeError
-            If a gradient is sparse, `fused` cannot take a parameter, or a parameter has another shape than its gradient
-            or moments; nothing has changed then.
+            If a gradient is sparse, `fused` cannot take a parameter, a parameter is an expanded tensor, or has another
+            shape than its gradient or moments; nothing has changed then.
         ValueError, TypeError
             If an option has been given a value that the constructor would refuse, or a parameter has a dtype that no
             update can be in; nothing has changed then.
@@ -261,15 +261,19 @@ class ACProp(torch.optim.Optimizer):
                         f"{_called(group, p)} has dtype {p.dtype}, which ACProp cannot use; give it one of "
                         f"{', '.join(map(str, _DTYPES))}, or no gradient"
                     )
+                if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+                    raise RuntimeError(
+                        f"{_called(group, p)} is expanded: several of its elements are one number in memory; give the "
+                        "optimizer the tensor that it was expanded from, or a clone"
+                    )
                 if group["fused"]:
                     _device_dtype_check_for_fused(p)
                 state["step"] = _step_count(group, p, 0.0)
                 for key in _MOMENTS:
                     state[key] = torch.zeros_like(p, dtype=_dtype_of_moments(group, p))
             carry = state.get("carry")
-            if (
-                compensates or carry is not None
-            ):  # it is not as wanted at first, and where someone changed option or dtype
+            # not as wanted at first, and where someone changed option or dtype
+            if compensates or carry is not None:
                 if not _is_compensated(group, p):
                     carry = None
                     state.pop("carry", None)
