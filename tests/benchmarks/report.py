@@ -24,8 +24,14 @@ WANTED = [
 ]
 
 
+def named(shape: Shape) -> str:
+    """Write 1 x 16M."""
+    arrays, size = shape
+    return f"{arrays:,} x " + (f"{size // 10**6}M" if size >= 10**6 else f"{size:,}")
+
+
 def shape_of(row: Row) -> str:
-    return f"{row['arrays']:,} x {row['size']:,}"
+    return named((row["arrays"], row["size"]))
 
 
 def number(x: float) -> str:
@@ -35,7 +41,7 @@ def number(x: float) -> str:
 
 def sized(rows: Sequence[Row], shapes: Sequence[Shape], cell: Callable[[Row], str]) -> Iterator[list[str]]:
     """Yield a table of contenders by sizes."""
-    yield ["", *(f"{arrays:,} x {size:,}" for arrays, size in shapes)]
+    yield ["", *map(named, shapes)]
     for name in dict.fromkeys(row["contender"] for row in rows):
         own = {(row["arrays"], row["size"]): cell(row) for row in rows if row["contender"] == name}
         yield [name, *(own.get(shape, "") for shape in shapes)]
@@ -62,7 +68,7 @@ def times(result: Result, dtype: str) -> dict[str, str]:
 
 def wanted(results: dict[str, Result]) -> Iterator[list[str]]:
     """Yield what was asked of float32 steps beside what was reached."""
-    yield ["", "of", "wanted", *(f"{arrays:,} x {size:,}" for arrays, size in SIZES)]
+    yield ["", "of", "wanted", *map(named, SIZES)]
     for name, contender, key, most in WANTED:
         if name in results:
             unit = results[name]["unit"] if key == "to unit" else "the limit"
@@ -189,9 +195,9 @@ def draw_growth(results: dict[str, Result], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     axes_of = {"size": "parameters in one array", "arrays": "arrays of 1,000 parameters"}
-    figure, axes = plt.subplots(2, len(results), figsize=(5.2 * len(results), 9), squeeze=False, layout="constrained")
-    for column, (name, result) in zip(axes.T, results.items(), strict=True):
-        for ax, (by, label) in zip(column, axes_of.items(), strict=True):
+    figure, axes = plt.subplots(len(results), 2, figsize=(10, 4.4 * len(results)), squeeze=False, layout="constrained")
+    for both, (name, result) in zip(axes, results.items(), strict=True):
+        for ax, (by, label) in zip(both, axes_of.items(), strict=True):
             for i, (contender, line) in enumerate(grown(result, by).items()):
                 label_of_line = f"{contender} ({slope(*line):.2f})".replace(" (nan)", "")
                 ax.loglog(*line, marker="osv^Dx*P"[i % 8], ms=4, color=f"C{i}", lw=1.4, label=label_of_line)
@@ -206,8 +212,8 @@ def draw_ratios(results: dict[str, Result], file: Path) -> None:
     """Draw the ratios to the limit at each size, with their quartiles."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(6.2 * len(results), 5.5), squeeze=False, layout="constrained")
-    for ax, (name, result) in zip(axes[0], results.items(), strict=True):
+    figure, axes = plt.subplots(len(results), 1, figsize=(9, 5.2 * len(results)), squeeze=False, layout="constrained")
+    for ax, (name, result) in zip(axes[:, 0], results.items(), strict=True):
         rows = [row for row in result["rows"] if row["dtype"] == "float32" and row["arrays"] * row["size"] >= 10**5]
         rows.sort(key=lambda row: (row["arrays"], row["size"]))
         shapes = list(dict.fromkeys(map(shape_of, rows)))
@@ -225,7 +231,7 @@ def draw_ratios(results: dict[str, Result], file: Path) -> None:
         ax.set_yticks(range(len(shapes)), shapes)
         ax.invert_yaxis()
         ax.grid(axis="x", alpha=0.25)
-        ax.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
