@@ -119,7 +119,7 @@ def bench(
     pin()
     plan = [(s, "float32") for s in (QUICK if given.quick else GROWTH + SIZES)]
     plan += [(s, "bfloat16") for s in (QUICK[1:] if given.quick else SIZES)]
-    memory, budget = (QUICK, 1.0) if given.quick else (MEMORY, 4.0)
+    memory, budget = (QUICK, 1.0) if given.quick else (MEMORY, 3.0)
     rows = []
     for shape, dtype in tqdm(plan, framework):
         rows += rows_of(contenders, shape, dtype, unit, extra if shape in memory else None, budget)
