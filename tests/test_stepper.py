@@ -138,7 +138,7 @@ def test_a_program_is_the_rule_and_its_second_half_can_be_repeated(
         execute(program.write, slots)
     d, new_mu, new_nu = rule(grad * grad_scale, mu, nu, k, np)
     new_param = param + displacement(d, param if decay else None, k)
-    for x, y in zip((slots[program.param], *outputs), (new_param, new_mu, new_nu), strict=True):
+    for x, y in zip((slots[program.result], *outputs), (new_param, new_mu, new_nu), strict=True):
         np.testing.assert_array_equal(x, y)
 
 

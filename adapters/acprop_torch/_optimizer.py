@@ -261,7 +261,7 @@ class ACProp(torch.optim.Optimizer):
                         f"{_called(group, p)} has dtype {p.dtype}, which ACProp cannot use; give it one of "
                         f"{', '.join(map(str, _DTYPES))}, or no gradient"
                     )
-                if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+                if p.numel() and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
                     raise RuntimeError(
                         f"{_called(group, p)} is expanded: several of its elements are one number in memory; give the "
                         "optimizer the tensor that it was expanded from, or a clone"
