@@ -2,7 +2,7 @@
 
     python tests/benchmarks/report.py [--out docs/benchmarks]
 
-Writes `steps_table.md`, which docs/benchmarks.md includes, and pictures; prints the same figures as one table.
+Writes `steps_table.md`, which docs/benchmarks.md includes, and pictures; prints the times as one table.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +75,19 @@ def wanted(results: dict[str, Result]) -> Iterator[list[str]]:
             rows = [row for row in results[name]["rows"] if (row["contender"], row["dtype"]) == (contender, "float32")]
             own = {(row["arrays"], row["size"]): spread(row[key]) for row in rows}
             yield [f"{TITLES[name]}: {contender}", unit, str(most), *(own.get(shape, "") for shape in SIZES)]
+
+
+def one_table(results: dict[str, Result]) -> Iterator[list[str]]:
+    """Yield a row for each contender and dtype: milliseconds and, after a slash, times the limit, of each size."""
+    shapes = [*dict.fromkeys((row["arrays"], row["size"]) for result in results.values() for row in result["rows"])]
+    chosen = [shape for shape in SIZES if shape in shapes] or shapes
+    yield ["ms / times the limit", "", *map(named, chosen)]
+    for name, result in results.items():
+        for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+            rows = [row for row in result["rows"] if row["dtype"] == dtype]
+            cells = sized(rows, chosen, lambda row: f"{number(1e3 * row['seconds'][1])} / {number(row['to limit'][1])}")
+            next(cells)  # its head
+            yield from ([f"{TITLES[name]}, {dtype}", *line] for line in cells)
 
 
 def memory(results: dict[str, Result]) -> Iterator[list[str]]:
@@ -243,7 +256,11 @@ def main() -> None:
     (folder / "steps_table.md").write_text(page(results))
     draw_growth(results, folder / "steps_growth.png")
     draw_ratios(results, folder / "steps_ratios.png")
-    print(page(results))
+    rows = list(one_table(results))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"All of it, with memory, growth and first steps: {folder / 'steps_table.md'}, and the pictures beside it")
 
 
 if __name__ == "__main__":
