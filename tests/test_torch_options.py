@@ -497,3 +497,21 @@ def test_an_expanded_parameter_is_refused_before_anything_changes(flags: dict[st
         optimizer.step()
     assert torch.equal(params[0].detach(), torch.ones(3))
     assert all(state["step"] == 0 for state in optimizer.state.values() if state)
+
+
+def test_an_interrupt_of_the_compiler_counts_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("acprop_core._numba")
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = ACProp([p], lr=0.5, fused=True)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(numba, "step_each", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert optimizer.state[p]["step"] == 0
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((3,), 0.5))
