@@ -5,8 +5,20 @@ array library. The adapters acprop_optax, acprop_torch and acprop_stepper give t
 frameworks.
 """
 
-from acprop_core._checkpoint import load, save
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from acprop_core._optimizer import ACProp, State
+
+if TYPE_CHECKING:
+    from acprop_core.checkpoint import load, save
 
 __all__ = ["ACProp", "State", "load", "save"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # files need NumPy and safetensors, which nothing else here does
+    if name in ("load", "save"):
+        return getattr(importlib.import_module("acprop_core.checkpoint"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

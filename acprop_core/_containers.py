@@ -1,6 +1,6 @@
 """Containers of arrays: an array, or nested dicts, lists, tuples and namedtuples of arrays and None.
 
-A leaf is whatever is not one of those containers; None stands where there is no array. The name of a leaf is its
+Anything else is a leaf; None stands where there is no array. The name of a leaf is its
 dotted path, ``layers.0.weight``, the form that PyTorch gives to the names of parameters.
 """
 
@@ -17,6 +17,12 @@ def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, child in children.items():
         yield from flatten(child, _join(path, key))
+
+
+def names_and_leaves(tree: Any) -> tuple[list[str], list[Any]]:
+    """Return the names and the leaves of `tree`, in one order."""
+    pairs = list(flatten(tree))
+    return [name for name, _ in pairs], [leaf for _, leaf in pairs]
 
 
 def align(tree: Any, like: Any, what: str, prefix: bool = False, path: str = "") -> Iterator[Any]:
@@ -38,11 +44,11 @@ def align(tree: Any, like: Any, what: str, prefix: bool = False, path: str = "")
         have, want = ("one value" if x is None else "a container" for x in (children, expected))
         raise ValueError(
             f"{what}{_at(path)} is {have} ({type(tree).__name__}) where the parameters have {want} "
-            f"({type(like).__name__}); give it the structure of the parameters"
+            f"({type(like).__name__}); use the structure of the parameters"
         )
     else:
         if missing := [_join(path, key) for key in expected if key not in children]:
-            raise ValueError(f"{what} lacks {_list(missing)}; give it the structure of the parameters")
+            raise ValueError(f"{what} lacks {_list(missing)}; use the structure of the parameters")
         if surplus := [_join(path, key) for key in children if key not in expected]:
             raise ValueError(f"{what} has {_list(surplus)}, which the parameters lack; leave that out")
         for key, child in expected.items():

@@ -5,29 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, is_numpy_array
+from array_api_compat import array_namespace
 
-from acprop_core import _rule
 from acprop_core._checks import (
-    COMPLEX_OF,
-    FLOATS,
-    REAL_OF,
-    SIXTEEN_BITS,
-    check_carries,
     check_compensation,
     check_count,
-    check_leaves,
-    check_library,
-    check_mask,
+    check_leaf,
     check_number,
     common_namespace,
-    dtype_name,
-    is_compensated,
-    library,
 )
-from acprop_core._containers import align, flatten, unflatten
-from acprop_core._rule import as_dtype
-from acprop_core._step import Step, restore
+from acprop_core._containers import align, names_and_leaves, unflatten
+from acprop_core._dtypes import FLOATS, as_dtype, dtype_name, is_compensated, moment_dtypes, restore
+from acprop_core._quirks import add_one, library, zeros_like
+from acprop_core.adapt import Row, check_row, decays_of, leaves_of, step_at
 
 Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of arrays and None
 
@@ -58,18 +48,6 @@ class State(NamedTuple):
     mu: Container
     nu: Container
     carry: Container | None = None
-
-
-class Leaf(NamedTuple):
-    """One parameter, or None, with all that a step needs for it."""
-
-    name: str
-    grad: Any
-    mu: Any
-    nu: Any
-    param: Any
-    decay: bool
-    carry: Any
 
 
 @dataclass(frozen=True)
@@ -174,16 +152,16 @@ class ACProp:
         if self.clip_exponent is not None:
             checked["clip_exponent"] = check_number("clip_exponent", self.clip_exponent)
         if self.centering not in ("current", "previous"):
-            raise ValueError(f"centering is {self.centering!r}; give 'current' or 'previous'")
+            raise ValueError(f"centering is {self.centering!r}; use 'current' or 'previous'")
         if self.moment_dtype is not None:
             checked["moment_dtype"] = dtype_name(self.moment_dtype)
             if checked["moment_dtype"] not in FLOATS:
                 raise ValueError(
-                    f"moment_dtype is {self.moment_dtype!r}; give one of {', '.join(FLOATS)}, or None for the "
+                    f"moment_dtype is {self.moment_dtype!r}; use one of {', '.join(FLOATS)}, or None for the "
                     "parameter's own (float32 for 16-bit parameters)"
                 )
         if not isinstance(self.compensate, bool):
-            raise TypeError(f"compensate is {self.compensate!r}; give True or False")
+            raise TypeError(f"compensate is {self.compensate!r}; use True or False")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -215,23 +193,13 @@ class ACProp:
         >>> state.count, state.nu["w"].dtype
         (0, dtype('float32'))
         """
-        names, leaves = _unzip(params)
-        groups = {"parameter": leaves}
-        xp = common_namespace(groups, names)
-        check_leaves(groups, names)
-        mu: list[Any] = []
-        nu: list[Any] = []
-        for x in leaves:
-            if x is None:
-                mu.append(None)
-                nu.append(None)
-                continue
-            mu_dtype, nu_dtype = self._moment_dtypes(x.dtype, xp)
-            real = x if mu_dtype == nu_dtype else xp.real(x)  # Dask warns of a real zeros_like of a complex array
-            mu.append(xp.zeros_like(x, dtype=mu_dtype))
-            nu.append(xp.zeros_like(real, dtype=nu_dtype))
-        carry = [xp.zeros_like(x) if is_compensated(x) else None for x in leaves] if self.compensate else None
-        return State(0, *(None if column is None else unflatten(params, column) for column in (mu, nu, carry)))
+        names, leaves = names_and_leaves(params)
+        xp = common_namespace(("parameter", name, x) for name, x in zip(names, leaves, strict=True))
+        for name, x in zip(names, leaves, strict=True):
+            check_leaf("parameter", name, x)
+        rows = [(None, None, None) if x is None else self._zeros(x, xp) for x in leaves]
+        mu, nu, carry = (unflatten(params, [row[i] for row in rows]) for i in range(3))
+        return State(0, mu, nu, carry if self.compensate else None)
 
     def update(self, grads: Container, state: State, params: Container | None = None) -> tuple[Container, State]:
         """Return what to add to the parameters, and the state after the step. Nothing is written to.
@@ -275,12 +243,28 @@ class ACProp:
         >>> updates, state.count
         (array([-0.0005, -0.    ]), 1)
         """
-        xp, leaves = self.match(grads, state, params)
-        like = state.mu if params is None else params
+        if not isinstance(state, State):
+            raise TypeError(f"the state is a {type(state).__name__}; pass the State that init or update returned")
+        decays = not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
+        for name, needed in (("weight_decay", decays), ("compensate", self.compensate)):
+            if needed and params is None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which needs the parameters: call update(grads, state, params)"
+                )
+        like, owner = (state.mu, "first moment") if params is None else (params, "parameter")
+        names, rows = self._rows(grads, state, params, like)
+        xp = common_namespace(leaves_of(names, rows))
+        for name, row in zip(names, rows, strict=True):
+            check_row(name, row, self.compensate, owner)
         if xp is None:  # no arrays at all
             return like, state._replace(count=_next(state.count))
-        step = self.at(check_count(state.count), xp)
-        results = [(None, x.mu, x.nu, x.carry) if x.grad is None else step(*x[1:]) for x in leaves]
+        step = step_at(self, check_count(state.count), xp)
+        results = []
+        for row, marked in zip(rows, decays_of(self, like), strict=True):
+            if row.grad is None:
+                results.append((None, row.mu, row.nu, row.carry))
+            else:  # without parameters the gradients stand in for them: only their dtypes matter then
+                results.append(step(row if params is not None else row._replace(param=row.grad), marked))
         updates, mu, nu, carry = (unflatten(like, [result[i] for result in results]) for i in range(4))
         return updates, State(_next(state.count), mu, nu, carry if self.compensate else None)
 
@@ -310,128 +294,43 @@ class ACProp:
         >>> ACProp().apply({"w": np.ones(2, dtype=np.float32)}, {"w": np.array([-0.5, 0.0], dtype=np.float32)})
         {'w': array([0.5, 1. ], dtype=float32)}
         """
-        names, leaves = _unzip(params)
-        groups = {"parameter": leaves, "update": list(align(updates, params, "the container of updates"))}
-        xp = common_namespace(groups, names)
-        check_leaves(groups, names)
-        return unflatten(
-            params,
-            [
-                x if u is None else restore(x + as_dtype(u, x.dtype, xp), x, xp)
-                for x, u in zip(*groups.values(), strict=True)
-            ],
-        )
+        names, leaves = names_and_leaves(params)
+        new = list(align(updates, params, "the container of updates"))
+        pairs = [("parameter", leaves), ("update", new)]
+        xp = common_namespace((what, name, x) for what, column in pairs for name, x in zip(names, column, strict=True))
+        for name, x, u in zip(names, leaves, new, strict=True):
+            check_leaf("parameter", name, x)
+            check_leaf("update", name, u, "parameter", x)
+        sums = [
+            x if u is None else restore(x + as_dtype(u, x.dtype, xp), x, xp) for x, u in zip(leaves, new, strict=True)
+        ]
+        return unflatten(params, sums)
 
-    def at(self, count: Any, xp: Any) -> Step:
-        """Return step ``count + 1``, for one array of the namespace `xp` at a time: what adapters build their loops on.
-
-        Parameters
-        ----------
-        count : int or 0-d integer array
-            Number of updates done.
-        xp : namespace
-            The array library of the parameters.
-
-        Returns
-        -------
-        Step
-            Called with gradient, moments, parameter, whether it decays and carry; returns update, moments and carry.
-
-        Raises
-        ------
-        TypeError
-            If the schedule returns no number, or a hyperparameter is an array of another library.
-        ValueError
-            If the schedule returns a number out of range.
-        """
-        learning_rate = self.learning_rate
-        if callable(learning_rate):
-            learning_rate = check_number(f"learning_rate({count})", learning_rate(count))
-        check_library("learning_rate", learning_rate, xp)
-        check_library("the step count (state.count)", count, xp)
-        for name in ("b1", "b2", "eps", "eps_root", "weight_decay"):
-            check_library(name, getattr(self, name), xp)
-        return Step(_rule.coefficients(self, count, learning_rate, xp), xp)
-
-    def match(self, grads: Container, state: State, params: Container | None) -> tuple[Any, list[Leaf]]:
-        """Return the leaves of all containers side by side: the checks of `update`, whose errors these are.
-
-        Parameters
-        ----------
-        grads : container of arrays
-            As in `update`.
-        state : State
-            As in `update`.
-        params : container of arrays or None
-            As in `update`.
-
-        Returns
-        -------
-        xp : namespace or None
-            The one of all arrays; None if there is none.
-        leaves : list of Leaf
-            One for each parameter, in their order.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As in `update`.
-        """
-        if not isinstance(state, State):
-            raise TypeError(f"the state is a {type(state).__name__}; give the State that init or update returned")
-        decays = not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
-        for name, needed in (("weight_decay", decays), ("compensate", self.compensate)):
-            if needed and params is None:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, which needs the parameters: call update(grads, state, params)"
-                )
-        like, owner = (state.mu, "first moment") if params is None else (params, "parameter")
-        names, owners = _unzip(like)
-        groups = {owner: owners}
-        for what, tree in (("gradient", grads), ("first moment", state.mu), ("second moment", state.nu)):
-            groups[what] = list(align(tree, like, f"the container of {what}s"))
-        check_compensation(self.compensate, state.carry)
-        carries = [None] * len(names)
-        if self.compensate:
-            carries = list(align(state.carry, like, "the container of carries"))
-        xp = common_namespace({**groups, "carry": carries}, names)
-        check_leaves(groups, names)
-        if self.compensate:
-            check_carries(carries, owners, names)
-        decay = self._decay(params, names, owners) if decays else [False] * len(names)
-        # without parameters the gradients stand in for them: only their dtypes matter then
-        columns = [groups[what] for what in ("gradient", "first moment", "second moment")]
-        columns.append(groups["gradient" if params is None else owner])
-        return xp, [Leaf(*row) for row in zip(names, *columns, decay, carries, strict=True)]
-
-    def _moment_dtypes(self, dtype: Any, xp: Any) -> tuple[Any, Any]:
-        kind = dtype_name(dtype)
-        real = self.moment_dtype or ("float32" if kind in SIXTEEN_BITS else REAL_OF.get(kind, kind))
-        mu = COMPLEX_OF.get(real) if kind in REAL_OF else real
+    def _zeros(self, x: Any, xp: Any) -> tuple[Any, Any, Any]:
+        kind = dtype_name(x.dtype)
+        mu, nu = moment_dtypes(kind, self.moment_dtype)
         if mu is None or not hasattr(xp, mu):
             raise TypeError(
-                f"moment_dtype is {real!r}, in which {library(xp)} cannot keep the moments of {kind} parameters; "
-                "choose a wider one"
+                f"moment_dtype is {nu!r}, in which {library(xp)} cannot keep the moments of {kind} parameters; "
+                "use a wider one"
             )
-        return getattr(xp, mu), getattr(xp, real)
+        carry = xp.zeros_like(x) if self.compensate and is_compensated(x) else None
+        return xp.zeros_like(x, dtype=getattr(xp, mu)), zeros_like(x, getattr(xp, nu), mu == nu, xp), carry
 
-    def _decay(self, params: Container, names: list[str], owners: list[Any]) -> list[bool]:
-        if self.mask is None:
-            return [True] * len(names)
-        mask = self.mask(params) if callable(self.mask) else self.mask
-        return check_mask(list(align(mask, params, "the mask", prefix=True)), names, owners)
-
-
-def _unzip(tree: Container) -> tuple[list[str], list[Any]]:
-    pairs = list(flatten(tree))
-    return [name for name, _ in pairs], [leaf for _, leaf in pairs]
+    def _rows(self, grads: Any, state: State, params: Any, like: Any) -> tuple[list[str], list[Row]]:
+        names, leaves = names_and_leaves(like)
+        check_compensation(self.compensate, state.carry)
+        absent = [None] * len(names)
+        columns = [absent if params is None else leaves]
+        for what, tree in (("gradient", grads), ("first moment", state.mu), ("second moment", state.nu)):
+            columns.append(list(align(tree, like, f"the container of {what}s")))
+        has_carry = state.carry is not None
+        columns.append(list(align(state.carry, like, "the container of carries")) if has_carry else absent)
+        return names, [Row(*row) for row in zip(*columns, strict=True)]
 
 
 def _next(count: Any) -> Any:
     if isinstance(count, numbers.Integral):
         return int(count) + 1
     xp = array_namespace(count)
-    last = xp.iinfo(count.dtype).max
-    if is_numpy_array(count):
-        return xp.asarray(min(int(count) + 1, last), dtype=count.dtype)
-    return xp.where(count < last, count + 1, count)
+    return add_one(count, xp.iinfo(count.dtype).max, xp)

@@ -1,0 +1,108 @@
+"""Every branch on a library, each with its reason.
+
+- Dask: `clip` is not elementwise; `zeros_like` of a complex array as a real one warns.
+- The standard 2022.12 (array-api-strict can be set to it): no `clip`.
+- NumPy: operators make scalars of 0-d arrays; masked arrays and matrices are arrays whose arithmetic differs; scalars
+  have not always had a device; arrays are never traced.
+- JAX: tracers have no device, and uncommitted arrays go where they are needed.
+- PyTorch: NumPy cannot read its bfloat16, nor tensors that require gradients, are conjugated lazily, or are on a device.
+- CuPy: NumPy cannot read its arrays.
+- PyTorch and sparse libraries: arrays that are not dense.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from array_api_compat import array_namespace, is_cupy_array, is_jax_array, is_numpy_array, is_torch_array
+
+Array = Any  # an array of any library: the standard defines no common base class
+
+
+def library(xp: Any) -> str:
+    """Return the name by which people know a namespace: torch for array_api_compat.torch."""
+    return str(xp.__name__).removeprefix("array_api_compat.")
+
+
+def standard_namespace(xp: Any) -> Any:
+    """Return the namespace with a `clip` that is elementwise."""
+    # Dask's clip, as array_api_compat has it, makes an array of each limit, as large as the parameter and in chunks of
+    # its own, which then travel between the workers.
+    is_dask = getattr(xp, "__name__", "").endswith("dask.array")  # in a way that torch's compiler can follow
+    lacks_clip = getattr(xp, "__array_api_version__", "2025") < "2023.12"
+    return _OwnClip(xp) if is_dask or lacks_clip else xp
+
+
+class _Extended:
+    """A namespace with one function of its own."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._xp, name)
+
+
+class _OwnClip(_Extended):
+    def clip(self, x: Array, low: Any, high: Any) -> Array:
+        x = self._xp.where(x < low, self._xp.asarray(low, dtype=x.dtype), x)
+        return self._xp.where(x > high, self._xp.asarray(high, dtype=x.dtype), x)
+
+
+class Rounding(_Extended):
+    """A namespace with `rounded`, which rounds to the dtype of a 16-bit parameter and back."""
+
+    def __init__(self, xp: Any, rounded: Callable[[Array], Array]) -> None:
+        super().__init__(xp)
+        self.rounded = rounded
+
+
+def as_array(x: Array, xp: Any) -> Array:
+    """Return `x` as an array: operators of NumPy make scalars of 0-d arrays."""
+    return x if x.shape else xp.asarray(x)
+
+
+def zeros_like(x: Array, dtype: Any, is_complex: bool, xp: Any) -> Array:
+    """Return zeros in the shape of `x`; `is_complex` says whether the zeros are complex if `x` is."""
+    return xp.zeros_like(x if is_complex else xp.real(x), dtype=dtype)
+
+
+def device_of(x: Any) -> Any:
+    """Return the device of an array; None where devices are not compared."""
+    return None if is_jax_array(x) or is_numpy_array(x) else getattr(x, "device", None)
+
+
+def untraced(x: Any, kinds: str) -> Any:
+    """Return the Python number in a 0-d NumPy array of one of these kinds of dtype; anything else as it is."""
+    # a NumPy array is never traced, and one of float64 would widen float32 state
+    return x.item() if is_numpy_array(x) and x.ndim == 0 and x.dtype.kind in kinds else x
+
+
+def differs_from_arrays(x: Array) -> bool:
+    """Return whether `x` is a masked array or a matrix of NumPy."""
+    return is_numpy_array(x) and x.__array_priority__ > 0.0
+
+
+def sparse_layout(x: Array) -> str:
+    """Return the layout of a sparse array, an empty string for a dense one."""
+    layout = str(getattr(x, "layout", ""))
+    return layout if "sparse" in layout else ""
+
+
+def add_one(count: Array, largest: int, xp: Any) -> Array:
+    """Return the next count of a 0-d array, which stops at the largest value of its dtype."""
+    if is_numpy_array(count):
+        return xp.asarray(min(int(count) + 1, largest), dtype=count.dtype)
+    return xp.where(count < largest, count + 1, count)
+
+
+def readable_by_numpy(x: Array, is_bfloat16: bool) -> Any:
+    """Return what `numpy.asarray` can read, for bfloat16 of PyTorch as int16."""
+    if is_torch_array(x):
+        x = x.detach().cpu().resolve_conj()
+        return x.contiguous().view(array_namespace(x).int16).numpy() if is_bfloat16 else x
+    return x.get() if is_cupy_array(x) else x
+
+
+def has_no_content(x: Array) -> bool:
+    """Return whether `x` is a tensor of torch's "meta" device."""
+    return is_torch_array(x) and x.is_meta

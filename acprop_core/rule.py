@@ -1,0 +1,446 @@
+"""The arithmetic of ACProp: one step for one array, and the numbers that the step needs.
+
+Written once. Every host runs these very functions: eagerly on the arrays of any library, traced by JAX and by torch,
+or compiled by Numba. So they use operators and a few functions of a namespace ``xp``, write to no argument, and do no
+arithmetic between two numbers inside `step`: `numbers_of` has computed all of them before.
+
+What a namespace must have, beside the operators of its arrays:
+
+- for real arrays: ``sqrt``, and ``clip`` with a clip;
+- for complex arrays: ``abs``, ``real``, ``conj``;
+- with compensation: ``abs``, ``maximum``, ``round``, and ``rounded``, which rounds to the parameter's dtype and back;
+- where decay rates are arrays: ``where``;
+- for `numbers_of`, where the count or a hyperparameter is an array: ``astype``, ``expm1``, ``log``, ``where``,
+  ``full_like``, ``ones_like``, ``result_type``, ``float64``, ``int32``.
+
+This file depends on the standard library alone, so that it can be copied into other projects.
+
+Read from the top: what a step is told (`Numbers`, `Flags`), `step` and its parts, then the numbers of a step.
+Equations are those of Zhuang et al. 2021, arXiv:2110.05454, algorithm 2, with g the gradient, m = mu and s = nu.
+"""
+
+import math
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+Array = Any  # an array of any library: the standard defines no common base class
+
+
+class Centering(IntEnum):
+    """Which first moment the second moment is centred on."""
+
+    CURRENT = 0  # m_t: the paper, and its authors' code
+    PREVIOUS = 1  # m_{t-1}: the code of optax.contrib.acprop
+
+
+class Decay(IntEnum):
+    """Where weight decay is added."""
+
+    NONE = 0
+    DECOUPLED = 1  # to the direction, beside the gradient's share
+    L2 = 2  # to the gradient: the authors' training script
+
+
+class Format(NamedTuple):
+    """A 16-bit format, as compensation needs it.
+
+    Attributes
+    ----------
+    unit : float
+        2**-p for p significant bits.
+    above : float
+        Times this, rounded, any number becomes the next larger one.
+    floor : float
+        Keeps the last place of a carry above what the format can hold, or what is flushed to zero.
+    half : float
+        1/2. Beside a float32 scalar some compilers take a Python number for a float64.
+    """
+
+    unit: float
+    above: float
+    floor: float
+    half: float
+
+
+def _format(significant_bits: int, floor: float) -> Format:
+    unit = 2.0**-significant_bits
+    return Format(unit, 1.0 + 1.01 * unit, floor, 0.5)  # a bit more than half a last place of the smallest significand
+
+
+# The floor is half the smallest parameter whose carry has a last place of its own. Below it, that place is 2**-24, the
+# smallest number, in float16; and 2**-125 in bfloat16, because XLA flushes anything below 2**-126 to zero.
+FORMATS = {"float16": _format(11, floor=2.0**-3), "bfloat16": _format(8, floor=2.0**-110)}
+
+
+class Numbers(NamedTuple):
+    """What changes from step to step: Python floats, or 0-d arrays where they are traced; made by `numbers_of`.
+
+    Attributes
+    ----------
+    scale, offset : float or 0-d array
+        shat = nu * scale + offset: bias correction, and shat_0 = 1 without a branch.
+    eps : float or 0-d array
+        Added to the root.
+    limit : float or 0-d array
+        Largest ``|d|``; used with a clip.
+    old_weight1, new_weight1 : float or 0-d array
+        b1 and 1 - b1: the weights of the average that makes mu.
+    old_weight2, new_weight2 : float or 0-d array
+        b2 and 1 - b2: the weights of the average that makes nu.
+    eps_root : float or 0-d array
+        Added to the second moment.
+    rate : float or 0-d array
+        Minus the learning rate.
+    weight_decay : float or 0-d array
+        Multiplies the parameter.
+    dither : float or 0-d array
+        Within +-1/2; used with compensation.
+    grad_scale : float or 0-d array
+        Multiplies the gradient first; used where gradients are scaled.
+    """
+
+    scale: Any
+    offset: Any
+    eps: Any
+    limit: Any
+    old_weight1: Any
+    new_weight1: Any
+    old_weight2: Any
+    new_weight2: Any
+    eps_root: Any
+    rate: Any
+    weight_decay: Any
+    dither: Any = 0.0
+    grad_scale: Any = 1.0
+
+
+class Flags(NamedTuple):
+    """What stays from step to step, and what a program is specialised for; made by `flags_of`. It can be hashed.
+
+    Attributes
+    ----------
+    centering : Centering
+        What the second moment is centred on.
+    decay : Decay
+        Whether this parameter decays, and in which form.
+    clipped : bool
+        Whether ``|d|`` is limited.
+    old_is_lighter1, old_is_lighter2 : bool or None
+        Whether b1, or b2, is below 1/2; None if only the arrays know.
+    is_complex : bool
+        Whether the arrays are complex.
+    scaled : bool
+        Whether gradients are multiplied by `grad_scale`.
+    format : Format or None
+        The format of a parameter that has a carry.
+    """
+
+    centering: Any = Centering.CURRENT
+    decay: Any = Decay.NONE
+    clipped: bool = False
+    old_is_lighter1: bool | None = False
+    old_is_lighter2: bool | None = False
+    is_complex: bool = False
+    scaled: bool = False
+    format: Format | None = None
+
+
+def step(
+    param: Array, grad: Array, mu: Array, nu: Array, carry: Array | None, numbers: Numbers, flags: Flags, xp: Any
+) -> tuple[Array, Array, Array, Array | None]:
+    """Return u_t, m_t, s_t and c_t: one step of ACProp for one array. No argument is written to.
+
+    Parameters
+    ----------
+    param, grad, mu : array
+        x_{t-1}, g_t and m_{t-1}, of one shape and dtype: float32, float64, complex64 or complex128. The values of
+        `param` matter only with decay or compensation.
+    nu : real array
+        s_{t-1}, in their shape and real dtype.
+    carry : array or None
+        c_{t-1}, what rounding has taken from a 16-bit parameter so far, in the dtype of `param`; None without
+        compensation.
+    numbers : Numbers
+        The numbers of the step, `cast` to this dtype.
+    flags : Flags
+        What the step does.
+    xp : namespace
+        The array library; see the top of this file.
+
+    Returns
+    -------
+    update : array
+        u_t, to be added to `param`, in the dtype of `grad`.
+    mu : array
+        m_t, in the shape and dtype of the one before.
+    nu : real array
+        s_t, likewise.
+    carry : array or None
+        c_t, likewise.
+
+    Notes
+    -----
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip and the compensation are ours.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> hyper = Hyperparameters(learning_rate=1e-3, clip_exponent=0.25)
+    >>> numbers, flags = cast(numbers_of(hyper, 0, np), np.float64, 2.0**-1022, np), flags_of(hyper)
+    >>> param, mu, nu = np.array([1.0, 1.0]), np.zeros(2), np.zeros(2)
+    >>> update, mu, nu, _ = step(param, np.array([0.5, -2.0]), mu, nu, None, numbers, flags, np)
+    >>> update
+    array([-0.0005,  0.001 ])
+    """
+    if flags.scaled:
+        grad = grad * numbers.grad_scale
+    if flags.decay == Decay.L2:
+        grad = grad + numbers.weight_decay * param
+    d = _direction(grad, nu, numbers, flags, xp)  # with s_{t-1}: this is the asynchronous update
+    new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)
+    if flags.decay == Decay.DECOUPLED:
+        d = d + numbers.weight_decay * param
+    update = numbers.rate * d
+    if carry is not None:
+        update, carry = _compensated(update, param, carry, numbers, flags.format, xp)
+    return update, new_mu, new_nu, carry
+
+
+def _direction(grad: Array, nu: Array, numbers: Numbers, flags: Flags, xp: Any) -> Array:
+    """Return d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped."""
+    d = grad / (xp.sqrt(nu * numbers.scale + numbers.offset) + numbers.eps)
+    if not flags.clipped:
+        return d
+    limit = numbers.limit
+    if flags.is_complex:
+        modulus = xp.abs(d)
+        return d * (limit / xp.clip(modulus, limit, modulus + limit))  # 1 where |d| is below the limit
+    return xp.clip(d, -limit, limit)
+
+
+def _moments(grad: Array, mu: Array, nu: Array, numbers: Numbers, flags: Flags, xp: Any) -> tuple[Array, Array]:
+    """Return m_t = b1 m_{t-1} + (1 - b1) g_t and s_t = b2 s_{t-1} + (1 - b2) |g_t - m|^2 + eps_root."""
+    new_mu = _average(mu, grad, numbers.old_weight1, numbers.new_weight1, flags.old_is_lighter1, xp)
+    residual = grad - (mu if flags.centering == Centering.PREVIOUS else new_mu)
+    square = xp.real(xp.conj(residual) * residual) if flags.is_complex else residual * residual
+    new_nu = _average(nu, square, numbers.old_weight2, numbers.new_weight2, flags.old_is_lighter2, xp)
+    return new_mu, new_nu + numbers.eps_root
+
+
+def _average(old: Array, new: Array, old_weight: Any, new_weight: Any, old_is_lighter: bool | None, xp: Any) -> Array:
+    """Return old_weight * old + new_weight * new, for weights that add to one."""
+    # Start at the heavier end and move towards the other by the lighter weight: the weights then add to one exactly,
+    # however they are rounded. In b old + (1 - b) new with b2 = 0.999 rounded to float32 they miss one by 1.3e-8 a
+    # step, and the average collects that error over 1/(1 - b2) steps.
+    if old_is_lighter is None:  # ask the arrays
+        lighter = old_weight < new_weight
+        heavy, light = xp.where(lighter, new, old), xp.where(lighter, old, new)
+        weight = xp.where(lighter, old_weight, new_weight)
+        return heavy + weight * (light - heavy)
+    if old_is_lighter:
+        return new + old_weight * (old - new)
+    return old + new_weight * (new - old)
+
+
+def _compensated(
+    update: Array, param: Array, carry: Array, numbers: Numbers, low: Format, xp: Any
+) -> tuple[Array, Array]:
+    """Return v_t and c_t: what to add to a 16-bit parameter x_{t-1} for an update u_t, and what is then missing.
+
+    x_t, the sum of x_{t-1} and v_t in 16 bits, is next to x_{t-1} + c_{t-1} + u_t; the carry c_t is the difference.
+    This is the compensated summation of Kahan 1965 (doi:10.1145/363707.363723), with one thing added. An update below
+    half the last place of the *carry* would be lost in its turn, at every step alike. So the carry is rounded up as
+    often as down: to whole multiples of the last place that it has where it is largest, after `dither` of such a place
+    is added.
+    """
+    wanted = carry + update
+    v = xp.rounded(xp.rounded(param + wanted) - param)
+    new = xp.rounded(param + v)
+    lost = wanted - (new - param)
+    # Half the parameter, so that the next larger number does not overflow. Where almost nothing is left of the
+    # parameter, the carry itself is larger.
+    half = xp.rounded(xp.maximum(low.half * xp.abs(new), xp.abs(lost)) + low.floor)
+    place = (xp.rounded(low.above * half) - half) * low.unit
+    return v, place * xp.round(lost / place + numbers.dither)
+
+
+class Hyperparameters(NamedTuple):
+    """The options from which the numbers and flags of a step are made. They are not checked.
+
+    Attributes
+    ----------
+    learning_rate : float or 0-d array
+        Of this step: a schedule has been called.
+    b1, b2 : float or 0-d array
+        Decay rates of the two moments, in [0, 1).
+    eps, eps_root : float or 0-d array
+        Added to the root of the second moment, and to the second moment at every step.
+    weight_decay : float or 0-d array
+        Factor of weight decay.
+    clip_exponent : float, 0-d array or None
+        p: at step t no element of the direction exceeds t**p; None for no clip.
+    centering : {"current", "previous"}
+        What the second moment is centred on.
+    compensate : bool
+        Whether 16-bit parameters keep a carry.
+    l2 : bool
+        Whether weight decay is added to the gradient, not to the direction.
+    maximize : bool
+        Whether to climb instead of descending.
+    """
+
+    learning_rate: Any = 1e-3
+    b1: Any = 0.9
+    b2: Any = 0.999
+    eps: Any = 1e-16
+    eps_root: Any = 1e-16
+    weight_decay: Any = 0.0
+    clip_exponent: Any = None
+    centering: str = "current"
+    compensate: bool = False
+    l2: bool = False
+    maximize: bool = False
+
+
+def flags_of(hyper: Hyperparameters) -> Flags:
+    """Return the flags of real float32 or float64 arrays.
+
+    Parameters
+    ----------
+    hyper : Hyperparameters
+        The options.
+
+    Returns
+    -------
+    Flags
+        For other arrays replace `is_complex` or `format`, for a parameter without decay `decay`.
+    """
+    decays = not (isinstance(hyper.weight_decay, float) and hyper.weight_decay == 0.0)  # an array is not read
+    decay = (Decay.L2 if hyper.l2 else Decay.DECOUPLED) if decays else Decay.NONE
+    return Flags(
+        centering=Centering.PREVIOUS if hyper.centering == "previous" else Centering.CURRENT,
+        decay=decay,
+        clipped=hyper.clip_exponent is not None,
+        old_is_lighter1=hyper.b1 < 0.5 if isinstance(hyper.b1, float) else None,
+        old_is_lighter2=hyper.b2 < 0.5 if isinstance(hyper.b2, float) else None,
+    )
+
+
+def numbers_of(hyper: Hyperparameters, count: Any, xp: Any) -> Numbers:
+    """Return the numbers of step ``count + 1``.
+
+    A Python `count` and Python hyperparameters give Python floats, computed in float64. An array `count` or array
+    hyperparameters give 0-d arrays in the widest float that `xp` has; `cast` makes them fit an array's dtype.
+
+    Parameters
+    ----------
+    hyper : Hyperparameters
+        The options.
+    count : int or 0-d integer array
+        Number of steps done before this one.
+    xp : namespace
+        The array library; used for arrays only.
+
+    Returns
+    -------
+    Numbers
+        Python floats and 0-d arrays.
+    """
+    scale, offset = _bias_correction(hyper.b2, count, xp)
+    rate, weight_decay = -hyper.learning_rate, hyper.weight_decay
+    if hyper.maximize:
+        # The moments of -g are those of g, the first negated. So only the direction differs, and g is not copied.
+        rate, weight_decay = -rate, -weight_decay
+    return Numbers(
+        scale=scale,
+        offset=offset,
+        eps=hyper.eps,
+        limit=math.inf if hyper.clip_exponent is None else _limit(hyper.clip_exponent, count, xp),
+        old_weight1=hyper.b1,
+        new_weight1=1.0 - hyper.b1,
+        old_weight2=hyper.b2,
+        new_weight2=1.0 - hyper.b2,
+        eps_root=hyper.eps_root,
+        rate=rate,
+        weight_decay=weight_decay,
+        dither=_dither(count, xp) if hyper.compensate else 0.0,
+    )
+
+
+def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> Numbers:
+    """Return `numbers` for arrays of one dtype: 0-d arrays become `real_dtype`, so that they never widen an array.
+
+    Parameters
+    ----------
+    numbers : Numbers
+        From `numbers_of`.
+    real_dtype : dtype
+        Dtype of the second moment, float32 or float64, as `xp` has it.
+    smallest_normal : float
+        The smallest normal number of `real_dtype`, which replaces a smaller eps. It is invisible beside the square root
+        of any nonzero number, and makes 0 / (sqrt(0) + eps) be 0.
+    xp : namespace
+        The array library; used for 0-d arrays only.
+
+    Returns
+    -------
+    Numbers
+        Python floats are kept.
+    """
+
+    def fit(x: Any) -> Any:
+        # By exclusion: inside torch.compile a float may be a symbol, which cannot be asked whether it has a dtype.
+        return x if type(x) in (float, int) or x.dtype == real_dtype else xp.astype(x, real_dtype)
+
+    numbers = numbers._make(map(fit, numbers))
+    eps = numbers.eps
+    if type(eps) in (float, int):
+        return numbers._replace(eps=max(eps, smallest_normal))
+    return numbers._replace(eps=xp.where(eps < smallest_normal, xp.full_like(eps, smallest_normal), eps))
+
+
+def _bias_correction(b2: Any, count: Any, xp: Any) -> tuple[Any, Any]:
+    # 1 - b2^count as -expm1(count log b2): the plain form cancels, by 1.4e-3 in float32 at b2 = 0.99999.
+    # Count 0 takes n = 1 and a numerator of 0, so that neither value nor derivative sees 1/0.
+    if isinstance(count, int):
+        first = float(count == 0)
+        n = count + first
+        if isinstance(b2, float):
+            return (first - 1.0) / math.expm1(n * _log(b2, xp)), first
+    else:
+        first = xp.astype(count == 0, _widest_float(xp))
+        n = xp.astype(count, _widest_float(xp)) + first
+    return (first - 1.0) / xp.expm1(n * _log(b2, xp)), first
+
+
+def _log(b2: Any, xp: Any) -> Any:
+    if isinstance(b2, float):
+        return math.log(b2) if b2 > 0.0 else -math.inf
+    b2 = xp.astype(b2, _widest_float(xp))
+    zero = b2 == 0  # log must not see it, and neither must its derivative
+    return xp.where(zero, xp.full_like(b2, -math.inf), xp.log(xp.where(zero, xp.ones_like(b2), b2)))
+
+
+def _limit(exponent: Any, count: Any, xp: Any) -> Any:
+    if isinstance(count, int):
+        # more than float32 can hold is no limit any more
+        return float(count + 1) ** exponent if exponent * math.log2(count + 1) < 127.0 else 2.0**127
+    return (xp.astype(count, _widest_float(xp)) + 1.0) ** exponent
+
+
+def _dither(count: Any, xp: Any) -> Any:
+    # Multiples of the golden ratio, because any few consecutive ones are spread evenly: 4096 of them, and between these
+    # 256, a new one each time round. Both start in the middle, so that a count that stops at 2**24, as one in float32
+    # does, stops at nearly 0. In integers, and in no more bits than float32 has: the same on any device.
+    if not isinstance(count, int):
+        count = xp.astype(count, xp.int32)
+    coarse = (count % 4096 * 2531 + 2048) % 4096
+    fine = (count // 4096 % 256 * 159 + 128) % 256
+    if not isinstance(count, int):
+        coarse, fine = (xp.astype(n, _widest_float(xp)) for n in (coarse, fine))
+    return (coarse + (fine + 0.5) / 256.0) / 4096.0 - 0.5
+
+
+def _widest_float(xp: Any) -> Any:
+    """Return float64, or what the library makes of it (float32 in JAX without 64-bit mode)."""
+    return xp.result_type(xp.float64)
