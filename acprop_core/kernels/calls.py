@@ -1,0 +1,154 @@
+"""`rule.step` as a list of calls with outputs, as NumPy and torch have them: a tile needs few arrays and no allocation.
+
+The step is run once, on placeholders that record what is done with them. Then, as in a compiler, registers are assigned
+to the values: arrays of the size of a tile, reused when their value is not needed any more. On a million float32
+numbers, steps of torch tensors take 1.3 times as long without it, on 16 million 1.4 times.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from acprop_core import rule
+
+Instruction = tuple[Callable[..., Any], Callable[[Sequence[Any]], Any]]  # a function, and what picks its arguments
+
+
+class Operations(NamedTuple):
+    """Functions of an array library that take their output after their operands."""
+
+    add: Callable[..., Any]
+    subtract: Callable[..., Any]
+    multiply: Callable[..., Any]
+    divide: Callable[..., Any]
+    sqrt: Callable[..., Any]
+    clip: Callable[..., Any]
+    copy: Callable[..., Any]
+
+
+class Program(NamedTuple):
+    """A step of one tile. Its arrays are in slots: parameter, gradient, mu, nu, then numbers, then registers."""
+
+    instructions: list[Instruction]
+    update: int  # the slot of the update
+    numbers: list[Any]
+    registers: int
+
+    def run(self, slots: Sequence[Any]) -> Any:
+        """Replace mu and nu, and return the update, which is in a register."""
+        for function, arguments in self.instructions:
+            function(*arguments(slots))
+        return slots[self.update]
+
+
+def program_of(
+    flags: rule.Flags, numbers: rule.Numbers, operand: Callable[[str, float], Any], operations: Operations
+) -> Program:
+    """Return a step of real arrays of one dtype, without carry.
+
+    Parameters
+    ----------
+    flags : rule.Flags
+        What the step does.
+    numbers : rule.Numbers
+        Python floats, already `cast`.
+    operand : callable
+        Makes an operand of the name and the value of a number.
+    operations : Operations
+        Of the array library.
+    """
+    # x + 0 differs from x in the sign of a zero alone, and no second moment is a negative zero
+    zeros = frozenset(name for name in ("offset", "eps_root") if getattr(numbers, name) == 0.0)
+    traced = _trace(flags, zeros, operations)
+    return traced._replace(numbers=[operand(x.name, x.sign * getattr(numbers, x.name)) for x in traced.numbers])
+
+
+class _Number(NamedTuple):
+    """A number of the step, or its negative."""
+
+    name: str
+    sign: float = 1.0
+
+    def __neg__(self) -> "_Number":
+        return self._replace(sign=-self.sign)
+
+
+class _Placeholder:
+    """An array that does not exist: what is done with it is appended to a list of calls."""
+
+    def __init__(self, calls: "list[_Call]", operations: Operations) -> None:
+        self._calls = calls
+        self.operations = operations
+
+    def call(self, function: Callable[..., Any], *operands: Any) -> "_Placeholder":
+        """Return the result of one of the operations."""
+        result = _Placeholder(self._calls, self.operations)
+        self._calls.append(_Call(function, operands, result))
+        return result
+
+    def __add__(self, other: Any) -> "_Placeholder":
+        return self if other is None else self.call(self.operations.add, self, other)  # None: zero
+
+    def __sub__(self, other: Any) -> "_Placeholder":
+        return self.call(self.operations.subtract, self, other)
+
+    def __mul__(self, other: Any) -> "_Placeholder":
+        return self.call(self.operations.multiply, self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> "_Placeholder":
+        return self.call(self.operations.divide, self, other)
+
+
+class _Call(NamedTuple):
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+    result: Any
+
+
+_namespace = SimpleNamespace(
+    sqrt=lambda x: x.call(x.operations.sqrt, x),
+    clip=lambda x, low, high: x.call(x.operations.clip, x, low, high),
+)
+
+
+@functools.cache
+def _trace(flags: rule.Flags, zeros: frozenset[str], operations: Operations) -> Program:
+    calls: list[_Call] = []
+    numbers = rule.Numbers._make(None if name in zeros else _Number(name) for name in rule.Numbers._fields)
+    inputs = [_Placeholder(calls, operations) for _ in range(4)]
+    update, *moments, _ = rule.step(*inputs, None, numbers, flags, _namespace)
+    for old, new in zip(inputs[2:], moments, strict=True):
+        made = next(i for i, call in enumerate(calls) if call.result is new)
+        if any(old in call.operands for call in calls[made + 1 :]):
+            calls.append(_Call(operations.copy, (new,), old))
+        else:  # nothing needs the old value any more: the new one is made in its place
+            calls[:] = [_Call(f, tuple(_swap(x, new, old) for x in o), _swap(r, new, old)) for f, o, r in calls]
+    return _allocate(calls, update, inputs)
+
+
+def _swap(x: Any, new: Any, old: Any) -> Any:
+    return old if x is new else x
+
+
+def _allocate(calls: list[_Call], update: Any, inputs: list[Any]) -> Program:
+    """Give every array and number a slot."""
+    last_use = {x: i for i, call in enumerate(calls) for x in call.operands}
+    numbers = [x for x in last_use if isinstance(x, _Number)]
+    slots: dict[Any, int] = {x: i for i, x in enumerate([*inputs, *numbers])}
+    first = end = len(slots)
+    free: list[int] = []
+    instructions: list[Instruction] = []
+    for i, call in enumerate(calls):
+        # a register that is read here for the last time can take the result
+        free += {slots[x] for x in call.operands if last_use[x] == i and slots[x] >= first and x is not update}
+        if call.result not in slots:
+            if not free:
+                free.append(end)
+                end += 1
+            slots[call.result] = free.pop()
+        instructions.append((call.function, operator.itemgetter(*(slots[x] for x in (*call.operands, call.result)))))
+    return Program(instructions, slots[update], numbers, end - first)
