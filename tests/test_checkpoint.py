@@ -1,4 +1,4 @@
-"""Portable state: what a file keeps, what it refuses, and that writing it is safe."""
+"""Files of a run: their content survives, damaged files are refused, and writing is safe."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,6 @@ import safetensors
 import safetensors.numpy
 
 import acprop_core
-import acprop_core._checkpoint as module
 from acprop_core import ACProp, State, load, save
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,8 +47,20 @@ def assert_same_bits(a: State, b: State) -> None:
             assert np.asarray(x[name]).tobytes() == np.asarray(y[name]).tobytes(), name
 
 
-def everything(version: int = module.FORMAT_VERSION) -> tuple[ACProp, State]:
-    """Return one of everything that a file can hold: what each golden file held when its version was new."""
+def checksum_of(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """Return the checksum as docs/checkpoint.md describes it."""
+    about = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    content = json.dumps([metadata, about], sort_keys=True).encode()
+    content += b"".join(x.tobytes() for _, x in sorted(tensors.items()))
+    return hashlib.sha256(content).hexdigest()
+
+
+def without(mapping: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: x for name, x in mapping.items() if name not in names}
+
+
+def everything() -> tuple[ACProp, State]:
+    """Return one of everything that a file can hold: the content of the golden file."""
     x = np.arange(6.0).reshape(2, 3) / 7.0
     arrays = {
         "float32": x.astype(np.float32),
@@ -68,16 +79,24 @@ def everything(version: int = module.FORMAT_VERSION) -> tuple[ACProp, State]:
     state = state_of(arrays, count=2**31 + 12345)
     mask = {name: i % 2 == 0 for i, name in enumerate([*arrays, "frozen"])}
     optimizer = ACProp(
-        1 / 3, 0.95, 0.9995, 1e-12, 1e-13, 0.01, mask, clip_exponent=0.25, centering="previous", moment_dtype="float64"
+        1 / 3,
+        0.95,
+        0.9995,
+        1e-12,
+        1e-13,
+        0.01,
+        mask,
+        clip_exponent=0.25,
+        centering="previous",
+        moment_dtype="float64",
+        compensate=True,
     )
     mu, nu = ({**moments, "frozen": None} for moments in (state.mu, state.nu))
-    if version == 1:
-        return optimizer, State(state.count, mu, nu)
     carry = {name: x if name in ("float16", "bfloat16") else None for name, x in mu.items()}
-    return dataclasses.replace(optimizer, compensate=True), State(state.count, mu, nu, carry)
+    return optimizer, State(state.count, mu, nu, carry)
 
 
-# what a file keeps
+# content
 
 
 def test_everything_survives_to_the_bit(tmp_path: Path) -> None:
@@ -92,14 +111,13 @@ def test_everything_survives_to_the_bit(tmp_path: Path) -> None:
     assert_same_bits(again[1], state)
 
 
-def test_a_golden_file_of_each_version_loads_for_ever() -> None:
+def test_the_golden_file_loads_for_ever() -> None:
     files = sorted(GOLDEN.glob("*.safetensors"))
-    assert [file.stem for file in files] == [f"v{i + 1}" for i in range(module.FORMAT_VERSION)]
-    for i, file in enumerate(files):
-        optimizer, state = load(file)
-        expected = everything(version=i + 1)
-        assert optimizer == expected[0]
-        assert_same_bits(state, expected[1])
+    assert [file.stem for file in files] == ["v1"]
+    optimizer, state = load(files[0])
+    expected = everything()
+    assert optimizer == expected[0]
+    assert_same_bits(state, expected[1])
 
 
 def test_the_file_is_as_described(tmp_path: Path) -> None:
@@ -107,7 +125,7 @@ def test_the_file_is_as_described(tmp_path: Path) -> None:
     save(tmp_path / "a", optimizer, state)
     with safetensors.safe_open(tmp_path / "a", "numpy") as file:
         metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
     present = [name for name in state.mu if name != "frozen"]
     carries = {"carry/float16", "carry/bfloat16"}
     assert set(tensors) == {"count", *carries, *(f"{key}/{name}" for key in ("mu", "nu") for name in present)}
@@ -117,14 +135,19 @@ def test_the_file_is_as_described(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["mu/float64"], state.mu["float64"])
     np.testing.assert_array_equal(tensors["mu/complex64"][..., 1], state.mu["complex64"].imag)
     assert metadata["format"] == "acprop-core state"
-    assert metadata["format_version"] == "2"
+    assert metadata["format_version"] == "1"
     assert metadata["library_version"] == acprop_core.__version__
     assert json.loads(metadata["hyperparameters"]) == dataclasses.asdict(optimizer)
     kinds = {"complex64": "complex", "complex128": "complex", "frozen": "absent"}
     assert json.loads(metadata["parameters"]) == {name: kinds.get(name, "real") for name in state.mu}
-    # the checksum can be checked without us
-    content = (tmp_path / "a").read_bytes()
-    assert hashlib.sha256(content.replace(metadata["checksum"].encode(), b"0" * 64)).hexdigest() == metadata["checksum"]
+    assert metadata["checksum"] == checksum_of(tensors, without(metadata, "checksum"))
+
+
+def test_names_of_every_character(tmp_path: Path) -> None:
+    characters = [*map(chr, range(0x800)), "\u2028", "\ufffe", "\U0010ffff"]
+    for name in ("".join(characters), "".join(reversed(characters))):
+        save(tmp_path / "a", ACProp(), state_of({name: np.ones(1)}))
+        assert list(load(tmp_path / "a")[1].mu) == [name]
 
 
 @pytest.mark.parametrize("count", [0, 2**31, 2**53 + 1, 2**63 - 1])
@@ -164,20 +187,20 @@ def test_hyperparameters_are_pythons(tmp_path: Path) -> None:
     assert optimizer.moment_dtype == "float64"
 
 
-def test_callables_must_be_given_again(tmp_path: Path) -> None:
+def test_callables_must_be_passed_again(tmp_path: Path) -> None:
     def mask(params: Any) -> Any:
         return params
 
     for name, value in (("learning_rate", schedule), ("mask", mask)):
         save(tmp_path / "a", ACProp(**{name: value}), state_of({"w": np.ones(2)}))
-        with pytest.raises(ValueError, match=rf"{name} was a callable.* give it again: load\(path, {name}="):
+        with pytest.raises(ValueError, match=rf"{name} was a callable.* pass it again: load\(path, {name}="):
             load(tmp_path / "a")
         assert load(tmp_path / "a", **{name: value})[0] == ACProp(**{name: value})
     save(tmp_path / "a", ACProp(), state_of({"w": np.ones(2)}))
     assert load(tmp_path / "a", learning_rate=schedule)[0] == ACProp(schedule)
 
 
-def test_nothing_is_written_for_what_cannot_be_saved(tmp_path: Path) -> None:
+def test_an_invalid_state_writes_nothing(tmp_path: Path) -> None:
     good = state_of({"w": np.ones(2)})
     twice = {"a": {"b": np.ones(1)}, "a.b": np.ones(1)}
     cases: list[tuple[Any, Any, type[Exception], str]] = [
@@ -191,6 +214,10 @@ def test_nothing_is_written_for_what_cannot_be_saved(tmp_path: Path) -> None:
         (ACProp(), good._replace(nu={}), ValueError, "second moments lacks 'w'"),
         (ACProp(), good._replace(mu={"w": np.ones(2, int)}), TypeError, "first moment of 'w' has dtype int64"),
         (ACProp(mask={"v": True}), good, ValueError, "the mask lacks 'w'"),
+        (ACProp(compensate=True), good, ValueError, "the state was made without it"),
+        (ACProp(), good._replace(carry={"w": None}), ValueError, "the state has a carry"),
+        (ACProp(compensate=True), good._replace(carry={"w": np.ones(2)}), TypeError, "only 16-bit parameters"),
+        (ACProp(compensate=True), good._replace(carry={"w": np.ones(3, np.float16)}), ValueError, "carry of 'w' has"),
     ]
     for optimizer, state, error, message in cases:
         with pytest.raises(error, match=message):
@@ -200,15 +227,41 @@ def test_nothing_is_written_for_what_cannot_be_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", ["numpy", "safetensors"])
+def test_a_missing_module_is_named_with_its_remedy(module: str, tmp_path: Path) -> None:
     save(tmp_path / "a", ACProp(), State(0, {}, {}))
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    for call in (lambda: save(tmp_path / "b", ACProp(), State(0, {}, {})), lambda: load(tmp_path / "a")):
-        with pytest.raises(ModuleNotFoundError, match=r"python -m pip install 'acprop-core\[checkpoint\]'"):
-            call()
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import acprop_core, acprop_core.checkpoint
+for call in (
+    lambda: acprop_core.save("b", acprop_core.ACProp(), acprop_core.State(0, {{}}, {{}})),
+    lambda: acprop_core.load("a"),
+):
+    try:
+        call()
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    message = f"{module} is not installed, which checkpoints need: python -m pip install 'acprop-core[checkpoint]'"
+    assert done.stdout.splitlines() == [message, message]
 
 
-# what is refused
+def test_bfloat16_needs_ml_dtypes_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a", ACProp(), state_of({"w": np.ones(2, np.float16)}))
+    save(tmp_path / "b", ACProp(), state_of({"w": np.ones(2, ml_dtypes.bfloat16)}))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert load(tmp_path / "a")[1].count == 3
+    with pytest.raises(ModuleNotFoundError, match=r"python -m pip install 'acprop-core\[checkpoint\]'"):
+        load(tmp_path / "b")
+
+
+# refusals
 
 
 def small(path: Path) -> bytes:
@@ -244,6 +297,26 @@ def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
     assert load(tmp_path / "a")[1].count == 3
 
 
+def test_every_header_that_means_the_same_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path / "a")
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].rstrip(b" ")
+    entry = header[header.index(b'"count":') : header.index(b"}", header.index(b'"count":')) + 1]
+    others = [
+        header.replace(b":", b": ", 1),
+        header.replace(b'"count"', b'"co\\u0075nt"'),
+        header.replace("é".encode(), b"\\u00e9"),
+        header.replace(entry, entry + b"," + entry),
+        header + b" " * 8,
+    ]
+    for other in others:
+        other += b" " * (-len(other) % 8)
+        (tmp_path / "b").write_bytes(len(other).to_bytes(8, "little") + other + content[end:])
+        assert_same_bits(load(tmp_path / "b", verify=False)[1], load(tmp_path / "a")[1])
+        with pytest.raises(ValueError, match="its checksum does not match its content"):
+            load(tmp_path / "b")
+
+
 def test_every_truncation_and_every_surplus_is_refused(tmp_path: Path) -> None:
     content = small(tmp_path / "a")
     shorter = [content[:i] for i in range(len(content))]
@@ -266,19 +339,14 @@ def test_every_exchange_of_bytes_is_refused(tmp_path: Path) -> None:
 
 
 def sealed(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a file with a checksum that fits, whatever it holds."""
-    metadata = {**metadata, "checksum": "0" * 64}
-    content = safetensors.numpy.save(tensors, metadata)
-    path.write_bytes(content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode()))
+    """Write a file with a checksum that matches its content."""
+    metadata = without(metadata, "checksum")
+    safetensors.numpy.save_file(tensors, path, metadata | {"checksum": checksum_of(tensors, metadata)})
 
 
 def parts(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with safetensors.safe_open(path, "numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def without(mapping: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: x for name, x in mapping.items() if name not in names}
 
 
 def test_content_that_save_does_not_write_is_refused(tmp_path: Path) -> None:
@@ -289,13 +357,20 @@ def test_content_that_save_does_not_write_is_refused(tmp_path: Path) -> None:
     sealed(path, tensors, metadata)
     assert load(path)[1].count == 3
     hypers = [
-        without(hyper, "b1") | {"beta": 1.0},
         hyper | {"b1": 2.0},
         hyper | {"b1": "0.9"},
+        hyper | {"b1": "callable"},
+        hyper | {"beta": 1.0},
         hyper | {"centering": None},
         hyper | {"mask": {"w": True}},
         hyper | {"mask": True},
         [],
+    ]
+    compensated = {"hyperparameters": json.dumps(hyper | {"compensate": True})}
+    carries = [
+        ({"carry/w": np.ones((2, 3))}, "carry of 'w' has dtype float64; only 16-bit parameters have a carry"),
+        ({"carry/w": np.ones(3, np.float16)}, "carry of 'w' has shape (3,), its first moment (2, 3)"),
+        ({"carry/x": np.ones(3, np.float16)}, "names"),
     ]
     wrong: list[tuple[dict[str, np.ndarray], dict[str, str], str]] = [
         (tensors | {"nu/w": np.ones((3, 2))}, metadata, "second moment of 'w' has shape (3, 2)"),
@@ -304,13 +379,16 @@ def test_content_that_save_does_not_write_is_refused(tmp_path: Path) -> None:
         (tensors | {"count": np.ones(1, np.int64)}, metadata, "count"),
         (tensors | {"count": np.asarray(-1)}, metadata, "-1"),
         (tensors | {"count": np.asarray(1.0)}, metadata, "count"),
-        (without(tensors, "nu/w"), metadata, "names"),
+        (without(tensors, "nu/w"), metadata, "second moment of 'w' is None"),
+        (without(tensors, "mu/w"), metadata, "names"),
         (without(tensors, "mu/w", "nu/w"), metadata, "names"),
         (without(tensors, "count"), metadata, "count"),
         (tensors | {"mu/x": np.ones(1), "nu/x": np.ones(1)}, metadata, "names"),
         (tensors | {"other": np.ones(1)}, metadata, "names"),
+        (tensors | {"carry/w": np.ones((2, 3), np.float16)}, metadata, "names"),
         (tensors | {"nu/w": np.ones((2, 3), bool)}, metadata, "BOOL"),
         *((tensors, metadata | {"hyperparameters": json.dumps(h)}, "") for h in hypers),
+        *((tensors | carry, metadata | compensated, message) for carry, message in carries),
         (tensors, metadata | {"hyperparameters": "{"}, ""),
         (tensors, metadata | {"parameters": "[]"}, ""),
         (tensors, without(metadata, "parameters"), "parameters"),
@@ -318,7 +396,7 @@ def test_content_that_save_does_not_write_is_refused(tmp_path: Path) -> None:
     refused = 0
     for new_tensors, new_metadata, message in wrong:
         sealed(path, new_tensors, new_metadata)
-        with pytest.raises(ValueError, match="holds what save does not write") as caught:
+        with pytest.raises(ValueError, match="cannot be loaded: ") as caught:
             load(path)
         assert message in str(caught.value)
         refused += 1
@@ -330,23 +408,25 @@ def test_other_files_and_versions_are_refused_with_the_reason(tmp_path: Path) ->
     content = small(path)
     tensors, metadata = parts(path)
     for new, message in (
-        (metadata | {"format_version": "3"}, "has format version 3, newer than 2; install a newer acprop-core"),
-        (metadata | {"format_version": "-1"}, "has format version '-1', which does not exist"),
-        (metadata | {"format": "pt"}, "none that acprop_core.save wrote"),
-        ({}, "none that acprop_core.save wrote"),
+        (metadata | {"format_version": "2"}, "it has format version 2, not 1; install a newer acprop-core"),
+        (without(metadata, "format_version"), "unknown or missing 'format_version'"),
+        (metadata | {"format": "pt"}, "acprop_core.save did not write it"),
+        ({}, "acprop_core.save did not write it"),
     ):
         sealed(path, tensors, new)
         with pytest.raises(ValueError, match=message):
             load(path)
     safetensors.numpy.save_file({"w": np.ones(2)}, path)
-    with pytest.raises(ValueError, match="is a safetensors file, but none that acprop_core.save wrote"):
+    with pytest.raises(ValueError, match="acprop_core.save did not write it"):
         load(path)
     for junk in (b"", b"junk", b"PK\x03\x04" * 50, b"\x80\x04" * 50):
         path.write_bytes(junk)
-        with pytest.raises(ValueError, match="is no safetensors file, or a damaged one"):
+        with pytest.raises(ValueError, match="is damaged, or not a safetensors file"):
             load(path)
     path.write_bytes(content[:-1] + b"\x01")
-    with pytest.raises(ValueError, match="is damaged: its checksum does not fit its content"):
+    with pytest.raises(
+        ValueError, match="its checksum does not match its content, so it is damaged; use an older copy"
+    ):
         load(path)
     load(path, verify=False)
     with pytest.raises(FileNotFoundError):
@@ -361,8 +441,8 @@ def test_other_files_and_versions_are_refused_with_the_reason(tmp_path: Path) ->
 CRASH = """
 import os, sys
 import numpy as np
-import acprop_core, safetensors.numpy
-from acprop_core import _checkpoint as module
+import acprop_core
+from acprop_core.checkpoint import _contents, _file
 path, way = sys.argv[1:]
 state = lambda c: acprop_core.State(c, {"w": np.full(3, float(c))}, {"w": np.full(3, float(c))})
 acprop_core.save(path, acprop_core.ACProp(), state(1))
@@ -370,7 +450,7 @@ lines = 0
 def crash_at(k):
     def trace(frame, event, arg):
         global lines
-        if frame.f_code.co_filename not in (module.__file__, os.__file__):
+        if frame.f_code.co_filename not in (_contents.__file__, _file.__file__, os.__file__):
             return None if frame.f_code.co_filename.startswith("<") else trace
         if event == "line":
             lines += 1
@@ -498,15 +578,15 @@ def test_moments_come_in_the_structure_of_the_parameters(tmp_path: Path) -> None
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_what_does_not_fit_the_parameters_is_refused(tmp_path: Path) -> None:
+def test_states_that_do_not_match_the_parameters_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "a", ACProp(), state_of({"w": np.ones((2, 3)), "b": np.ones(3)}))
     w, b = np.ones((2, 3)), np.ones(3)
     wrong: list[tuple[Any, type[Exception], str]] = [
         ({"w": w, "v": b}, ValueError, "the saved state lacks 'v'; it has 'w', 'b'"),
-        ({"w": w}, ValueError, "the saved state has 'b', for which there is no parameter"),
+        ({"w": w}, ValueError, "the saved state has 'b', but there is no such parameter here"),
         ({"w": w.T, "b": b}, ValueError, "first moment of 'w' has shape (2, 3), here it is (3, 2); use transform="),
         ({"w": w.astype(np.float32), "b": b}, TypeError, "first moment of 'w' has dtype float64, here it is float32"),
-        ({"w": w, "b": None}, ValueError, "first moment of 'b' is an array, for which there is no parameter"),
+        ({"w": w, "b": None}, ValueError, "first moment of 'b' is an array, but there is no parameter here"),
     ]
     for params, error, message in wrong:
         with pytest.raises(error) as caught:
@@ -516,7 +596,7 @@ def test_what_does_not_fit_the_parameters_is_refused(tmp_path: Path) -> None:
 
 def test_rename_and_transform(tmp_path: Path) -> None:
     x = np.arange(6.0).reshape(2, 3)
-    mask = {"dense.weight": True, "dense.bias": False, "old.bias": False}
+    mask = {"dense.weight": False, "dense.bias": True, "old.bias": False}
     state = state_of({"dense.weight": x, "dense.bias": np.ones(2), "old.bias": np.ones(1)})
     save(tmp_path / "a", ACProp(weight_decay=0.1, mask=mask), state)
     mapping = {"dense.weight": "dense.kernel", "old.bias": None}
@@ -528,10 +608,10 @@ def test_rename_and_transform(tmp_path: Path) -> None:
         optimizer, got = load(tmp_path / "a", params, rename=rename, transform=transform)
         for moments in (got.mu, got.nu):
             np.testing.assert_array_equal(moments["dense"]["kernel"], x.T)
-        assert optimizer.mask == {"dense": {"kernel": True, "bias": False}}
+        assert optimizer.mask == {"dense": {"kernel": False, "bias": True}}
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"rename": {"w": "v"}}, ValueError, "rename names 'w', which the saved state lacks"),
-        ({"rename": ["w"]}, TypeError, "rename is ['w']; give a mapping by name, or a callable"),
+        ({"rename": ["w"]}, TypeError, "rename is ['w']; pass a mapping by name, or a callable"),
         ({"rename": lambda name: "w"}, ValueError, "two arrays are called 'w'"),
         ({"rename": {"dense.bias": 3}}, TypeError, "rename makes 3 of 'dense.bias'"),
         ({"transform": {"dense.kernel": np.transpose}}, ValueError, "transform names 'dense.kernel'"),
