@@ -6,7 +6,7 @@ keeps other counts of the same updates beside it, a schedule's for example; thes
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +14,19 @@ import numpy as np
 import optax
 
 from acprop_core import ACProp, State
-from acprop_core._checks import check_count
-from acprop_core._portable import HYPERPARAMETERS, arrange, by_name, checked, choose, differences, portable, to_numpy
-
-
-class CarryState(NamedTuple):
-    """What `acprop` with `compensate` keeps beside the moments.
-
-    Attributes
-    ----------
-    carry : pytree
-        What rounding has taken from every 16-bit parameter, in its dtype; None for other parameters.
-
-    Examples
-    --------
-    >>> from acprop_optax import acprop
-    >>> acprop(1e-3, compensate=True).init({"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)})[3]
-    CarryState(carry={'b': None, 'w': Array([0, 0], dtype=bfloat16)})
-    """
-
-    carry: Any
+from acprop_core.adapt import check_count
+from acprop_core.checkpoint import (
+    HYPERPARAMETERS,
+    by_name,
+    check_portable,
+    choose,
+    differences,
+    match_names,
+    to_numpy,
+    to_portable,
+)
+from acprop_optax._trees import name_of
+from acprop_optax._transform import CarryState
 
 
 # States that count updates, by name because optax exports not all of them, and their field that does.
@@ -137,7 +130,7 @@ def import_state(
     >>> opt_state[0].count
     Array(7, dtype=int32)
     """
-    saved = checked(saved, saved_state)
+    saved = check_portable(saved, saved_state)
     moments = _only(state)
     _counts(state)
     own = _hyperparameters(state, optimizer)
@@ -150,7 +143,7 @@ def import_state(
             )
     trees = [tree for tree in (moments.mu, moments.nu, _carry(state)) if tree is not None]
     names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in trees))
-    rows = arrange(saved_state, names, leaves)
+    rows = match_names(saved_state, names, leaves)
     mu, nu, *carry = (_filled(tree, [row[i] for row in rows]) for i, tree in enumerate(trees))
 
     def continued(x: Any) -> Any:
@@ -242,7 +235,7 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if optimizer.mask is not None and not callable(optimizer.mask):
         marks = jax.tree.map(lambda mark, tree: [mark] * len(jax.tree.leaves(tree)), optimizer.mask, mu)
         values["mask"] = dict(zip(present, jax.tree.leaves(marks), strict=True))
-    return portable(dataclasses.replace(optimizer, **values), present)
+    return to_portable(dataclasses.replace(optimizer, **values), present)
 
 
 def _numbers_in(x: Any) -> list[str]:
@@ -272,7 +265,7 @@ def _is_leaf(x: Any) -> bool:
 
 def _named(tree: Any) -> dict[str, Any]:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return by_name((jax.tree_util.keystr(path, simple=True, separator="."), _value(x)) for path, x in pairs)
+    return by_name((name_of(path), _value(x)) for path, x in pairs)
 
 
 def _value(x: Any) -> Any:

@@ -1,0 +1,290 @@
+"""The transformations: `acprop`, and `scale_by_acprop` without learning rate and weight decay."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from acprop_core import ACProp
+from acprop_core.adapt import Row, check_count, check_leaf, is_compensated, step_at
+from acprop_optax._trees import join, marks, named_leaves, side_by_side, with_stand_in
+from acprop_optax._xla import in_order
+
+
+class CarryState(NamedTuple):
+    """What `acprop` with `compensate` keeps beside the moments.
+
+    Attributes
+    ----------
+    carry : pytree
+        What rounding has taken from every 16-bit parameter, in its dtype; None for other parameters.
+
+    Examples
+    --------
+    >>> from acprop_optax import acprop
+    >>> acprop(1e-3, compensate=True).init({"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)})[3]
+    CarryState(carry={'b': None, 'w': Array([0, 0], dtype=bfloat16)})
+    """
+
+    carry: Any
+
+
+def acprop(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-16,
+    eps_root: jax.typing.ArrayLike = 1e-16,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    clip_exponent: jax.typing.ArrayLike | None = None,
+    centering: str = "current",
+    moment_dtype: Any = None,
+    compensate: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the ACProp optimizer, in the place of ``optax.contrib.acprop``.
+
+    Parameters
+    ----------
+    learning_rate : float, 0-d array, or schedule
+        At least 0. A schedule is called with the count of updates done, 0 at the first step.
+    b1, b2 : float or 0-d array
+        Decay rates of the two moments, in [0, 1); as in `scale_by_acprop`.
+    eps, eps_root : float or 0-d array
+        Added to the root of the second moment, and to the second moment at every step; at least 0.
+    weight_decay : float or 0-d array
+        Decoupled decay, multiplied by the learning rate; as in ``optax.add_decayed_weights``.
+    mask : pytree of bool, prefix of one, or callable, optional
+        Which parameters decay; as in ``optax.add_decayed_weights``.
+    clip_exponent : float, optional
+        No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
+        clip. 0.25 is recommended.
+    centering : {"current", "previous"}
+        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    moment_dtype : dtype or its name, optional
+        Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
+    compensate : bool
+        Keep what rounding takes from 16-bit parameters, and give it back as soon as it is enough to change them; as in
+        `acprop_core.ACProp`. What comes behind this in a chain must leave the updates as they are.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        Its state is that of the chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and
+        ``optax.scale_by_learning_rate``, with `compensate` followed by a `CarryState`. Its updates have the dtypes of
+        the parameters; with 16-bit parameters they are rounded once, after the learning rate. Extra arguments of
+        `update` are accepted and not used.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `scale_by_acprop`; from `init` and `update`, for a mask of another structure, or whose leaves are no
+        bools; for a learning rate or weight decay that is no number, negative or not finite (arrays are not looked
+        into); from `update`, if there is weight decay or `compensate` and no `params`.
+
+    Notes
+    -----
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the equations stand at `acprop_core.ACProp`.
+
+    Examples
+    --------
+    >>> import optax
+    >>> params = {"w": jnp.ones(3)}
+    >>> optimizer = acprop(1e-3, clip_exponent=0.25)
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update({"w": jnp.array([0.5, 0.0, -1.0])}, state, params)
+    >>> optax.apply_updates(params, updates)["w"]
+    Array([0.9995, 1.    , 1.001 ], dtype=float32)
+    """
+    optimizer = _optimizer(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        weight_decay=weight_decay,
+        clip_exponent=clip_exponent,
+        centering=centering,
+        moment_dtype=moment_dtype,
+        compensate=compensate,
+    )
+    decays = isinstance(optimizer.weight_decay, jax.core.Tracer) or bool(optimizer.weight_decay != 0.0)
+    # Which parameters decay is read from optax's own `masked`: it marks those with True, and leaves the others alone.
+    marked = optax.stateless(lambda params, _: jax.tree.map(lambda _: True, params))
+    if mask is not None:
+        marked = optax.masked(marked, lambda params: marks(mask, params))
+    # The states are those of the three transformations. The rule itself applies the last two, in its own dtypes: then
+    # an array of another dtype widens nothing, and 16-bit updates are rounded once, after the learning rate.
+    chain = optax.chain(_scale_by(optimizer), marked, optax.scale_by_learning_rate(optimizer.learning_rate))
+
+    def init(params: optax.Params) -> optax.OptState:
+        state = chain.init(params)
+        if not compensate:
+            return state
+        _, leaves, tree = named_leaves("parameter", params)  # which may be abstract
+        return (*state, CarryState(tree.unflatten([jnp.zeros_like(x) if is_compensated(x) else None for x in leaves])))
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        for name, needed in (("weight_decay", decays), ("compensate", compensate)):
+            if needed and params is None:
+                raise ValueError(
+                    f"{name} is {getattr(optimizer, name)!r}, which needs the parameters: "
+                    "call update(grads, state, params)"
+                )
+        parts = 4 if compensate else 3
+        if isinstance(state, optax.ScaleByBeliefState) or not isinstance(state, tuple | list) or len(state) != parts:
+            raise TypeError(
+                f"the state does not belong to acprop with compensate={compensate}; pass the one that its init or "
+                "update returned"
+            )
+        moments, decay_state, rate_state, *carry_state = state
+        rows, tree = side_by_side(grads, moments, params, compensate, *(x.carry for x in carry_state))
+        now = optimizer
+        if callable(optimizer.learning_rate):
+            now = replace(optimizer, learning_rate=_number("learning_rate", optimizer.learning_rate(rate_state.count)))
+            rate_state = rate_state._replace(count=optax.safe_increment(rate_state.count))
+        decayed = [False] * len(rows)
+        if decays:
+            marked_tree, decay_state = marked.update(params, decay_state)
+            decayed = [mark is True for mark in tree.flatten_up_to(marked_tree)]
+        step = step_at(now, jnp.asarray(check_count(moments.count)), jnp)
+        results = [
+            (None, row.mu, row.nu, row.carry) if row.grad is None else step(with_stand_in(row), decay)
+            for row, decay in zip(rows, decayed, strict=True)
+        ]
+
+        def written(row: Row, update: Any) -> Any:
+            # what the caller will compute: XLA sees that it is the same, and computes it once
+            return update if params is None else optax.apply_updates(row.param, update)
+
+        results = in_order(rows, results, written, moments.count, optimizer.centering == "previous")
+        updates, moments = join(tree, results, moments)
+        carry_state = [CarryState(tree.unflatten([result[3] for result in results])) for _ in carry_state]
+        return updates, (moments, decay_state, rate_state, *carry_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_acprop(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-16,
+    eps_root: jax.typing.ArrayLike = 1e-16,
+    *,
+    clip_exponent: jax.typing.ArrayLike | None = None,
+    centering: str = "current",
+    moment_dtype: Any = None,
+) -> optax.GradientTransformation:
+    """Return the transformation of gradients g_t into d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped.
+
+    Parameters
+    ----------
+    b1, b2 : float or 0-d array
+        Decay rates of the two moments, in [0, 1). A 16-bit array of 1 stands for the numbers that round to it:
+        ``optax.inject_hyperparams`` rounds to the dtype of the parameters, and 0.999 is 1 in bfloat16.
+    eps, eps_root : float or 0-d array
+        Added to the root of the second moment, and to the second moment at every step; at least 0.
+    clip_exponent : float, optional
+        No element of d_t exceeds ``t**clip_exponent``; None for no clip. 0.25 is recommended.
+    centering : {"current", "previous"}
+        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    moment_dtype : dtype or its name, optional
+        Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        Its state is an ``optax.ScaleByBeliefState``: `count`, 0-d int32; `mu` and `nu`, pytrees like the parameters.
+        A gradient of None leaves the moments of its parameter as they are, and gives an update of None.
+
+    Raises
+    ------
+    TypeError
+        If a hyperparameter is no number; from `init` and `update`, if a leaf is of a dtype that does not fit, or the
+        step count no integer.
+    ValueError
+        If a hyperparameter is out of its range or not finite (arrays are not looked into); from `update`, if
+        structures or shapes differ.
+
+    Notes
+    -----
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2.
+
+    Examples
+    --------
+    >>> import optax
+    >>> optimizer = optax.chain(scale_by_acprop(clip_exponent=0.25), optax.scale_by_learning_rate(1e-3))
+    >>> params = jnp.ones(2)
+    >>> updates, state = optimizer.update(jnp.array([0.5, -2.0]), optimizer.init(params), params)
+    >>> updates
+    Array([-0.0005,  0.001 ], dtype=float32)
+    """
+    return _scale_by(
+        _optimizer(
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            eps_root=eps_root,
+            clip_exponent=clip_exponent,
+            centering=centering,
+            moment_dtype=moment_dtype,
+        )
+    )
+
+
+def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
+    def init(params: optax.Params) -> optax.ScaleByBeliefState:
+        names, leaves, tree = named_leaves("parameter", params)
+        for name, x in zip(names, leaves, strict=True):
+            check_leaf("parameter", name, x)
+        # Parameters may be abstract, so only the dtypes come from the core; zeros_like keeps each parameter's sharding.
+        abstract = jax.eval_shape(optimizer.init, leaves)
+        mu, nu = (
+            tree.unflatten(
+                [None if x is None else jnp.zeros_like(x, m.dtype) for x, m in zip(leaves, like, strict=True)]
+            )
+            for like in (abstract.mu, abstract.nu)
+        )
+        return optax.ScaleByBeliefState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(
+        grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
+        rows, tree = side_by_side(grads, state, params)
+        step = step_at(optimizer, jnp.asarray(check_count(state.count)), jnp).without_rate()
+        results = [
+            (None, row.mu, row.nu, None) if row.grad is None else step(with_stand_in(row), decays=False)
+            for row in rows
+        ]
+        results = in_order(rows, results, lambda _, d: d, state.count, optimizer.centering == "previous")
+        return join(tree, results, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _optimizer(**hyperparameters: Any) -> ACProp:
+    return ACProp(**{name: _number(name, value) for name, value in hyperparameters.items()})
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return a hyperparameter as the rule can use it: a number as it is, an array in JAX's own width of float.
+
+    inject_hyperparams makes arrays of all numbers, int32 of 0, and of others the dtype of the parameters: in bfloat16
+    0.999 is 1.
+    """
+    if not isinstance(value, jax.Array) or value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
+        return value
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        return value
+    below_one = _BELOW_ONE.get(value.dtype.name) if name in ("b1", "b2") else None
+    value = value.astype(float)
+    return value if below_one is None else jnp.where(value == 1.0, below_one, value)
+
+
+_BELOW_ONE = {"float16": 1.0 - 2.0**-13, "bfloat16": 1.0 - 2.0**-10}  # the middle of what rounds to 1
