@@ -1,6 +1,6 @@
 """ACProp for NumPy and CuPy arrays without a framework: in place, at the speed of memory, all of a step or nothing."""
 
-from acprop_stepper._state import export_state, import_state
+from acprop_stepper._portable import export_state, import_state
 from acprop_stepper._stepper import Stepper, StepRecord
 
 __all__ = ["StepRecord", "Stepper", "export_state", "import_state"]

@@ -1,14 +1,13 @@
 """Numbers about all gradients at once, read block by block so that nothing parameter-sized is made."""
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from acprop_core._rule import Array
-from acprop_stepper._engines import blocks_of
+from acprop_core.adapt import Array
+from acprop_stepper._buffers import blocks_of, on_device_of
 
 _BLOCK = 2**15
 
@@ -49,7 +48,3 @@ def _magnitudes(grad: Array, xp: Any) -> Iterator[Array]:
             x = grad[block]
             yield xp.abs(x if x.dtype.kind in "fc" else x.astype(np.float32))  # ml_dtypes' kinds are "V"
 
-
-def on_device_of(x: Array) -> Any:
-    """Return a context of the device of an array, on which CuPy's functions put what they make."""
-    return contextlib.nullcontext() if isinstance(x, np.ndarray) else x.device

@@ -1,10 +1,10 @@
-"""The stepper: options, checks, and the step as a whole."""
+"""The stepper: options, state, and the step as a whole."""
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import math
-import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,22 +12,31 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from acprop_core import ACProp, State
-from acprop_core._checks import (
+from acprop_core.adapt import (
+    Array,
+    Row,
+    Step,
+    align,
     called,
-    check_carries,
     check_compensation,
     check_count,
-    check_leaves,
     check_number,
+    check_row,
     common_namespace,
+    decays_of,
+    flatten,
+    leaves_of,
     library,
+    names_and_leaves,
+    step_at,
+    unflatten,
 )
-from acprop_core._containers import align, flatten, unflatten
-from acprop_core._rule import Array
-from acprop_stepper import _memory
-from acprop_stepper._engines import Buffer, Cupy, Numba, Numbers, Tiles
-from acprop_stepper._gradients import global_norm, largest, on_device_of
-from acprop_stepper._work import Copy, Work
+from acprop_stepper._buffers import Buffer, on_device_of
+from acprop_stepper._cupy import Cupy
+from acprop_stepper._gradients import global_norm, largest
+from acprop_stepper._matching import Matching
+from acprop_stepper._tiles import Tiles
+from acprop_stepper._work import Task, Work
 
 Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of arrays and None
 
@@ -183,28 +192,16 @@ class Stepper:
         self._busy = False
         self._lock = threading.RLock()
 
-        pairs = list(flatten(params))
-        self._names = [name for name, _ in pairs]
-        self._leaves = [x for _, x in pairs]
-        self._containers = unflatten(params, self._leaves)  # a copy: the caller may rebind names in his own
         state = self.functional.init(params)  # checks that these are floating-point arrays of one library
-        self._count: int = state.count
-        self._xp = _native(common_namespace({"parameter": self._leaves}, self._names))
-        if self._xp is None:
-            self._xp = np  # no parameters at all
-        self._present = [x for x in self._leaves if x is not None]
-        self._check_parameters()
+        names, leaves = names_and_leaves(params)
+        self._namespace = common_namespace(("parameter", *pair) for pair in zip(names, leaves, strict=True)) or np
+        self._xp = _native(self._namespace)
+        self._matching = Matching(params, self._xp)
         _check_engine(engine, self._xp)
+        self._count = np.zeros(1, np.int64)  # an array, because a compiled step counts itself
         self._buffers = self._make_buffers(state)
-        self._engines = [self._make_engine(engine, buffer) for buffer in self._buffers]
-        self._tame = True  # whether no moment exceeds what `_safe` allows
-        self._flat = not any("." in name for name in self._names) and isinstance(params, dict | list | tuple)
-        self._flat = self._flat and len(self._leaves) == len(params)
-        self._expect = [None if x is None else _layout(np.empty(x.shape, x.dtype)) for x in self._leaves]
-        compiled = [engine.compiled for engine in self._engines if isinstance(engine, Numba)]
-        every = len(compiled) == len(self._engines) and len(self._present) == len(self._leaves)
-        self._plain = compiled[0].Plain(self._leaves) if compiled and every else None  # the fast check
-        self._owners = {id(_memory.owner(x)) for x in self._leaves if x is not None}
+        self._engines = self._make_engines()
+        self._tame = True  # whether no moment exceeds what `_safe_magnitude` allows
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy steps copies of the parameters: those that are pickled or deep-copied along with it
@@ -218,12 +215,13 @@ class Stepper:
     def _with(self, functional: ACProp) -> "Stepper":
         """Return a new stepper of the same parameters and options with other hyperparameters, their mask by name."""
         if isinstance(functional.mask, dict):
-            mask = unflatten(self._containers, [functional.mask.get(name, True) for name in self._names])
+            names, like = self._matching.names, self._matching.containers
+            mask = unflatten(like, [functional.mask.get(name, True) for name in names])
             functional = dataclasses.replace(functional, mask=mask)
         return type(self)(self.params, **self._options(functional))
 
     def _become(self, other: "Stepper") -> None:
-        """Take over all that another stepper of the same parameters is, but for the lock on which threads wait."""
+        """Become another stepper of the same parameters, except for the lock on which threads wait."""
         self._alone(vars(self).update, {**vars(other), "_lock": self._lock, "_busy": True})
 
     @property
@@ -243,14 +241,14 @@ class Stepper:
         """
         with self._lock:
             self._settle()
-            rows: list[tuple[Any, Any, Any]] = [(None, None, None)] * len(self._leaves)
+            rows: list[tuple[Any, Any, Any]] = [(None, None, None)] * len(self._matching.leaves)
             for buffer in self._buffers:
                 with on_device_of(buffer.mu):
                     for i, leaf in enumerate(buffer.leaves):
                         mu, nu, carry = buffer.kept(i)
                         rows[leaf] = mu.copy(), nu.copy(), None if carry is None else carry.copy()
-            columns = [unflatten(self._containers, [row[i] for row in rows]) for i in range(3)]
-            return State(self._count, *columns[: 3 if self.functional.compensate else 2])
+            columns = [unflatten(self._matching.containers, [row[i] for row in rows]) for i in range(3)]
+            return State(int(self._count[0]), *columns[: 3 if self.functional.compensate else 2])
 
     def load_state(self, state: State) -> None:
         """Take up a run from this state, of a stepper or of the functional optimizer; it is copied.
@@ -287,32 +285,38 @@ class Stepper:
         count = check_count(state.count)
         if not isinstance(count, int):
             raise TypeError(f"the step count (state.count) is {count!r}; give an int")
-        groups: dict[str, list[Any]] = {"parameter": self._leaves}
-        for what, tree in (("first moment", state.mu), ("second moment", state.nu)):
-            groups[what] = list(align(tree, self._containers, f"the container of {what}s"))
         check_compensation(self.functional.compensate, state.carry)
-        carries = [] if state.carry is None else list(align(state.carry, self._containers, "the container of carries"))
-        common_namespace({**groups, "carry": carries or [None] * len(self._names)}, self._names)
-        check_leaves(groups, self._names)
-        if state.carry is not None:
-            check_carries(carries, self._leaves, self._names)
-        groups["carry"] = carries
-        copies = []
-        for buffer in self._buffers:
-            for what, own in (("first moment", buffer.mu), ("second moment", buffer.nu), ("carry", buffer.carry)):
-                if own is None:
-                    continue
-                for leaf in buffer.leaves:
-                    if groups[what][leaf].dtype != own.dtype:
-                        raise TypeError(
-                            f"{what} of {self._names[leaf]!r} has dtype {groups[what][leaf].dtype}, "
-                            f"this stepper keeps {own.dtype}; convert it, or set moment_dtype"
-                        )
-                with on_device_of(own):
-                    new = self._xp.concatenate([groups[what][leaf].reshape(-1) for leaf in buffer.leaves])
-                copies.append(Copy(new, own, buffer.place()))
+        names, like = self._matching.names, self._matching.containers
+        mu = align(state.mu, like, "the container of first moments")
+        nu = align(state.nu, like, "the container of second moments")
+        has_carry = state.carry is not None
+        carry = align(state.carry, like, "the container of carries") if has_carry else [None] * len(names)
+        rows = [Row(x, None, *kept) for x, *kept in zip(self._matching.leaves, mu, nu, carry, strict=True)]
+        common_namespace(leaves_of(names, rows))
+        for name, row in zip(names, rows, strict=True):
+            check_row(name, row, self.functional.compensate)
+        tasks = [task for buffer in self._buffers for task in self._loading(buffer, rows)]
         self._tame = False
-        self._finish(Work(copies, lambda: self._set(count)))
+        self._finish(tasks, count)
+
+    def _loading(self, buffer: Buffer, rows: Sequence[Row]) -> list[Task]:
+        """Return the tasks that copy the moments and carries of rows into a buffer."""
+        tasks = []
+        for field, own in (("mu", buffer.mu), ("nu", buffer.nu), ("carry", buffer.carry)):
+            if own is None:
+                continue
+            new = [getattr(rows[leaf], field) for leaf in buffer.leaves]
+            for leaf, x in zip(buffer.leaves, new, strict=True):
+                if x.dtype != own.dtype:
+                    what = {"mu": "first moment", "nu": "second moment"}.get(field, field)
+                    raise TypeError(
+                        f"{called(what, self._matching.names[leaf])} has dtype {x.dtype}, "
+                        f"this stepper keeps {own.dtype}; convert it, or set moment_dtype"
+                    )
+            with on_device_of(own):
+                flat = self._xp.concatenate([x.reshape(-1) for x in new])
+            tasks.append(functools.partial(_copy, flat, own, buffer.place()))
+        return tasks
 
     def step(self, grads: Container) -> StepRecord:
         """Update parameters and moments in place, all of them or none.
@@ -366,169 +370,101 @@ class Stepper:
 
     def _step(self, grads: Container) -> StepRecord:
         self._settle()
-        leaves, addresses = self._match(grads)
-        step = self.functional.at(self._count, self._xp)
+        leaves = self._matching.gradients(self.params, grads)
+        count = int(self._count[0])
+        step = step_at(self.functional, count, self._namespace)
         learning_rate = step.learning_rate
-        norm, scale = None, 1.0
+        norm = None
         if self._clip_norm is not None:
             peak, ratio = global_norm(leaves, self._xp)
             norm = peak * ratio
             if norm > self._clip_norm:
                 scale = self._clip_norm / norm if norm < math.inf else self._clip_norm / peak / ratio
-        parts = [
-            (buffer, [leaves[i] for i in buffer.leaves], self._numbers(step, buffer, scale, addresses))
-            for buffer in self._buffers
-        ]
-        if self._nonfinite != "allow" and (culprit := self._not_finite(parts)):
+                step = step.with_grad_scale(scale)
+        if self._nonfinite != "allow" and (culprit := self._not_finite(leaves, step)):
             if self._nonfinite == "raise":
                 raise FloatingPointError(f"{culprit}; nothing was changed. Mend it, or set nonfinite='skip'")
-            return StepRecord(self._count, learning_rate, norm, skipped=True)
-        count = self._count + 1
-        tasks = [
-            task
-            for engine, (_, grads_of_buffer, numbers) in zip(self._engines, parts, strict=True)
-            for task in engine.tasks(grads_of_buffer, numbers)
-        ]
-        self._finish(Work(tasks, lambda: self._set(count), self._threads, shielded=self._xp is not np))
-        return StepRecord(count, learning_rate, norm, skipped=False)
+            return StepRecord(count, learning_rate, norm, skipped=True)
+        parts = [(engine, [leaves[i] for i in engine.leaves]) for engine in self._engines]
+        if len(parts) == 1 and self._threads == 1 and self._is_compiled(*parts[0]):
+            # one call, in which Python looks for no signal: it steps and counts, or does neither
+            engine, own = parts[0]
+            engine.run(own, step, self._count)
+        else:
+            self._finish([task for engine, own in parts for task in engine.tasks(own, step)], count + 1)
+        return StepRecord(count + 1, learning_rate, norm, skipped=False)
 
-    def _finish(self, work: Work) -> None:
-        self._work = work
-        work.finish()
+    def _finish(self, tasks: Sequence[Task], count: int) -> None:
+        self._work = Work(tasks, lambda: self._set(count), self._threads)
+        self._work.finish()
         self._work = None  # and the gradients with it
 
     def _settle(self) -> None:
-        # A handler may look in the middle of a step, and interruptions one upon another leave one half done: finish it
-        # before anything else is done or seen. What has not begun is left to whoever is about to begin it.
-        work = self._work
-        if work is not None and work.begun:
-            if not work.finished:
-                work.finish()
+        # A handler may look in the middle of a step, and one that failed may be half done: finish it before anything
+        # else is done or seen. Work that has not begun is left to the caller that is about to begin it.
+        if self._work is not None and self._work.begun:
+            self._work.finish()
             self._work = None
 
     def _set(self, count: int) -> None:
-        self._count = count
+        self._count[0] = count
 
-    @staticmethod
-    def _numbers(step: Any, buffer: Buffer, scale: float, addresses: Any) -> Numbers:
-        k, dtype, real_dtype = step.numbers_for(buffer.mu.dtype, buffer.params[0].dtype)
-        return Numbers(k, dtype, real_dtype, scale, None if addresses is None else addresses[buffer.leaves])
-
-    def _match(self, grads: Container) -> tuple[list[Any], Any]:
-        """Return the gradients in the order of the parameters, checked, and their `addresses` if these were found."""
-        now = self._pick(self.params, "params")
-        if not all(map(operator.is_, now, self._leaves)):
-            name = next(name for name, x, y in zip(self._names, now, self._leaves, strict=True) if x is not y)
-            raise ValueError(
-                f"{called('parameter', name)} is not the array that the stepper was made for; write into that "
-                "array, or make another stepper"
-            )
-        leaves = self._pick(grads, "the container of gradients")
-        if self._plain is not None and (addresses := self._plain.addresses(leaves)) is not None:
-            return leaves, addresses
-        if self._xp is np and not all(map(_writeable, self._present)):
-            self._check_parameters()  # which says which
-        try:
-            if all(map(operator.eq, map(_layout, leaves), self._expect)) and self._owners.isdisjoint(map(id, leaves)):
-                return leaves, None
-        except (AttributeError, ValueError):
-            pass  # None, no array, or a view: what is comes out below
-        # NumPy's arithmetic makes scalars of 0-d arrays, and compiled code cannot read the memory of a scalar
-        leaves = [np.asarray(g) if isinstance(g, np.generic) else g for g in leaves]
-        groups = {"parameter": self._leaves, "gradient": leaves}
-        common_namespace(groups, self._names)
-        check_leaves(groups, self._names)
-        for name, x, g in zip(self._names, self._leaves, leaves, strict=True):
-            if g is not None and (g.dtype != x.dtype or getattr(g, "device", None) != getattr(x, "device", None)):
-                what = "dtype" if g.dtype != x.dtype else "device"
-                have, want = getattr(g, what), getattr(x, what)
-                raise TypeError(f"{called('gradient', name)} has {what} {have}, its parameter {want}; convert it")
-        arrays = [(called("parameter", name), x, True) for name, x in self._named(self._leaves)]
-        arrays += [(called("gradient", name), g, False) for name, g in self._named(leaves)]
-        self._refuse_overlap(arrays)
-        return leaves, None
-
-    def _pick(self, grads: Container, what: str) -> list[Any]:
-        # a flat container is read at C speed: a thousand small arrays should not wait for the interpreter
-        if self._flat and type(grads) is type(self._containers):
-            if isinstance(grads, dict):
-                if grads.keys() == self._containers.keys():
-                    return [grads[key] for key in self._containers]
-            elif len(grads) == len(self._containers):
-                return list(grads)
-        return list(align(grads, self._containers, what))
-
-    def _named(self, leaves: Sequence[Any]) -> list[tuple[str, Any]]:
-        return [(name, x) for name, x in zip(self._names, leaves, strict=True) if x is not None]
-
-    def _refuse_overlap(self, arrays: list[tuple[str, Array, bool]]) -> None:
-        if overlap := _memory.first_overlap(arrays, self._xp):
-            raise ValueError(
-                f"{overlap[0]} and {overlap[1]} share memory, so that writing one would change the other; copy one"
-                if overlap[0] != overlap[1]
-                else f"several elements of {overlap[0]} lie in the same memory, as its strides have it; copy it"
-            )
-
-    def _not_finite(self, parts: list[tuple[Buffer, list[Any], Numbers]]) -> str | None:
+    def _not_finite(self, leaves: list[Any], step: Step) -> str | None:
         """Return what is not finite, or would not be after this step, or None."""
         exact = not self._tame
-        for buffer, grads, numbers in parts:
-            bound = _safe_magnitude(buffer, numbers)
+        parts = [(buffer, [leaves[i] for i in buffer.leaves]) for buffer in self._buffers]
+        for buffer, grads in parts:
+            bound = _safe_magnitude(buffer, step)
             for leaf, g in zip(buffer.leaves, grads, strict=True):
                 magnitude = 0.0 if g is None else largest(g, self._xp)
                 if not math.isfinite(magnitude):
-                    return f"{called('gradient', self._names[leaf])} holds {magnitude}"
+                    return f"{called('gradient', self._matching.names[leaf])} holds {magnitude}"
                 exact = exact or magnitude > bound
         if not exact:
             return None
-        for buffer, grads, numbers in parts:
-            for task in Tiles(buffer).tasks(grads, numbers):
-                if not task.stays_finite():
-                    names = [self._names[buffer.leaves[i]] for i in task.members]
-                    return f"the step would make parameters or moments of {', '.join(map(repr, names))} infinite or NaN"
+        for buffer, grads in parts:
+            if members := Tiles(buffer).nonfinite_in(grads, step):
+                names = ", ".join(repr(self._matching.names[buffer.leaves[i]]) for i in members)
+                return f"the step would make parameters or moments of {names} infinite or NaN"
         self._tame = False
         return None
 
-    def _check_parameters(self) -> None:
-        if self._xp is not None and library(self._xp) not in ("numpy", "cupy"):
-            raise TypeError(
-                f"the parameters are arrays of {library(self._xp)}; a Stepper takes NumPy or CuPy arrays, "
-                "and acprop_torch and acprop_optax the others"
-            )
-        for name, x in self._named(self._leaves):
-            if not getattr(x.flags, "writeable", True):
-                raise ValueError(
-                    f"{called('parameter', name)} is read-only; a stepper writes into its parameters: copy it"
-                )
-            if not x.dtype.isnative:
-                raise ValueError(
-                    f"{called('parameter', name)} has dtype {x.dtype.str}, not in native byte order; convert it, "
-                    "for example with astype(x.dtype.newbyteorder('='))"
-                )
-        self._refuse_overlap([(called("parameter", name), x, True) for name, x in self._named(self._leaves)])
-
     def _make_buffers(self, state: State) -> list[Buffer]:
-        _, rows = self.functional.match(self.params, state, self.params)
+        leaves, decays = self._matching.leaves, decays_of(self.functional, self.params)
+        like = [[leaf for _, leaf in flatten(tree)] for tree in state[1:] if tree is not None]
         groups: dict[Any, list[int]] = {}
-        for i, row in enumerate(rows):
-            if row.param is not None:
-                key = (row.param.dtype, row.decay, getattr(row.param, "device", None))
-                groups.setdefault(key, []).append(i)
+        for i, x in enumerate(leaves):
+            if x is not None:
+                groups.setdefault((x.dtype, decays[i], getattr(x, "device", None)), []).append(i)
         buffers = []
         for (_, decay, _), members in groups.items():
-            first, size = rows[members[0]], sum(rows[i].param.size for i in members)
-            with on_device_of(first.param):
-                mu, nu, carry = (
-                    None if x is None else self._xp.zeros(size, x.dtype) for x in (first.mu, first.nu, first.carry)
-                )
-            buffers.append(Buffer(members, [rows[i].param for i in members], mu, nu, carry, decay, self._xp))
+            params = [leaves[i] for i in members]
+            size = sum(x.size for x in params)
+            with on_device_of(params[0]):
+                kept = [None if column[members[0]] is None else column[members[0]].dtype for column in like]
+                mu, nu, carry, *_ = (None if x is None else self._xp.zeros(size, x) for x in (*kept, None))
+            buffers.append(Buffer(members, params, mu, nu, carry, decay, self._xp))
         return buffers
 
-    def _make_engine(self, engine: str | None, buffer: Buffer) -> Tiles | Numba | Cupy:
+    def _make_engines(self) -> list[Any]:
         if self._xp is not np:
-            return Cupy(buffer) if Cupy.fits(buffer) else Tiles(buffer)
-        fast = engine == "numba" or (engine is None and importlib.util.find_spec("numba") is not None)
-        return Numba(buffer) if fast and Numba.fits(buffer) else Tiles(buffer)
+            return [Cupy(buffer) if buffer.is_alike() else Tiles(buffer) for buffer in self._buffers]
+        if self._engine == "tiles" or (self._engine is None and not _has_numba()):
+            return [Tiles(buffer) for buffer in self._buffers]
+        from acprop_stepper._numba import Numba
+
+        compiled: dict[Any, list[Buffer]] = {}
+        others = []
+        for buffer in self._buffers:
+            if Numba.fits(buffer):
+                compiled.setdefault((buffer.params[0].dtype, buffer.mu.dtype), []).append(buffer)
+            else:
+                others.append(Tiles(buffer))
+        return [*map(Numba, compiled.values()), *others]
+
+    @staticmethod
+    def _is_compiled(engine: Any, grads: Sequence[Any]) -> bool:
+        return not isinstance(engine, Tiles | Cupy) and engine.takes(grads)
 
 
 def _restored(kind: type[Stepper], params: Container, options: dict[str, Any], state: State) -> Stepper:
@@ -537,13 +473,18 @@ def _restored(kind: type[Stepper], params: Container, options: dict[str, Any], s
     return stepper
 
 
-_writeable = operator.attrgetter("flags.writeable")
-_layout = operator.attrgetter("__class__", "dtype", "shape", "base")
+def _copy(source: Array, target: Array, place: Callable[[], Any]) -> None:
+    with place():
+        target[...] = source
+
+
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def _native(xp: Any) -> Any:
     """Return the library itself for array_api_compat's namespace of it."""
-    if xp is None or library(xp) not in ("numpy", "cupy"):
+    if library(xp) not in ("numpy", "cupy"):
         return xp
     return importlib.import_module(library(xp))
 
@@ -552,21 +493,22 @@ def _check_engine(engine: str | None, xp: Any) -> None:
     usable = ("tiles", "numba") if xp is np else ("cupy",)
     if engine is not None and engine not in usable:
         raise ValueError(
-            f"engine is {engine!r}; for {'NumPy' if xp is np else 'CuPy'} arrays give "
+            f"engine is {engine!r}; for {'NumPy' if xp is np else 'CuPy'} arrays use "
             f"{' or '.join(map(repr, usable))}, or None for the best that is installed"
         )
-    if engine == "numba" and importlib.util.find_spec("numba") is None:
+    if engine == "numba" and not _has_numba():
         raise ModuleNotFoundError("engine is 'numba', which needs Numba: python -m pip install 'acprop-core[fast]'")
 
 
-def _safe_magnitude(buffer: Buffer, numbers: Numbers) -> float:
-    """Return up to which magnitude gradients lead to nothing that is not finite, if moments are no larger.
+def _safe_magnitude(buffer: Buffer, step: Step) -> float:
+    """Return up to which magnitude finite gradients lead to finite results, if moments are no larger.
 
-    0.0 is for do not know: the step is then computed once before it is written.
+    0.0 if that is not known: the step is then computed once before it is written.
     """
-    info = np.finfo(numbers.real_dtype)
-    if min(buffer.params[0].real.dtype.itemsize, buffer.nu.dtype.itemsize) < np.dtype(numbers.real_dtype).itemsize:
+    numbers, _, _, real_dtype = step.cast_for(buffer.mu.dtype, buffer.params[0].dtype)
+    info = np.finfo(real_dtype)
+    if min(buffer.params[0].real.dtype.itemsize, buffer.nu.dtype.itemsize) < np.dtype(real_dtype).itemsize:
         return 0.0
     bound = math.sqrt(float(info.max)) / 4.0  # |g - m|^2 stays finite
-    k = numbers.k
-    return bound if bound / max(k.eps, float(info.tiny)) * abs(k.rate) < float(info.max) / 4.0 else 0.0
+    largest_update = bound / max(numbers.eps, float(info.tiny)) * abs(numbers.rate)
+    return bound if largest_update < float(info.max) / 4.0 else 0.0

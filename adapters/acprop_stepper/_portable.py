@@ -3,8 +3,8 @@
 import dataclasses
 
 from acprop_core import ACProp, State
-from acprop_core._containers import flatten, unflatten
-from acprop_core._portable import arrange, by_name, checked, choose, portable, to_numpy
+from acprop_core.adapt import flatten, unflatten
+from acprop_core.checkpoint import by_name, check_portable, choose, match_names, to_numpy, to_portable
 from acprop_stepper._stepper import Stepper
 
 
@@ -81,13 +81,13 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     7
     """
     _check(stepper)
-    saved = checked(saved, state)
+    saved = check_portable(saved, state)
     chosen = choose(_hyperparameters(stepper), saved, prefer)
     target = stepper._with(saved) if chosen is saved else stepper
     fresh = target.functional.init(target.params)
     trees = [tree for tree in fresh[1:] if tree is not None]
     leaves = [[leaf for _, leaf in flatten(tree)] for tree in trees]
-    rows = arrange(state, [name for name, _ in flatten(fresh.mu)], State(0, *leaves))
+    rows = match_names(state, [name for name, _ in flatten(fresh.mu)], State(0, *leaves))
     kept = (
         [zero if row[i] is None else target._xp.asarray(row[i]) for row, zero in zip(rows, zeros, strict=True)]
         for i, zeros in enumerate(leaves)
@@ -106,4 +106,4 @@ def _hyperparameters(stepper: Stepper) -> ACProp:
     optimizer = stepper.functional
     if callable(optimizer.mask):  # the parameters are at hand, so what it says can be recorded
         optimizer = dataclasses.replace(optimizer, mask=optimizer.mask(stepper.params))
-    return portable(optimizer, stepper.params)
+    return to_portable(optimizer, stepper.params)

@@ -1,0 +1,140 @@
+"""Which arrays a stepper can step, and whether gradients match them."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from acprop_core.adapt import (
+    Array,
+    align,
+    called,
+    check_leaf,
+    common_namespace,
+    library,
+    names_and_leaves,
+    unflatten,
+)
+from acprop_stepper._overlap import addresses, first_overlap
+
+_writeable = operator.attrgetter("flags.writeable")
+_layout = operator.attrgetter("__class__", "dtype", "shape", "flags.c_contiguous", "flags.aligned")
+
+
+class Matching:
+    """The parameters of a stepper, and what their gradients must be.
+
+    Parameters
+    ----------
+    params : container of arrays
+        The parameters.
+    xp : module
+        NumPy or CuPy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a stepper cannot write into the parameters.
+    """
+
+    def __init__(self, params: Any, xp: Any) -> None:
+        self.names, self.leaves = names_and_leaves(params)
+        self.containers = unflatten(params, self.leaves)  # a copy: the caller may rebind names in the original
+        self._xp = xp
+        self._is_flat = isinstance(params, dict | list | tuple) and len(self.leaves) == len(params)
+        self._is_flat = self._is_flat and not any("." in name for name in self.names)
+        self._present = [x for x in self.leaves if x is not None]
+        self.check_parameters()
+        self._expected = None
+        if xp is np and self._present and all(x is not None and x.flags.c_contiguous for x in self.leaves):
+            self._expected = [(np.ndarray, x.dtype, x.shape, True, True) for x in self.leaves]
+            self._sizes = np.array([x.nbytes for x in self.leaves], np.int64)
+            starts = addresses(self.leaves)
+            order = [i for i in np.argsort(starts) if self._sizes[i]]
+            self._starts, self._ends = starts[order], (starts + self._sizes)[order]
+
+    def gradients(self, params: Any, grads: Any) -> list[Any]:
+        """Return the gradients in the order of the parameters, checked; refuse parameters that have been replaced."""
+        now = self._leaves_of(params, "params")
+        if not all(map(operator.is_, now, self.leaves)):
+            name = next(name for name, x, y in zip(self.names, now, self.leaves, strict=True) if x is not y)
+            raise ValueError(
+                f"{called('parameter', name)} is not the array that the stepper was made for; write into that "
+                "array, or make another stepper"
+            )
+        if self._xp is np and not all(map(_writeable, self._present)):
+            self.check_parameters()  # which says which
+        leaves = self._leaves_of(grads, "the container of gradients")
+        if self._are_plain(leaves):
+            return leaves
+        # NumPy's arithmetic makes scalars of 0-d arrays, and compiled code cannot read the memory of a scalar
+        leaves = [np.asarray(g) if isinstance(g, np.generic) else g for g in leaves]
+        pairs = [("parameter", self.leaves), ("gradient", leaves)]
+        common_namespace((what, *pair) for what, column in pairs for pair in zip(self.names, column, strict=True))
+        for name, x, g in zip(self.names, self.leaves, leaves, strict=True):
+            check_leaf("gradient", name, g, "parameter", x)
+            if g is not None and (g.dtype != x.dtype or getattr(g, "device", None) != getattr(x, "device", None)):
+                what = "dtype" if g.dtype != x.dtype else "device"
+                have, want = getattr(g, what), getattr(x, what)
+                raise TypeError(f"{called('gradient', name)} has {what} {have}, its parameter {want}; convert it")
+        self._refuse_overlap(leaves)
+        return leaves
+
+    def _are_plain(self, leaves: list[Any]) -> bool:
+        """Return whether gradients match at a glance: contiguous arrays that share no memory with a parameter."""
+        try:
+            if self._expected is None or list(map(_layout, leaves)) != self._expected:
+                return False
+        except AttributeError:  # None, or not an array
+            return False
+        begin = addresses(leaves)
+        # of the parameters that begin before a gradient ends, the last one ends last
+        last = np.searchsorted(self._starts, begin + self._sizes) - 1
+        return not bool(np.any((last >= 0) & (self._ends[last] > begin))) if self._starts.size else True
+
+    def check_parameters(self) -> None:
+        """Refuse parameters that a stepper cannot write into."""
+        if self._xp.__name__ not in ("numpy", "cupy"):
+            raise TypeError(
+                f"the parameters are arrays of {library(self._xp)}; a Stepper takes NumPy or CuPy arrays, "
+                "and acprop_torch and acprop_optax take the others"
+            )
+        for name, x in zip(self.names, self.leaves, strict=True):
+            if x is None:
+                continue
+            if not getattr(x.flags, "writeable", True):
+                raise ValueError(
+                    f"{called('parameter', name)} is read-only; a stepper writes into its parameters: copy it"
+                )
+            if not x.dtype.isnative:
+                raise ValueError(
+                    f"{called('parameter', name)} has dtype {x.dtype.str}, not in native byte order; convert it, "
+                    "for example with astype(x.dtype.newbyteorder('='))"
+                )
+        self._refuse_overlap()
+
+    def _refuse_overlap(self, grads: Sequence[Any] = ()) -> None:
+        named: list[tuple[str, Array, bool]] = []
+        for what, leaves in (("parameter", self.leaves), ("gradient", grads)):
+            named += [
+                (called(what, name), x, what == "parameter")
+                for name, x in zip(self.names, leaves, strict=False)
+                if x is not None
+            ]
+        if overlap := first_overlap(named, self._xp):
+            raise ValueError(
+                f"{overlap[0]} and {overlap[1]} share memory, so that writing one would change the other; copy one"
+                if overlap[0] != overlap[1]
+                else f"several elements of {overlap[0]} are in the same memory, because of its strides; copy it"
+            )
+
+    def _leaves_of(self, tree: Any, what: str) -> list[Any]:
+        # a flat container is read at C speed: a thousand small arrays should not wait for the interpreter
+        if self._is_flat and type(tree) is type(self.containers):
+            if isinstance(tree, dict):
+                if tree.keys() == self.containers.keys():
+                    return [tree[key] for key in self.containers]
+            elif len(tree) == len(self.containers):
+                return list(tree)
+        return list(align(tree, self.containers, what))
