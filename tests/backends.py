@@ -326,16 +326,16 @@ def _torch_capturable(**flags: Any) -> Callable[[Case], Trajectory]:
     def run(case: Case) -> Trajectory:
         from acprop_torch import _optimizer
 
-        with mock.patch.object(_optimizer, "_get_capturable_supported_devices", return_value=["cpu"]):
+        with mock.patch.object(_optimizer, "capturable_devices", return_value=["cpu"]):
             return _torch_optimizer(case, "cpu", capturable=True, **flags)
 
     return run
 
 
 def torch_fused_by_inductor(case: Case) -> Trajectory:
-    from acprop_torch import _fused
+    from acprop_torch import _numba
 
-    with mock.patch.object(_fused, "_has_numba", return_value=False):
+    with mock.patch.object(_numba, "has_numba", return_value=False):
         return _torch_optimizer(case, "cpu", fused=True)
 
 

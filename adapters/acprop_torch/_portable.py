@@ -8,10 +8,11 @@ from torch import Tensor
 
 import acprop_core
 from acprop_core import State
-from acprop_core._portable import arrange, checked, choose, to_numpy
-from acprop_torch._optimizer import _MOMENTS, ACProp, _dtype_of_moments, _is_compensated, _step_count
+from acprop_core.checkpoint import check_portable, choose, match_names, to_numpy
+from acprop_torch._optimizer import ACProp
+from acprop_torch._state_dict import MOMENTS, begin, dtype_of_moments, has_carry
 
-if TYPE_CHECKING:  # slow to import, and whoever has sharded tensors has done so
+if TYPE_CHECKING:  # slow to import; where there are sharded tensors, it has been imported
     from torch.distributed.tensor import DTensor
 
 Model = torch.nn.Module | Mapping[str, Tensor]
@@ -85,7 +86,7 @@ def export_state(
         )
 
     compensates = any(group["compensate"] for group in optimizer.param_groups)
-    keys = (*_MOMENTS, "carry") if compensates else _MOMENTS
+    keys = (*MOMENTS, "carry") if compensates else MOMENTS
     keep = _keeps([p for p, _ in named.values()])
     # All of them before the first becomes an array of NumPy, which may fail on this rank while others wait for it.
     whole = {key: {name: _whole(state[key], keep) for name, state in states.items() if key in state} for key in keys}
@@ -141,7 +142,7 @@ def import_state(
     >>> optimizer.state[model.bias]["step"]
     tensor(7.)
     """
-    saved = checked(saved, state)
+    saved = check_portable(saved, state)
     named = _named(optimizer, model)
     options: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
     if prefer == "saved":
@@ -151,12 +152,12 @@ def import_state(
     groups = [{**group, **new} for group, new in zip(optimizer.param_groups, options, strict=True)]
     owners = [(p, None if i is None else groups[i]) for p, i in named.values()]
     like = [None if group is None else _like(group, p) for p, group in owners]
-    compensated = [group is not None and _is_compensated(group, p) for p, group in owners]
+    compensated = [group is not None and has_carry(group, p) for p, group in owners]
     carries = [p if has_carry else None for (p, _), has_carry in zip(owners, compensated, strict=True)]
     compensates = any(group["compensate"] for group in groups)
-    rows = arrange(state, list(named), State(0, like, like, carries if compensates else None))
+    rows = match_names(state, list(named), State(0, like, like, carries if compensates else None))
     new_states = [
-        None if row[0] is None else {"step": _step_count(group, p, float(state.count)), **_kept(name, group, p, row)}
+        None if row[0] is None else _state_of(name, group, p, state.count, row)
         for name, (p, group), row in zip(named, owners, rows, strict=True)
         if group is not None
     ]
@@ -265,16 +266,16 @@ def _set(group: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _like(group: dict[str, Any], p: Tensor) -> Tensor:
-    return _real(torch.empty(p.shape, dtype=_dtype_of_moments(group, p), device="meta"))
+    return _real(torch.empty(p.shape, dtype=dtype_of_moments(group, p), device="meta"))
 
 
-def _kept(name: str, group: dict[str, Any], p: Tensor, row: tuple[Any, Any, Any]) -> dict[str, Tensor]:
-    made = {key: torch.zeros_like(p, dtype=_dtype_of_moments(group, p), requires_grad=False) for key in _MOMENTS}
-    if _is_compensated(group, p):
+def _state_of(name: str, group: dict[str, Any], p: Tensor, count: int, row: tuple[Any, Any, Any]) -> dict[str, Tensor]:
+    made = begin(group, p, float(count))
+    if has_carry(group, p):
         made["carry"] = torch.zeros_like(p, requires_grad=False)
-    for whole, x in zip(made.values(), row, strict=False):
+    for key, x in zip((*MOMENTS, "carry"), row, strict=True):
         if x is not None:
-            own = whole.to_local() if _is_sharded(whole) else whole
+            own = made[key].to_local() if _is_sharded(made[key]) else made[key]
             _real(own).copy_(_part(_from_numpy(to_numpy("moment", name, x)), p))
     return made
 

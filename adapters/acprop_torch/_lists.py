@@ -1,0 +1,140 @@
+"""The way to step of foreach=True: lists of tensors, on which the rule runs as on one array."""
+
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acprop_core.adapt import Row, Step
+from acprop_torch import _private as private
+from acprop_torch._rows import Batch, Block, blocks, by_kind, count_steps, kind_of, step_of, tile_of, write
+from acprop_torch._tiles import in_tiles
+
+
+def prepare(batch: Batch) -> Callable[[], None]:
+    """Return the step of a batch, with numbers of the host."""
+    kinds = by_kind(batch)
+
+    def run() -> None:
+        for count, members in kinds:
+            count_steps(members.steps)
+            if members.columns.param[0].is_cpu:  # there torch's operations on lists are loops themselves
+                in_tiles(members.rows, step_of(members, count))
+                continue
+            step = step_of(members, count, _namespace)
+            for chunk in _chunks(blocks(members.rows)):
+                _step_list(chunk, step)
+
+    return run
+
+
+def prepare_traced(batch: Batch) -> Callable[[], None]:
+    """Return the step of a batch that reads no number, each tensor with the numbers of its own count."""
+
+    def run() -> None:
+        kinds: dict[Any, list[int]] = {}
+        for i, row in enumerate(batch.rows):
+            kinds.setdefault(kind_of(row), []).append(i)
+        for members in map(batch.choose, kinds.values()):
+            step = step_of(members, torch.stack(members.steps), _namespace)
+            start = 0
+            for chunk in _chunks(map(Block, members.rows)):
+                _step_list(chunk, step.map_numbers(_own(slice(start, start + len(chunk)))))
+                start += len(chunk)
+        private.foreach_add_(batch.steps, 1)
+
+    return run
+
+
+def _own(part: slice) -> Callable[[Any], Any]:
+    """Return what takes the part of numbers that differ from tensor to tensor."""
+    return lambda x: TensorList(x[part].unbind()) if isinstance(x, Tensor) and x.ndim == 1 else x
+
+
+def _step_list(chunk: list[Block], step: Step) -> None:
+    columns = zip(*(block.row for block in chunk), strict=True)
+    results = step(Row(*(None if tensors[0] is None else TensorList(tensors) for tensors in columns)))
+    lists = ([None] * len(chunk) if x is None else x.tensors for x in results)
+    write(chunk, list(zip(*lists, strict=True)))
+
+
+def _chunks(blocks: Iterable[Block]) -> Iterable[list[Block]]:
+    """Sort blocks into lists that are, together, as large as a tile."""
+    chunk: list[Block] = []
+    size = 0
+    for block in blocks:
+        own = block.row.mu.numel() * block.row.mu.element_size()  # nbytes is refused where a traced size is a symbol
+        if chunk and size + own > tile_of(block.row):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(block)
+        size += own
+    if chunk:
+        yield chunk
+
+
+class TensorList:
+    """Tensors of one dtype and device, treated as one array; a number or a 0-d tensor beside it holds for all."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (len(self.tensors),)
+
+    def __neg__(self) -> "TensorList":
+        return TensorList(private.foreach_neg(self.tensors))
+
+    def __add__(self, other: Any) -> "TensorList":
+        return TensorList(private.foreach_add(self.tensors, _operand(other)))
+
+    def __sub__(self, other: Any) -> "TensorList":
+        return TensorList(private.foreach_sub(self.tensors, _operand(other)))
+
+    def __mul__(self, other: Any) -> "TensorList":
+        return TensorList(private.foreach_mul(self.tensors, _operand(other)))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> "TensorList":
+        return TensorList(private.foreach_div(self.tensors, _operand(other)))
+
+
+def _operand(x: Any) -> Any:
+    return x.tensors if isinstance(x, TensorList) else x
+
+
+def _clip(x: TensorList, low: Any, high: Any) -> TensorList:
+    clipped = private.foreach_clamp_min(x.tensors, _operand(low))
+    private.foreach_clamp_max_(clipped, _operand(high))
+    return TensorList(clipped)
+
+
+def _where(condition: Tensor, x: Any, y: Any) -> Any:
+    if isinstance(x, Tensor):
+        return torch.where(condition, x, y)
+    return TensorList([torch.where(condition, a, b) for a, b in zip(x.tensors, y.tensors, strict=True)])
+
+
+def _astype(x: Any, dtype: torch.dtype) -> Any:
+    return TensorList([y.to(dtype) for y in x.tensors]) if isinstance(x, TensorList) else x.to(dtype)
+
+
+_namespace = SimpleNamespace(
+    float32=torch.float32,
+    float64=torch.float64,
+    sqrt=lambda x: TensorList(private.foreach_sqrt(x.tensors)),
+    abs=lambda x: TensorList(private.foreach_abs(x.tensors)),
+    maximum=lambda x, y: TensorList(private.foreach_maximum(x.tensors, y.tensors)),
+    round=lambda x: TensorList(private.foreach_round(x.tensors)),
+    clip=_clip,
+    where=_where,
+    astype=_astype,
+)

@@ -1,0 +1,58 @@
+"""Private names of torch, in this file alone: what each is for, and what replaces it where a torch lacks it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, _utils
+from torch.optim import optimizer as _optimizer
+
+# The helpers of torch's own optimizers, so that this one refuses, finds and chooses what AdamW does.
+# A step without gradients, or with them if differentiable; otherwise a decorator of a few lines.
+use_grad_for_differentiable = _optimizer._use_grad_for_differentiable
+# foreach=None: lists on accelerators only; otherwise False.
+default_to_fused_or_foreach = _optimizer._default_to_fused_or_foreach
+# Which devices and dtypes fused steps take; otherwise no check, and torch.compile says so.
+device_dtype_check_for_fused = _optimizer._device_dtype_check_for_fused
+# The dtype of step counts; otherwise float32, or float64 if that is the default dtype.
+scalar_dtype = _optimizer._get_scalar_dtype
+# A 1-element tensor as a 0-d one, anything else as it is; otherwise `squeeze()`.
+to_scalar = _optimizer._to_scalar
+
+# One tensor from several, and back, at C speed; otherwise `torch.cat` of `reshape(-1)`, and `split` with `view_as`.
+flatten_dense, unflatten_dense = _utils._flatten_dense_tensors, _utils._unflatten_dense_tensors
+
+# Operations on lists. Nothing public does this; otherwise a loop over the tensors.
+foreach_abs = torch._foreach_abs
+foreach_add = torch._foreach_add
+foreach_add_ = torch._foreach_add_
+foreach_clamp_max_ = torch._foreach_clamp_max_
+foreach_clamp_min = torch._foreach_clamp_min
+foreach_copy_ = torch._foreach_copy_
+foreach_div = torch._foreach_div
+foreach_maximum = torch._foreach_maximum
+foreach_mul = torch._foreach_mul
+foreach_neg = torch._foreach_neg
+foreach_round = torch._foreach_round
+foreach_sqrt = torch._foreach_sqrt
+foreach_sub = torch._foreach_sub
+
+is_zerotensor = Tensor._is_zerotensor  # a gradient of zeros without memory; otherwise `data_ptr() == 0` says it too
+
+
+def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a step that a CUDA graph captures without capturable=True."""
+    optimizer._accelerator_graph_capture_health_check()  # in older torch `_cuda_graph_capture_health_check`
+
+
+def compiled(function: Any) -> Any:
+    """Return `function` compiled for any sizes, one program for each combination of dtypes and options."""
+    # Past the limit on programs torch would run it uncompiled without a word, hence `fullgraph`, which makes that an
+    # error. Older torch has the limit as `torch._dynamo.config.recompile_limit` alone.
+    return torch.compile(  # type: ignore[call-overload]  # torch's annotations lack the limit
+        function, dynamic=True, fullgraph=True, recompile_limit=256
+    )
+
+
+def capturable_devices() -> list[str]:
+    """Return the types of device on which a step can be captured; otherwise "cuda" and "xpu"."""
+    return _optimizer._get_capturable_supported_devices()

@@ -1,0 +1,222 @@
+"""Rows of tensors: what a step gets, how rows are sorted, cut and gathered, and what of them is refused."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from acprop_core.adapt import Row, Step
+from acprop_core.rule import Hyperparameters, Numbers, flags_of, numbers_of
+from acprop_torch._private import flatten_dense, foreach_add_, foreach_copy_, unflatten_dense
+
+# What one operation sees at once, in bytes. On a CPU, what its cache holds: temporaries of whole large tensors are new
+# memory at every operation, and their page faults cost more than the arithmetic.
+_CPU_TILE, _TILE = 3 * 2**17, 2**23
+_SMALL = 2**17  # bytes: on a CPU, starting the operations on fewer costs more than gathering them into a tile
+
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+class Batch(NamedTuple):
+    """The rows of a parameter group, real tensors of equal shapes in a row, and what their step needs.
+
+    They are kept as a row of lists: with a thousand tuples more a step, the garbage collector doubles its time.
+    """
+
+    columns: Row
+    steps: list[Tensor]
+    counts: list[int] | None  # None if they are not read
+    hyper: Hyperparameters
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows one by one."""
+        return list(map(Row, *self.columns))
+
+    def choose(self, members: Sequence[int]) -> "Batch":
+        """Return the batch of some of the rows."""
+        columns = Row(*([column[i] for i in members] for column in self.columns))
+        counts = None if self.counts is None else [self.counts[i] for i in members]
+        return self._replace(columns=columns, steps=[self.steps[i] for i in members], counts=counts)
+
+
+class Block(NamedTuple):
+    """What the rule sees at once: a row, a part of one, or copies of the `members`, back to back."""
+
+    row: Row
+    members: Sequence[Row] = ()
+
+
+def step_of(batch: Batch, count: Any, namespace: Any = xp) -> Step:
+    """Return step ``count + 1`` of a batch; no number is read if `count` is a tensor."""
+    step = Step(numbers_of(batch.hyper, count, xp), flags_of(batch.hyper), namespace)
+    if batch.grad_scale is None:
+        return step
+    scale = batch.grad_scale.squeeze().double() if isinstance(count, Tensor) else batch.grad_scale.item()
+    return step.with_grad_scale(1.0 / scale)
+
+
+def as_tensors(numbers: Numbers, dtype: torch.dtype = torch.float64) -> Numbers:
+    """Return the numbers as 0-d tensors: on the CPU, from where they go with tensors of any device."""
+    return numbers._make(torch.tensor(x, dtype=dtype, device="cpu") if isinstance(x, float) else x for x in numbers)
+
+
+def map_row(f: Callable[[Any], Any], row: Row) -> Row:
+    """Return the row with `f` applied to all tensors in it."""
+    return Row(*(None if x is None else f(x) for x in row))
+
+
+def local_columns(columns: Row, has_complex: bool) -> Row:
+    """Return what the rule works on: of sharded tensors the local shard, and complex tensors as real ones."""
+    is_plain = PLAIN.issuperset(map(type, columns.param))
+    if is_plain and not has_complex:
+        return columns
+    rows = list(map(Row, *columns))
+    if has_complex:
+        rows = list(map(_real_row, rows))
+    return columns_of(rows if is_plain else list(map(_local_row, rows)))
+
+
+def columns_of(rows: Sequence[Row]) -> Row:
+    """Return rows as a row of lists."""
+    return Row(*map(list, zip(*rows, strict=True)))
+
+
+def _real_row(row: Row) -> Row:
+    # a gradient may be conjugated lazily; a parameter may not, because its memory is what counts
+    row = row._replace(grad=row.grad.resolve_conj())
+    return map_row(lambda x: torch.view_as_real(x) if x.is_complex() else x, row)
+
+
+def _local_row(row: Row) -> Row:
+    if not hasattr(row.param, "to_local"):
+        return row
+    if row.grad.placements != row.param.placements:
+        row = row._replace(grad=row.grad.redistribute(placements=row.param.placements))
+    return map_row(lambda x: x.to_local(), row)
+
+
+def check_shapes(columns: Row) -> None:
+    """Refuse tensors of different shapes, which torch would broadcast, or find out in the middle of a step."""
+    shape = attrgetter("shape")
+    shapes = list(map(shape, columns.param))
+    for others in columns[1:4]:
+        if shapes != list(map(shape, others)):
+            raise unequal(next(row for row in map(Row, *columns) if len({*map(shape, row[:4])}) > 1))
+    for i, carry in enumerate(columns.carry):
+        if carry is not None and carry.shape != shapes[i]:
+            raise unequal(Row(*(column[i] for column in columns)))
+
+
+def unequal(row: Row) -> RuntimeError:
+    """Return the refusal of a row of different shapes."""
+    shapes = ", ".join(str(tuple(x.shape)) for x in row if x is not None)
+    names = "exp_avg and exp_avg_var" if row.carry is None else "exp_avg, exp_avg_var and carry"
+    return RuntimeError(
+        f"a parameter, its gradient, {names} have the shapes {shapes}; clear `optimizer.state`, or load the state of "
+        "this model"
+    )
+
+
+def by_kind(batch: Batch) -> list[tuple[int, Batch]]:
+    """Return the rows sorted by count, device and dtypes: each count with the batch of its rows."""
+    counts = list(map(int, map(Tensor.item, batch.steps))) if batch.counts is None else batch.counts
+    kinds: dict[Any, list[int]] = {}
+    for i, (row, count) in enumerate(zip(batch.rows, counts, strict=True)):
+        kinds.setdefault((count, *kind_of(row)), []).append(i)
+    if len(kinds) == 1:
+        return [(counts[0], batch)]
+    return [(key[0], batch.choose(members)) for key, members in kinds.items()]
+
+
+def kind_of(row: Row) -> tuple[Any, ...]:
+    """Return device and dtypes of a row."""
+    return row.param.device, row.param.dtype, row.grad.dtype, row.mu.dtype, row.nu.dtype
+
+
+def contiguous(row: Row) -> Row | None:
+    """Return the row as contiguous tensors, their axes permuted alike; None if there is no such order."""
+    if all(x is None or x.is_contiguous() for x in row):
+        return row
+    order = sorted(range(row.param.ndim), key=row.param.stride, reverse=True)
+    permuted = map_row(lambda x: x.permute(order), row)
+    return permuted if all(x is None or x.is_contiguous() for x in permuted) else None
+
+
+def blocks(rows: Sequence[Row], tile: int | None = None) -> Iterator[Block]:
+    """Cut large tensors into tiles, and gather small ones on a CPU. The rows are alike in device and dtypes."""
+    tile = tile or tile_of(rows[0])
+    small: list[Row] = []
+    gathered = 0
+    for row in rows:
+        size = row.mu.nbytes
+        if size < _SMALL and row.param.is_cpu:
+            if small and gathered + size > _CPU_TILE:
+                yield _gathered(small)
+                small, gathered = [], 0
+            small.append(row)
+            gathered += size
+        elif size > tile:
+            yield from map(Block, _tiles(row, tile // row.mu.element_size()))
+        else:
+            yield Block(row)
+    if small:
+        yield _gathered(small)
+
+
+def tile_of(row: Row) -> int:
+    """Return how many bytes of such a row one operation should see."""
+    return _CPU_TILE if row.param.is_cpu else _TILE
+
+
+def _gathered(rows: list[Row]) -> Block:
+    if len(rows) == 1:
+        return Block(rows[0])
+    columns = zip(*rows, strict=True)
+    return Block(Row(*(None if tensors[0] is None else flatten_dense(tensors) for tensors in columns)), rows)
+
+
+def _tiles(row: Row, size: int) -> Iterator[Row]:
+    if (flat := contiguous(row)) is not None:
+        pieces = map_row(lambda x: x.view(-1).split(size), flat)
+    else:
+        axis = max(range(row.param.ndim), key=row.param.size)
+        length = max(1, row.param.size(axis) * size // row.param.numel())
+        pieces = map_row(lambda x: x.split(length, axis), row)
+    return map(Row, *(repeat(None) if x is None else x for x in pieces))
+
+
+def write(blocks: Sequence[Block], results: Sequence[tuple[Any, Any, Any, Any]]) -> None:
+    """Add the updates to the parameters of the blocks, and replace moments and carries by the new ones."""
+    updates, mus, nus, carries = zip(*results, strict=True)
+    bring(updates, 0, blocks, foreach_add_)
+    bring(mus, 2, blocks, foreach_copy_)
+    bring(nus, 3, blocks, foreach_copy_)
+    if carries[0] is not None:
+        bring(carries, 4, blocks, foreach_copy_)
+
+
+def bring(values: Sequence[Any], i: int, blocks: Sequence[Block], operation: Callable[..., None]) -> None:
+    """Add or copy a value for each block to the i-th tensor of its row, or of the rows that it is made of."""
+    targets: list[Tensor] = []
+    parts: list[Tensor] = []
+    for block, value in zip(blocks, values, strict=True):
+        owners = [row[i] for row in block.members or [block.row]]
+        targets += owners
+        parts += unflatten_dense(value, owners) if block.members else [value]
+    operation(targets, parts)
+
+
+def count_steps(steps: list[Tensor]) -> None:
+    """Add one to the step counts."""
+    if steps[0].is_cpu:
+        one = torch.tensor(1.0, device="cpu")  # a Python number would be made a tensor for every step
+        foreach_add_(steps, one, alpha=1.0)
+    else:
+        foreach_add_(steps, 1)

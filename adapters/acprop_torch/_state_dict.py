@@ -1,0 +1,183 @@
+"""The state of a parameter: how it begins, what is loaded, and the translation of the authors' own state."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acprop_core.adapt import dtype_name, moment_dtypes
+from acprop_torch._options import check_flags, check_options, is_number
+from acprop_torch._private import scalar_dtype
+
+MOMENTS = ("exp_avg", "exp_avg_var")
+
+
+def begin(group: dict[str, Any], p: Tensor, count: float = 0.0) -> dict[str, Tensor]:
+    """Return the state of a parameter before its first step, or with another count."""
+    zeros = {key: torch.zeros_like(p, dtype=dtype_of_moments(group, p), requires_grad=False) for key in MOMENTS}
+    return {"step": step_count(group, p, count), **zeros}
+
+
+def step_count(group: dict[str, Any], p: Tensor, value: float) -> Tensor:
+    """Return a step count as the state of this parameter keeps it."""
+    on_device = group["capturable"] or group["fused"]
+    dtype = scalar_dtype(is_fused=group["fused"])
+    return torch.tensor(value, dtype=dtype, device=p.device if on_device else "cpu")
+
+
+def dtype_of_moments(group: dict[str, Any], p: Tensor) -> torch.dtype:
+    """Return the dtype of the moments of this parameter."""
+    wanted = group["moment_dtype"]
+    mu, _ = moment_dtypes(dtype_name(p.dtype), None if wanted is None else dtype_name(wanted))
+    return getattr(torch, mu) if mu is not None else wanted.to_complex()
+
+
+def has_carry(group: dict[str, Any], p: Tensor) -> bool:
+    """Return whether the state of this parameter keeps a carry."""
+    return group["compensate"] and p.dtype in (torch.float16, torch.bfloat16)
+
+
+def check_steps(steps: Sequence[Any], name: Callable[[int], str]) -> list[int] | None:
+    """Return the step counts, None if they are on a device, where they are not read.
+
+    Refuse anything but floating-point tensors of one whole number.
+    """
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError):  # raised by anything else
+        if all(map(attrgetter("is_cpu"), steps)):
+            counts = list(map(Tensor.item, steps))
+            if all(map(float.is_integer, counts)) and min(counts) >= 0.0:
+                return list(map(int, counts))
+    for i, step in enumerate(steps):
+        if not (isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()):
+            reason = "not a floating-point tensor of one number"
+        elif step.is_cpu and not (step.item() >= 0.0 and step.item().is_integer()):
+            reason = "not a whole number that is at least 0"
+        else:
+            continue
+        raise TypeError(
+            f"the step count in the state of {name(i)} is {step!r}, {reason}; load a state_dict, or use "
+            "torch.tensor(float(count))"
+        )
+    return None
+
+
+def check_state(key: Any, own: Any, p: Tensor) -> None:
+    """Refuse the saved state of a parameter if no step of it could be taken."""
+    for name in (*MOMENTS, *(["carry"] if "carry" in own else [])):
+        x = own[name]
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or (x.is_complex() and p.is_complex())):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} of parameter {key} is a {kind}; load a floating-point tensor")
+        if x.shape != p.shape:
+            raise ValueError(
+                f"{name} of parameter {key} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}; load the state "
+                "of this model"
+            )
+        if x.layout is not torch.strided or (x.is_meta and not p.is_meta):
+            raise ValueError(
+                f"{name} of parameter {key} is {'sparse' if not x.is_meta else 'without values'}; load a dense tensor"
+            )
+    if "carry" in own and p.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"parameter {key} has a carry in the state, but is {p.dtype} here; add it to the parameter, which can hold "
+            "it, and take it out of the state"
+        )
+    step = own["step"]
+    if isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point() and (p.is_meta or not step.is_meta):
+        step = 0.0 if step.is_meta else step.item()
+    if not is_number(step):
+        raise TypeError(f"step of parameter {key} is {step!r}; load a number, or a floating-point tensor of one")
+    if not (float(step) >= 0.0 and float(step).is_integer()):
+        raise ValueError(f"step of parameter {key} is {step!r}; load a whole number that is at least 0")
+
+
+def translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a state_dict as one of this class, the authors' made so; refuse those of other optimizers."""
+    saved, states = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(states, dict) or not isinstance(saved, list) or not all(isinstance(x, dict) for x in saved):
+        raise ValueError(
+            "the state_dict lacks a dict 'state' or a list of dicts 'param_groups'; pass what state_dict() of ACProp "
+            "returned, not a model's"
+        )
+    for key in (key for group in saved for key in group.get("params", ())):
+        if not isinstance(states.get(key, {}), dict):
+            raise TypeError(f"the state of parameter {key} is a {type(states[key]).__name__}; load a dict")
+    states = {key: state for key, state in states.items() if isinstance(state, dict) and state}
+    theirs = [not {"eps_root", "maximize"} & set(group) for group in saved]
+    parts = [
+        (f"parameter group {i}", group, ("lr", "betas", "eps", "weight_decay", *(() if old else ("eps_root",))))
+        for i, (group, old) in enumerate(zip(saved, theirs, strict=True))
+    ]
+    parts += [(f"the state of parameter {key}", state, ("step", *MOMENTS)) for key, state in states.items()]
+    for name, part, wanted in parts:
+        if missing := [key for key in wanted if key not in part]:
+            raise ValueError(
+                f"{name} lacks {', '.join(map(repr, missing))}: it belongs to another optimizer; "
+                "load one that ACProp saved"
+            )
+    if not any(theirs) or len(saved) != len(groups):  # the base class says so if the groups do not fit
+        return state_dict
+    return {
+        **state_dict,
+        "param_groups": [_group_of_authors(i, *pair) for i, pair in enumerate(zip(saved, groups, strict=True))],
+        "state": {
+            **state_dict["state"],
+            # their code adds eps to the second moment when it is used, not when it is made
+            **{
+                key: {**states[key], "exp_avg_var": states[key]["exp_avg_var"] + group["eps"]}
+                for group in saved
+                for key in group["params"]
+                if key in states
+            },
+        },
+    }
+
+
+def _group_of_authors(i: int, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    rectified = saved.get("rectify") or any(x is not None for row in saved.get("buffer", ()) for x in row)
+    for option, used in (("amsgrad", saved.get("amsgrad")), ("rectify", rectified)):
+        if used:
+            raise ValueError(
+                f"parameter group {i} comes from a run with {option}=True, which is another algorithm than ACProp's; "
+                "finish that run with the optimizer that began it, or start anew"
+            )
+    kept = {key: value for key, value in saved.items() if key not in ("amsgrad", "rectify", "buffer")}
+    return {**{key: value for key, value in group.items() if key != "params"}, **kept, "eps_root": saved["eps"]}
+
+
+def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a state_dict, the authors' translated; refuse one that this optimizer could not go on from."""
+    saved = translated(state_dict, optimizer.param_groups)
+    for group in saved["param_groups"]:
+        options = {**optimizer.defaults, **group}
+        check_options(options, step=True)
+        check_flags(options)
+    keys = {key for group in saved["param_groups"] for key in group["params"]}
+    if strays := [key for key in saved["state"] if isinstance(key, int) and key not in keys]:
+        raise ValueError(
+            f"the state_dict has the state of parameter {strays[0]}, which none of its parameter groups has; "
+            "load what state_dict() of ACProp returned"
+        )
+    for key, _, p in owners(saved, optimizer):
+        if own := saved["state"].get(key):
+            check_state(key, own, p)
+    return saved
+
+
+def owners(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, dict[str, Any], Tensor]]:
+    """Yield for each parameter its key in a state_dict, its group and itself."""
+    keys = (key for group in saved["param_groups"] for key in group["params"])
+    return ((next(keys, None), group, p) for group in optimizer.param_groups for p in group["params"])
+
+
+def restore_dtypes(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Give the loaded moments their own dtypes: the base class has cast them to their parameter's."""
+    for key, group, p in owners(saved, optimizer):
+        for name in MOMENTS if saved["state"].get(key) else ():
+            moment = saved["state"][key][name]
+            optimizer.state[p][name] = moment.to(p.device, dtype_of_moments(group, p), copy=True)
+        for name in {"step", "carry"} & optimizer.state.get(p, {}).keys():  # which the base class may share with it
+            optimizer.state[p][name] = optimizer.state[p][name].clone()

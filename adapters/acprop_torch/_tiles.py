@@ -1,0 +1,84 @@
+"""The way to step of foreach=False, and of foreach=True on a CPU: tile after tile, with numbers of the host."""
+
+import functools
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from acprop_core.adapt import Row, Step
+from acprop_core.kernels.calls import Operations, program_of
+from acprop_torch._private import foreach_add_, foreach_copy_
+from acprop_torch._rows import PLAIN, Batch, as_tensors, blocks, bring, by_kind, count_steps, step_of, write
+
+
+def prepare(batch: Batch) -> Callable[[], None]:
+    """Return the step of a batch."""
+    kinds = by_kind(batch)
+
+    def run() -> None:
+        for count, members in kinds:
+            count_steps(members.steps)
+            in_tiles(members.rows, step_of(members, count))
+
+    return run
+
+
+def in_tiles(rows: list[Row], step: Step) -> None:
+    """Step rows that are alike in device and dtypes, as much at once as `blocks` says."""
+    if _takes_outputs(rows):
+        _by_program(rows, step)
+        return
+    # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster
+    step = Step(as_tensors(step.numbers)._replace(limit=step.numbers.limit), step.flags, xp)
+    for block in blocks(rows):
+        write([block], [step(block.row)])
+
+
+def _takes_outputs(rows: list[Row]) -> bool:
+    """Return whether a program can step all rows: plain tensors on a CPU, without casts."""
+    first = rows[0]
+    dtypes = {*map(attrgetter("dtype"), first[:4])}
+    plain = all(PLAIN.issuperset(map(type, row[:4])) for row in rows)
+    return first.param.is_cpu and plain and dtypes in ({torch.float32}, {torch.float64})
+
+
+def _by_program(rows: list[Row], step: Step) -> None:
+    # The operations write into a few registers that stay in the cache, where operators would make a tensor each.
+    dtype = rows[0].mu.dtype
+    numbers, flags, *_ = step.cast_for(dtype, dtype)
+    program = program_of(flags, numbers, functools.partial(_operand, dtype), _OPERATIONS)
+    memory = torch.empty((program.registers, 0), dtype=dtype, device="cpu")
+    registers: list[Tensor] = []
+    shape = None
+    for block in blocks(rows):
+        if block.row.param.shape != shape:
+            shape = block.row.param.shape
+            if shape.numel() > memory.shape[1]:
+                memory = memory.new_empty((program.registers, shape.numel()))
+            registers = [x[: shape.numel()].view(shape) for x in memory]
+        update = program.run([*block.row[:4], *program.numbers, *registers])
+        # added where it belongs, not to a copy that is brought back: another parameter may share the memory
+        bring([update], 0, [block], foreach_add_)
+        for i in (2, 3) if block.members else ():  # copies, which the program has written
+            bring([block.row[i]], i, [block], foreach_copy_)
+        del block  # what was gathered is freed before more is
+
+
+def _operand(dtype: torch.dtype, name: str, value: float) -> Any:
+    # as above; a wider number would widen parameters without axes
+    return value if name == "limit" else torch.tensor(value, dtype=dtype, device="cpu")
+
+
+_OPERATIONS = Operations(
+    add=lambda x, y, out: torch.add(x, y, out=out),
+    subtract=lambda x, y, out: torch.sub(x, y, out=out),
+    multiply=lambda x, y, out: torch.mul(x, y, out=out),
+    divide=lambda x, y, out: torch.div(x, y, out=out),
+    sqrt=lambda x, out: torch.sqrt(x, out=out),
+    clip=lambda x, low, high, out: torch.clamp(x, low, high, out=out),
+    copy=lambda x, out: out.copy_(x),
+)

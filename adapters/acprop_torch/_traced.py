@@ -1,0 +1,81 @@
+"""The way to step where no number may be read on the host: under capturable, differentiable and torch.compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from acprop_core.adapt import Row, Step
+from acprop_core.rule import Flags, Numbers
+from acprop_torch._rows import Batch, map_row, step_of
+
+
+def prepare(batch: Batch, differentiable: bool) -> Callable[[], None]:
+    """Return the step of a batch, one tensor after the other."""
+
+    def run() -> None:
+        for row, done in zip(batch.rows, batch.steps, strict=True):
+            step = step_of(batch, done, namespace_for(row))
+            # derivatives need the old values of what is overwritten
+            update, *kept = step(map_row(Tensor.clone, row) if differentiable else row)
+            row.param.add_(update)
+            _replace(row, kept, None)
+            done.add_(1)
+
+    return run
+
+
+def prepare_fused(batch: Batch) -> Callable[[], None]:
+    """Return the step of a batch that divides gradients by `grad_scale` and does nothing where `found_inf` is not 0."""
+
+    def run() -> None:
+        skip = None if batch.found_inf is None else batch.found_inf.squeeze() != 0
+        for row, done in zip(batch.rows, batch.steps, strict=True):
+            step = step_of(batch, done)
+            step_in_place(row, step.numbers, step.flags, skip)
+            done.add_(1 if skip is None else (~skip).to(done.dtype))
+
+    return run
+
+
+def step_in_place(row: Row, numbers: Numbers, flags: Flags, skip: Tensor | None) -> None:
+    """Step a row, or leave it as it is where the 0-d tensor `skip` is true."""
+    update, *kept = Step(numbers, flags, namespace_for(row))(row)
+    _replace(row, kept, skip, row.param + update)
+
+
+def _replace(row: Row, kept: Any, skip: Tensor | None, param: Tensor | None = None) -> None:
+    for old, new in zip((row.param, *row[2:]), (param, *kept), strict=True):
+        if old is not None and new is not None:
+            old.copy_(new if skip is None else torch.where(skip, old, new))
+
+
+def namespace_for(row: Row) -> Any:
+    """Return torch as the namespace of a step of this row."""
+    return _keeping_casts if row.carry is not None and torch.compiler.is_compiling() else xp
+
+
+@torch.library.custom_op("acprop::narrowed", mutates_args=())
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True)
+
+
+_narrowed.register_fake(lambda x, dtype: torch.empty_like(x, dtype=dtype))
+
+
+class _KeepingCasts:
+    """The namespace for torch's compiler, which leaves out a rounding to 16 bits that is widened again.
+
+    Nothing of what rounding takes would then be left to carry. The compiler does not look into a custom operator.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(xp, name)
+
+    def astype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return _narrowed(x, dtype) if dtype.itemsize == 2 else xp.astype(x, dtype)
+
+
+_keeping_casts = _KeepingCasts()
