@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import torch_tiles
 
-from acprop_torch import ACProp, _steps
+from acprop_torch import ACProp
 
 
 def model_and_data() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
@@ -43,8 +44,7 @@ def test_tiles_give_the_bits_of_the_whole(dtype: torch.dtype, layout: str, monke
     x, *grads = (torch.randn(7, 9, generator=generator).to(dtype) for _ in range(4))
     results = []
     for tile in (40, 4000):
-        monkeypatch.setattr(_steps, "_CPU_TILE", tile)
-        monkeypatch.setattr(_steps, "_SMALL", 1)
+        torch_tiles(monkeypatch, tile, small=1)
         p = x.clone() if layout == "contiguous" else x.t().contiguous().t()
         p.requires_grad_()
         optimizer = ACProp([p], lr=0.1, weight_decay=0.1, clip_exponent=0.25)
