@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from hosts import BACKENDS, Backend, Host, Stepper
 
 from cases import Case
+from hosts import BACKENDS, Backend, Host, Stepper
 
 HYPER: dict[str, Any] = {"learning_rate": 1e-3, "clip_exponent": 0.25}
 SIZE, CHUNK = 37, 1000

@@ -1,5 +1,9 @@
 """compensate=True: 16-bit parameters lose nothing, in any framework. How exactly, the suite says (compensated-*)."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-import pytest
 import torch
-from hosts import Host
-from test_portable import HOSTS
 
 import acprop_optax
 import acprop_stepper
@@ -24,6 +25,8 @@ from acprop_core import ACProp, State, _rule
 from acprop_core._step import compensated
 from agreement import Record
 from cases import DTYPES, Case, prescribed
+from hosts import Host
+from test_portable import HOSTS
 
 pytestmark = pytest.mark.promise("compensation")
 SIXTEEN_BITS = ["bfloat16", "float16"]

@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hosts import BACKENDS, Host, Optax, Stepper, marks_of
 
 import acprop_optax
 import acprop_stepper
 from acprop_core import ACProp, State
 from cases import Case, inverse, prescribed
+from hosts import BACKENDS, Host, Optax, Stepper, marks_of
 from promises import attempt
 
 pytestmark = pytest.mark.promise("concurrency")

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hosts import Backend, on_every_backend
 
 from agreement import violations
 from cases import Case, Hyper, prescribed
+from hosts import Backend, on_every_backend
 from promises import attempt
 
 every_backend = on_every_backend()

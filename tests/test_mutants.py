@@ -5,13 +5,13 @@ import pathlib
 import shutil
 import sys
 
-import hosts
 import pytest
-from hosts import BACKENDS, Backend
 
 import acprop_core
+import hosts
 from agreement import violations
 from cases import CASES
+from hosts import BACKENDS, Backend
 
 CORE = pathlib.Path(acprop_core.__file__).parent
 

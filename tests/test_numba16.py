@@ -1,5 +1,9 @@
 """16-bit memory through Numba: the bits that NumPy and ml_dtypes give, for all there is."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import os
 import subprocess
 import sys
@@ -8,15 +12,14 @@ from typing import Any
 import array_api_compat.numpy
 import numba
 import numpy as np
-import pytest
 import torch
-from hosts import from_torch, to_torch, torch_threads
 
 import acprop_torch
 from acprop_core import ACProp, _numba16
 from acprop_stepper import Stepper
 from acprop_torch import _fused
 from cases import DTYPES
+from hosts import from_torch, to_torch, torch_threads
 
 # on a processor without conversions of its own float16 goes through tiles
 SIXTEEN_BITS = [name for name in ("bfloat16", "float16") if _numba16.seen_as(name, name)]

@@ -1,5 +1,9 @@
 """Every host of ACProp goes on from every other, and refuses what does not fit it."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import torch
-from hosts import Functional, Host, Optax, Stepper, TorchOptimizer, from_torch
-from test_checkpoint import HYPER, assert_same_bits, schedule, state_of, without
 
 import acprop_optax
 import acprop_stepper
@@ -20,6 +21,8 @@ import acprop_torch
 from acprop_core import ACProp, State, load, save
 from agreement import violations
 from cases import Case
+from hosts import Functional, Host, Optax, Stepper, TorchOptimizer, from_torch
+from test_checkpoint import HYPER, assert_same_bits, schedule, state_of, without
 
 # every host goes on from every other
 

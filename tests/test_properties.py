@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hosts import Backend, on_every_backend
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from acprop_core import ACProp
 from cases import DTYPES, Hyper, prescribed
+from hosts import Backend, on_every_backend
 from promises import attempt
 
 # torch.compile makes a program for each dtype and each choice of these, for seconds; the reference suite runs them all.

@@ -1,9 +1,9 @@
 """A short soak of every host; `nox -s soak` does the long one."""
 
 import pytest
-from soak import DRIFT, HOSTS, soak
 
 from promises import attempt
+from soak import DRIFT, HOSTS, soak
 
 STEPS = 5_000  # of each of a dozen hosts
 

@@ -15,7 +15,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hosts import stepper_tiles
 
 import acprop_stepper._engines as engines
 import acprop_stepper._stepper as module
@@ -25,6 +24,7 @@ from acprop_core._rule import displacement, rule
 from acprop_stepper import Stepper, StepRecord
 from acprop_stepper._engines import program_for
 from acprop_stepper._memory import first_overlap
+from hosts import stepper_tiles
 
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
 ENGINES = ["tiles", "numba"]

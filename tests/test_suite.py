@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hosts import BACKENDS, Backend, marks_of
 
 from agreement import violations
 from cases import CASES, Case
+from hosts import BACKENDS, Backend, marks_of
 
 
 def _runs() -> Iterator[Any]:

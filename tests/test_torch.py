@@ -1,13 +1,16 @@
 """The torch adapter as an optimizer of torch: groups, late parameters, closures, saved and restored state."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 from typing import Any
 
-import pytest
 import torch
-from hosts import torch_tiles
 
 from acprop_torch import ACProp
+from hosts import torch_tiles
 
 
 def model_and_data() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:

@@ -1,20 +1,23 @@
 """The torch adapter under torch.compile: one whole graph, no recompilation, and as many kernels as AdamW's step."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
 import torch._inductor.metrics
-from hosts import without_numba
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from acprop_torch import ACProp, _fused
+from hosts import without_numba
 
 OPTIONS = [
     {},

@@ -1,16 +1,19 @@
 """The torch adapter's options: they mean what AdamW's do, in every way to step, and are refused in AdamW's words."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
-from hosts import capturable_on_cpu, torch_threads, torch_tile, torch_tiles, without_numba
 
 from acprop_torch import ACProp, _fused, _optimizer, _steps
+from hosts import capturable_on_cpu, torch_threads, torch_tile, torch_tiles, without_numba
 
 OPTIONS = {"lr": 1e-2, "clip_exponent": 0.25}
 WAYS = {

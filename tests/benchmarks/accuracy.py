@@ -27,12 +27,11 @@ from tqdm import tqdm
 import acprop_optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hosts import BACKENDS, Backend
-
 import record
 from agreement import Exact, in_epsilons, oracle
 from cases import Case
 from eager import EagerACProp
+from hosts import BACKENDS, Backend
 from reference import mp
 
 RATE, B1, DECAY_RATES = 1e-3, 0.9, (0.999, 0.99999)

@@ -13,10 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hosts import BACKENDS
-
 from agreement import BOUNDS, RANDOM_BOUNDS, errors
 from cases import CASES, random_case
+from hosts import BACKENDS
 
 
 def main() -> None:
