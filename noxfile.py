@@ -8,28 +8,6 @@ nox.options.sessions = ["demo", "tests"]
 nox.options.reuse_venv = "yes"
 
 PYTHONS = ["3.11", "3.12", "3.13"]
-WITHOUT_TORCH = [
-    f"tests/test_{name}.py"
-    for name in (
-        "bad_input",
-        "checkpoint",
-        "concurrency",
-        "containers",
-        "extremes",
-        "mutants",
-        "optax",
-        "optax_program",
-        "properties",
-        "reliability",
-        "rule",
-        "scale_dask",
-        "scale_jax",
-        "soak",
-        "stepper",
-        "suite",
-        "supply_chain",
-    )
-]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -54,16 +32,16 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def tests_python(session: nox.Session) -> None:
-    """Run what needs no torch on each Python: NumPy, Numba, array-api-strict, Dask and JAX."""
+    """Run the suite without torch on each Python: NumPy, Numba, array-api-strict, Dask and JAX."""
     install(session, "suite", "jax", "fast")
-    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *WITHOUT_TORCH, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
 
 
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
-    """Run what needs no torch on the oldest versions that pyproject.toml promises."""
+    """Run the suite without torch on the oldest versions that pyproject.toml promises."""
     install(session, "suite", "minimums")
-    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *WITHOUT_TORCH, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
 
 
 @nox.session

@@ -1,5 +1,9 @@
 """The benchmarks of steps: how they measure, and that their page says what their results say."""
 
+import pytest
+
+pytest.importorskip("tqdm")
+
 import itertools
 import json
 import os
@@ -8,14 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests" / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))
 
-import record  # noqa: E402
-import report  # noqa: E402
+import record
+import report
 
 RESULTS = ROOT / "docs" / "benchmarks"
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}

@@ -1,5 +1,9 @@
 """compensate=True: 16-bit parameters lose nothing, in any framework. How exactly, the suite says (compensated-*)."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +16,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-import pytest
 import torch
-from test_portable import HOSTS
 
 import acprop_optax
 import acprop_stepper
 import acprop_torch
 from acprop_core import ACProp, State, _rule
 from acprop_core._step import compensated
-from backends import _from_torch, _to_torch
+from agreement import Record
 from cases import DTYPES, Case, prescribed
+from hosts import Host
+from test_portable import HOSTS
 
 pytestmark = pytest.mark.promise("compensation")
 SIXTEEN_BITS = ["bfloat16", "float16"]
@@ -38,56 +42,23 @@ def ones(dtype: str) -> np.ndarray:
     return np.ones(3, DTYPES[dtype])
 
 
-def functional(dtype: str, steps: int, **hyper: Any) -> tuple[Any, Any]:
-    optimizer, params = ACProp(**hyper), {"w": ones(dtype)}
-    state = optimizer.init(params)
-    for _ in range(steps):
-        updates, state = optimizer.update({"w": ones(dtype)}, state, params)
-        params = optimizer.apply(params, updates)
-    return params["w"], state.carry and state.carry["w"]
-
-
-def by_optax(dtype: str, steps: int, **hyper: Any) -> tuple[Any, Any]:
-    transform = acprop_optax.acprop(**hyper)
-    params = {"w": jnp.asarray(ones(dtype))}
-
-    @jax.jit
-    def step(carried: Any, _: None) -> Any:
-        params, state = carried
-        updates, state = transform.update({"w": jnp.ones_like(params["w"])}, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    (params, state), _ = jax.lax.scan(step, (params, transform.init(params)), length=steps)
-    return np.asarray(params["w"]), np.asarray(state[3].carry["w"]) if hyper["compensate"] else None
-
-
-def by_torch(dtype: str, steps: int, *, learning_rate: float, b1: float, **hyper: Any) -> tuple[Any, Any]:
-    p = _to_torch(ones(dtype)).requires_grad_()
-    optimizer = acprop_torch.ACProp([p], lr=learning_rate, betas=(b1, 0.999), **hyper)
-    for _ in range(steps):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-    return _from_torch(p), _from_torch(optimizer.state[p]["carry"]) if hyper["compensate"] else None
-
-
-def by_stepper(dtype: str, steps: int, **hyper: Any) -> tuple[Any, Any]:
-    params = {"w": ones(dtype)}
-    stepper = acprop_stepper.Stepper(params, **hyper)
-    for _ in range(steps):
-        stepper.step({"w": ones(dtype)})
-    return params["w"], stepper.state.carry and stepper.state.carry["w"]
-
-
-@pytest.mark.parametrize("run", [functional, by_optax, by_torch, by_stepper])
+@pytest.mark.parametrize("begin", HOSTS)
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_updates_below_half_a_place_add_up(dtype: str, run: Callable[..., Any]) -> None:
+def test_updates_below_half_a_place_add_up(dtype: str, begin: Callable[[Case], Host]) -> None:
     """A thousand updates of -1e-4 take 1 to 0.9; without carry, each is rounded away."""
-    param, carry = run(dtype, 1000, **HYPER)
+
+    def run(**hyper: Any) -> Record:
+        host = begin(prescribed({**HYPER, **hyper}, {"w": np.broadcast_to(ones(dtype), (1000, 3))}))
+        host.put({"w": ones(dtype)})
+        host.advance({"w": host.case.grads("w")})
+        return host.read()["w"]
+
+    _, param, _, _, carry = run()
     assert (param.dtype, carry.dtype) == (DTYPES[dtype], DTYPES[dtype])
     unit = 2.0**-16  # in the last place of 16 significant bits
     np.testing.assert_allclose(param.astype(np.float64) + carry.astype(np.float64), 0.9, rtol=0, atol=2 * unit)
     assert (param == DTYPES[dtype].type(0.9)).all()
-    param, carry = run(dtype, 1000, **{**HYPER, "compensate": False})
+    _, param, _, _, carry = run(compensate=False)
     assert (param == 1).all()
     assert carry is None
 
@@ -278,21 +249,20 @@ CASE = prescribed(
 
 @pytest.mark.parametrize("second", HOSTS)
 @pytest.mark.parametrize("first", HOSTS)
-def test_every_host_hands_the_carry_on(
-    first: Callable[[Case], Any], second: Callable[[Case], Any], tmp_path: Path
-) -> None:
+def test_every_host_hands_the_carry_on(first: type[Host], second: type[Host], tmp_path: Path) -> None:
     """To the bit: a run of the functional core, half of it in each of two hosts."""
     grads = {leaf: CASE.grads(leaf) for leaf in CASE.leaves}
 
-    def run(hosts: list[Any]) -> dict[str, np.ndarray]:
-        params: Any = {leaf: CASE.params(leaf)[0] for leaf in CASE.leaves}
+    def run(hosts: list[Host]) -> dict[str, np.ndarray]:
+        params = {leaf: CASE.params(leaf)[0] for leaf in CASE.leaves}
         for i, host in enumerate(hosts):
             if i:
-                hosts[i - 1].write(tmp_path / "a")
-                host.take_up(tmp_path / "a")
-            for t in range(i * 20, i * 20 + CASE.steps // len(hosts)):
-                params, _ = host.step(params, {leaf: x[t] for leaf, x in grads.items()})
-                params = {leaf: np.asarray(x) for leaf, x in params.items()}
+                hosts[i - 1].save(tmp_path / "a")
+                host.resume(tmp_path / "a")
+            host.put(params)
+            part = CASE.steps // len(hosts)
+            host.advance({leaf: x[i * part :][:part] for leaf, x in grads.items()})
+            params = {leaf: record.param for leaf, record in host.read().items()}
         return params
 
     expected, got = run([HOSTS[0](CASE)]), run([first(CASE), second(CASE)])

@@ -1,19 +1,23 @@
 """The benchmark of convergence: its runs, its choice of a rate, its page."""
 
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
 import json
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "benchmarks"), str(ROOT / "docs" / "examples")]
-import accuracy  # noqa: E402
-import convergence  # noqa: E402
-import convergence_report  # noqa: E402
-import tasks  # noqa: E402
+import accuracy
+import convergence
+import convergence_report
+import tasks
 
 RESULTS = ROOT / "docs" / "benchmarks" / "convergence.json"
 

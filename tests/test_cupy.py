@@ -1,11 +1,14 @@
 """The CuPy engine: without a device its kernel as CuPy's fusion traces it; with one, the whole suite (nox -s gpu)."""
 
+import pytest
+
+pytest.importorskip("cupy")
+
 import re
 from typing import Any
 
 import cupy
 import numpy as np
-import pytest
 
 import acprop_stepper._engines as engines
 from acprop_core import ACProp

@@ -1,5 +1,9 @@
 """What the documentation says is so: its snippets run, its docstrings' examples hold, its bounds are those tested."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import contextlib
 import doctest
 import io
@@ -13,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 
 import acprop_core._checkpoint
 import acprop_core._optimizer

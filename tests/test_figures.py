@@ -1,5 +1,9 @@
 """The figures of docs/paper.md: their scripts find what the page says, and their optimizers are the real ones."""
 
+import pytest
+
+pytest.importorskip("matplotlib")
+
 import json
 import math
 import subprocess
@@ -11,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import convergence_area
 import counterexamples

@@ -4,6 +4,10 @@ That it spoils no other element holds everywhere (test_extremes.py). The stepper
 test_stepper.py, and a GradScaler's in test_torch_around.py and test_torch_compiled.py.
 """
 
+import pytest
+
+pytest.importorskip("torch")
+
 import math
 from typing import Any
 
@@ -11,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import torch
 
 import acprop_optax

@@ -1,5 +1,9 @@
 """16-bit memory through Numba: the bits that NumPy and ml_dtypes give, for all there is."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import os
 import subprocess
 import sys
@@ -8,15 +12,14 @@ from typing import Any
 import array_api_compat.numpy
 import numba
 import numpy as np
-import pytest
 import torch
 
 import acprop_torch
 from acprop_core import ACProp, _numba16
 from acprop_stepper import Stepper
 from acprop_torch import _fused
-from backends import _from_torch, _to_torch
 from cases import DTYPES
+from hosts import from_torch, to_torch, torch_threads
 
 # on a processor without conversions of its own float16 goes through tiles
 SIXTEEN_BITS = [name for name in ("bfloat16", "float16") if _numba16.seen_as(name, name)]
@@ -122,10 +125,9 @@ def test_torch_steps_have_the_bits_of_the_rule_in_numpy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_fused, "in_tiles", None)  # it is not called
-    monkeypatch.setattr(_fused, "_MIN_PER_THREAD", 1000)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch_threads(monkeypatch, threads, least=1000)
     arrays = [drawn(dtype, 0)[:70_001], drawn(dtype, 1)[-5000:], drawn(dtype, 2)[:0]]
-    tensors = [_to_torch(x).requires_grad_() for x in arrays]
+    tensors = [to_torch(x).requires_grad_() for x in arrays]
     kinds = DTYPES[moment_dtype], DTYPES[moment_dtype], DTYPES[dtype]
     kept = [[np.zeros(x.shape, kind) for kind in kinds] for x in arrays]
     reference = ACProp(0.3, clip_exponent=0.25, compensate=compensate)
@@ -143,7 +145,7 @@ def test_torch_steps_have_the_bits_of_the_rule_in_numpy(
         step = reference.at(t, array_api_compat.numpy)
         for i, (p, x) in enumerate(zip(tensors, arrays, strict=True)):
             grad = drawn(dtype, 3 + t)[: x.size]
-            p.grad = _to_torch(grad)
+            p.grad = to_torch(grad)
             mu, nu, carry = kept[i]
             with np.errstate(all="ignore"):
                 grad = grad.astype(np.float32) / (scale or 1.0)
@@ -152,11 +154,11 @@ def test_torch_steps_have_the_bits_of_the_rule_in_numpy(
         optimizer.step()
     for p, x, (mu, nu, carry) in zip(tensors, arrays, kept, strict=True):
         state = optimizer.state[p]
-        assert_same(_from_torch(p), x)
-        assert_same(_from_torch(state["exp_avg"]), mu)
-        assert_same(_from_torch(state["exp_avg_var"]), nu)
+        assert_same(from_torch(p), x)
+        assert_same(from_torch(state["exp_avg"]), mu)
+        assert_same(from_torch(state["exp_avg_var"]), nu)
         assert not compensate or not state["carry"].numel() or state["carry"].any()
-        assert_same(_from_torch(state.get("carry", torch.zeros_like(p))), carry)
+        assert_same(from_torch(state.get("carry", torch.zeros_like(p))), carry)
 
 
 def test_processors_without_conversions_leave_float16_to_tiles() -> None:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 from acprop_core import ACProp, State
 
+LIBRARIES = ("numpy", "jax.numpy", "array_api_strict", "torch")
 G = np.random.default_rng(0).normal(size=(5, 2, 3))
 
 
@@ -41,11 +41,11 @@ def test_numbers_become_floats(kind: Any) -> None:
     assert [type(x) for x in (optimizer.learning_rate, optimizer.b1, optimizer.weight_decay)] == [float] * 3
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", np.float32, np.dtype("float32"), jnp.float32, torch.float32, strict.float32]
-)
-def test_moment_dtype_is_known_by_its_name(dtype: Any) -> None:
-    assert ACProp(moment_dtype=dtype).moment_dtype == "float32"
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_moment_dtype_is_known_by_its_name(library: str) -> None:
+    xp = pytest.importorskip(library)
+    for dtype in ("float32", np.dtype("float32"), xp.float32):
+        assert ACProp(moment_dtype=dtype).moment_dtype == "float32"
 
 
 # state
@@ -87,14 +87,16 @@ def test_moment_dtype_that_the_library_lacks(moment_dtype: str, dtype: Any, mess
         ACProp(moment_dtype=moment_dtype).init(np.ones(2, dtype))
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("hyper", [np.float64(0.1), np.asarray(0.1), 0.1])
-def test_hyperparameters_never_change_a_dtype(hyper: Any) -> None:
-    for x in (np.ones(3, np.float32), torch.ones(3), jnp.ones(3), strict.ones(3, dtype=strict.float32)):
-        optimizer = ACProp(hyper, b1=hyper, b2=hyper, eps=hyper, weight_decay=hyper, clip_exponent=0.5)
-        state = optimizer.init(x)
-        for _ in range(2):
-            updates, state = optimizer.update(x, state, x)
-            assert {updates.dtype, state.mu.dtype, state.nu.dtype, optimizer.apply(x, updates).dtype} == {x.dtype}
+def test_hyperparameters_never_change_a_dtype(hyper: Any, library: str) -> None:
+    xp = pytest.importorskip(library)
+    x = xp.ones(3, dtype=xp.float32)
+    optimizer = ACProp(hyper, b1=hyper, b2=hyper, eps=hyper, weight_decay=hyper, clip_exponent=0.5)
+    state = optimizer.init(x)
+    for _ in range(2):
+        updates, state = optimizer.update(x, state, x)
+        assert {updates.dtype, state.mu.dtype, state.nu.dtype, optimizer.apply(x, updates).dtype} == {x.dtype}
 
 
 def test_a_schedule_of_wide_numbers_keeps_the_dtype() -> None:
@@ -113,10 +115,11 @@ def test_a_schedule_is_called_with_the_count() -> None:
     assert [type(x) for x in seen] == [int] * 3
 
 
-@pytest.mark.parametrize("like", [np.asarray, jnp.asarray, strict.asarray, torch.as_tensor])
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64"])
-def test_an_array_count_stays_one_and_saturates(like: Any, dtype: str) -> None:
-    if like is jnp.asarray and dtype == "int64":
+def test_an_array_count_stays_one_and_saturates(library: str, dtype: str) -> None:
+    like = pytest.importorskip(library).asarray
+    if library == "jax.numpy" and dtype == "int64":
         pytest.skip("JAX without 64-bit mode has no int64")
     count = like(np.asarray(0, dtype))
     x = like(np.ones(2, np.float32))
@@ -127,7 +130,7 @@ def test_an_array_count_stays_one_and_saturates(like: Any, dtype: str) -> None:
     last = np.iinfo(dtype).max
     updates, state = optimizer.update(x, state._replace(count=like(np.asarray(last, dtype))))
     assert int(state.count) == last
-    assert bool((updates == updates).all() if like is not strict.asarray else strict.all(updates == updates))
+    assert bool((updates == updates).all() if library != "array_api_strict" else strict.all(updates == updates))
 
 
 def test_an_int_count_has_no_limit() -> None:
@@ -308,10 +311,11 @@ def halving(count: Any) -> Any:
 
 
 def test_torch_func_sees_through_the_update() -> None:
+    torch = pytest.importorskip("torch")
     optimizer = ACProp(0.1, clip_exponent=0.25)
     state = State(3, torch.zeros(3), torch.full((3,), 1e-3))
 
-    def update(grad: torch.Tensor) -> torch.Tensor:
+    def update(grad: Any) -> Any:
         return optimizer.update(grad, state)[0]
 
     grads = torch.tensor([[1.0, -2.0, 0.1], [0.0, 0.5, 9.0]])

@@ -1,5 +1,9 @@
 """Every host of ACProp goes on from every other, and refuses what does not fit it."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,126 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import torch
-from test_checkpoint import HYPER, assert_same_bits, schedule, state_of, without
 
 import acprop_optax
 import acprop_stepper
 import acprop_torch
 from acprop_core import ACProp, State, load, save
-from agreement import Record, violations
-from backends import _from_torch, _to_torch
+from agreement import violations
 from cases import Case
+from hosts import Functional, Host, Optax, Stepper, TorchOptimizer, from_torch
+from test_checkpoint import HYPER, assert_same_bits, schedule, state_of, without
 
 # every host goes on from every other
 
 
-def callables(optimizer: ACProp) -> dict[str, Any]:
-    """Return what load must be given again."""
-    return {name: x for name in ("learning_rate", "mask") if callable(x := getattr(optimizer, name))}
-
-
-class Functional:
-    def __init__(self, case: Case) -> None:
-        self.optimizer = ACProp(**case.hyper)
-        self.params = {leaf: case.params(leaf)[0] for leaf in case.leaves}
-        self.state = self.optimizer.init(self.params)
-
-    def take_up(self, path: Path) -> None:
-        _, self.state = load(path, self.params, **callables(self.optimizer))
-
-    def write(self, path: Path) -> None:
-        save(path, self.optimizer, self.state)
-
-    def step(self, params: Any, grads: Any) -> tuple[Any, State]:
-        updates, self.state = self.optimizer.update(grads, self.state, params)
-        return self.optimizer.apply(params, updates), self.state
-
-
-class InPlace:
-    def __init__(self, case: Case) -> None:
-        self.params = {leaf: np.array(case.params(leaf)[0]) for leaf in case.leaves}
-        self.stepper = acprop_stepper.Stepper(self.params, **case.hyper)
-
-    def take_up(self, path: Path) -> None:
-        acprop_stepper.import_state(self.stepper, *load(path, **callables(self.stepper.functional)))
-
-    def write(self, path: Path) -> None:
-        save(path, *acprop_stepper.export_state(self.stepper))
-
-    def step(self, params: Any, grads: Any) -> tuple[Any, State]:
-        for name, x in params.items():
-            self.params[name][...] = x
-        self.stepper.step(grads)
-        return {name: x.copy() for name, x in self.params.items()}, self.stepper.state
-
-
-class Optax:
-    def __init__(self, case: Case) -> None:
-        self.optimizer = ACProp(**case.hyper)
-        self.transform = acprop_optax.acprop(**case.hyper)
-        self.update = jax.jit(self.transform.update)
-        self.state = self.transform.init({leaf: jnp.asarray(case.params(leaf)[0]) for leaf in case.leaves})
-
-    def take_up(self, path: Path) -> None:
-        loaded = load(path, **callables(self.optimizer))
-        self.state = acprop_optax.import_state(self.state, self.optimizer, *loaded)
-
-    def write(self, path: Path) -> None:
-        save(path, *acprop_optax.export_state(self.state, self.optimizer))
-
-    def step(self, params: Any, grads: Any) -> tuple[Any, State]:
-        params = jax.tree.map(jnp.asarray, params)
-        updates, self.state = self.update(jax.tree.map(jnp.asarray, grads), self.state, params)
-        count, mu, nu = self.state[0]
-        return optax.apply_updates(params, updates), State(int(count), mu, nu)
-
-
-class Torch:
-    def __init__(self, case: Case) -> None:
-        options = without(case.hyper, "learning_rate", "mask", "weight_decay", "b1", "b2")
-        options["betas"] = (case.hyper.get("b1", 0.9), case.hyper.get("b2", 0.999))
-        self.rate = case.hyper["learning_rate"]
-        self.params = {leaf: _to_torch(case.params(leaf)[0]).requires_grad_() for leaf in case.leaves}
-        decay = case.hyper.get("weight_decay", 0.0)
-        self.optimizer = acprop_torch.ACProp(
-            [{"params": [x], "weight_decay": decay if case.decays(leaf) else 0.0} for leaf, x in self.params.items()],
-            **options,
-        )
-        self.done = 0
-        self._schedule()
-
-    def _schedule(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.done) if callable(self.rate) else self.rate
-
-    def take_up(self, path: Path) -> None:
-        saved, state = load(path, **callables(ACProp(self.rate)))
-        self.done = state.count
-        self._schedule()
-        prefer = "own" if callable(self.rate) else None
-        acprop_torch.import_state(self.optimizer, self.params, saved, state, prefer=prefer)
-
-    def write(self, path: Path) -> None:
-        save(path, *acprop_torch.export_state(self.optimizer, self.params))
-
-    def step(self, params: Any, grads: Any) -> tuple[Any, State]:
-        for name, x in self.params.items():
-            with torch.no_grad():
-                x.copy_(_to_torch(params[name]))
-            x.grad = _to_torch(grads[name])
-        self._schedule()
-        self.optimizer.step()
-        self.done += 1
-        mu, nu = (
-            {name: _from_torch(self.optimizer.state[x][key]) for name, x in self.params.items()}
-            for key in ("exp_avg", "exp_avg_var")
-        )
-        return {name: _from_torch(x) for name, x in self.params.items()}, State(self.done, mu, nu)
-
-
-HOSTS: list[Callable[[Case], Any]] = [Functional, InPlace, Optax, Torch]
+HOSTS: list[type[Host]] = [Functional, Stepper, Optax, TorchOptimizer]
 _LEAVES = {"layers.0.weight": ("float32", (2, 3)), "layers.0.bias": ("float32", (3,)), "scale": ("float32", ())}
 PAIR_CASES = [
     Case("default", {"learning_rate": 1e-3}, _LEAVES, steps=100),
@@ -159,39 +58,32 @@ def pairs() -> Iterator[Any]:
     for case in PAIR_CASES:
         for a in HOSTS:
             for b in HOSTS:
-                if not (
-                    case.name == "complex" and Torch in (a, b)
-                ):  # torch counts a complex parameter as two real ones
+                # torch counts a complex parameter as two real ones
+                if not (case.name == "complex" and TorchOptimizer in (a, b)):
                     yield pytest.param(case, a, b, id=f"{case}-{a.__name__}-{b.__name__}")
 
 
 @pytest.mark.parametrize(("case", "first", "second"), list(pairs()))
-def test_every_host_goes_on_from_every_other(case: Case, first: Any, second: Any, tmp_path: Path) -> None:
+def test_every_host_goes_on_from_every_other(case: Case, first: type[Host], second: type[Host], tmp_path: Path) -> None:
     params, grads = ({leaf: draw(leaf) for leaf in case.leaves} for draw in (case.params, case.grads))
-    host, steps = first(case), []
+    host: Any = first(case)
+    steps = []
     for t in range(case.steps):
         if t == case.steps // 2:
-            host.write(tmp_path / "a")
+            host.save(tmp_path / "a")
             before = host.state if isinstance(host, Functional) else None
             host = second(case)
-            host.take_up(tmp_path / "a")
-            host.write(tmp_path / "b")
-            assert_same_bits(load(tmp_path / "b", **given(case))[1], load(tmp_path / "a", **given(case))[1])
+            host.resume(tmp_path / "a")
+            host.save(tmp_path / "b")
+            first_state, second_state = (load(tmp_path / name, **host.callables())[1] for name in "ab")
+            assert_same_bits(second_state, first_state)
             if before:
-                assert_same_bits(load(tmp_path / "a", **given(case))[1], before)
-        new, state = host.step(*({leaf: x[t] for leaf, x in tree.items()} for tree in (params, grads)))
-        assert state.count == t + 1
-        steps.append(
-            {
-                leaf: Record(None, np.array(new[leaf]), np.array(state.mu[leaf]), np.array(state.nu[leaf]))
-                for leaf in case.leaves
-            }
-        )
+                assert_same_bits(first_state, before)
+        host.put({leaf: x[t] for leaf, x in params.items()})
+        host.step({leaf: x[t] for leaf, x in grads.items()})
+        assert host.count == t + 1
+        steps.append({leaf: record._replace(update=None) for leaf, record in host.read().items()})
     assert not violations(case, steps)
-
-
-def given(case: Case) -> dict[str, Any]:
-    return callables(ACProp(**case.hyper))
 
 
 # arrays of other libraries
@@ -206,7 +98,7 @@ def test_the_functional_core_saves_arrays_of_any_library(dtype: torch.dtype, tmp
     _, state = optimizer.update([torch.full((2, 3), 0.3, dtype=dtype)], optimizer.init(params), params)
     save(tmp_path / "a", optimizer, state)
     _, got = load(tmp_path / "a")
-    assert got.mu["0"].tobytes() == _from_torch(state.mu[0]).tobytes()
+    assert got.mu["0"].tobytes() == from_torch(state.mu[0]).tobytes()
     params = {"w": jnp.ones((2, 3))}
     _, state = optimizer.update({"w": jnp.full((2, 3), 0.3)}, ACProp().init(params), params)
     save(tmp_path / "a", optimizer, state)

@@ -13,12 +13,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from acprop_core import ACProp
-from backends import Backend, on_every_backend
 from cases import DTYPES, Hyper, prescribed
+from hosts import Backend, on_every_backend
 from promises import attempt
 
-# A run of these is compiled or scheduled anew, for 200 ms and more; a run of the others takes a few.
-SLOW = {Backend.JAX_JIT, Backend.JAX_SCAN, Backend.OPTAX, Backend.DASK}
 # torch.compile makes a program for each dtype and each choice of these, for seconds; the reference suite runs them all.
 ONE_PROGRAM: Hyper = {"b1": 0.9, "b2": 0.999, "clip_exponent": 0.25, "centering": "current"}
 
@@ -30,7 +28,7 @@ def holds(backend: Backend, **strategies: st.SearchStrategy[Any]) -> Callable[[C
 
     def decorate(law: Callable[..., None]) -> None:
         @settings(
-            max_examples=3 if backend in SLOW else 12,
+            max_examples=3 if backend.slow_start else 12,
             derandomize=True,
             database=None,
             deadline=None,
@@ -51,12 +49,12 @@ def holds(backend: Backend, **strategies: st.SearchStrategy[Any]) -> Callable[[C
 def gradients(draw: Any, backend: Backend, low: float = -3.0, high: float = 3.0, steps: int = 6) -> np.ndarray:
     """Return gradients, (steps, n): noise between the powers of ten `low` and `high`, and values laid into it."""
     dtypes = ["float32", "float64", "bfloat16"]
-    if backend is Backend.TORCH_FUSED_BY_INDUCTOR:
+    if backend.name == "torch_fused_by_inductor":
         dtypes = ["float32"]
-    dtype = draw(st.sampled_from([d for d in dtypes if d not in backend.value[2]]))
+    dtype = draw(st.sampled_from([d for d in dtypes if d not in backend.lacks]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     # with and without a rest beside the lanes of a vector; Dask cuts into chunks of two, each at its own expense
-    n = draw(st.sampled_from([7, 1, 8] if backend is Backend.DASK else [37, 1, 8, 67]))
+    n = draw(st.sampled_from([7, 1, 8] if backend.name == "dask" else [37, 1, 8, 67]))
     x = rng.choice([-1.0, 1.0], (steps, n)) * 10.0 ** rng.uniform(low, high, (steps, n))
     special = st.one_of(
         st.sampled_from([0.0, -0.0, 1.0, -1.0, 10.0**low, -(10.0**high)]),
@@ -72,7 +70,7 @@ def gradients(draw: Any, backend: Backend, low: float = -3.0, high: float = 3.0,
 
 def hypers(backend: Backend, **fixed: Any) -> st.SearchStrategy[Hyper]:
     """Return hyperparameters, of which some may be fixed."""
-    if backend is Backend.TORCH_FUSED_BY_INDUCTOR:
+    if backend.name == "torch_fused_by_inductor":
         fixed = ONE_PROGRAM | fixed
     free: dict[str, st.SearchStrategy[Any]] = {
         "learning_rate": st.sampled_from([1e-3, 0.1, 1.0, 2.0**-7]),
@@ -135,7 +133,7 @@ def test_the_scale_of_the_gradients_does_not_matter(backend: Backend) -> None:
     )
     def _(grads: np.ndarray, hyper: Hyper, rates: Hyper, power: int) -> None:
         grads[0][grads[0] == 0.0] = 1.0
-        if backend is not Backend.TORCH_FUSED_BY_INDUCTOR:
+        if backend.name != "torch_fused_by_inductor":
             hyper = hyper | rates
         factor = 2.0**power
         scaled = (grads.astype(np.float64) * factor).astype(grads.dtype)
@@ -219,7 +217,7 @@ def test_no_step_is_larger_than_the_clip_allows(backend: Backend) -> None:
         t = np.arange(count + 1, count + 1 + len(grads), dtype=np.float64)
         # lr and t^p are rounded to the arithmetic, and so is their product; rounding is monotonic, so no more is lost.
         # A count that is an array has its power in the widest float of the library, float32 in JAX: 2 epsilons of it.
-        slack = 2.0**-22 if backend.name.startswith(("JAX", "OPTAX")) and zero.dtype == np.float32 else 0.0
+        slack = 2.0**-22 if backend.name.startswith(("jax", "optax")) and zero.dtype == np.float32 else 0.0
         bound = (zero.dtype.type(hyper["learning_rate"]) * (t**exponent * (1.0 + slack)).astype(zero.dtype))[:, None]
         assert np.all(np.abs(steps["w"].update) <= bound.astype(grads.dtype))
 

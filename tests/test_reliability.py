@@ -1,67 +1,110 @@
-"""The promises as such: that the page has them all, and that counting counts."""
+"""The promises as such: that the page names the tests that hold them, and that counting counts."""
 
-import contextlib
 import re
 from pathlib import Path
 
 import pytest
 
-from promises import BEGIN, END, PROMISES, Count, attempt, counting, table, write
+from promises import PAGE, ROW
 
+pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent
-PAGE = TESTS.parent / "docs/reliability.md"
 
 
-def test_the_page_has_the_promises_and_names_tests_that_hold_them() -> None:
-    _, _, rest = PAGE.read_text().partition(BEGIN)
-    rows = [line.strip("| ").split(" | ") for line in rest.partition(END)[0].strip().splitlines()[2:]]
-    assert [row[0] for row in rows] == [f"**{key}**: {statement}" for key, statement in PROMISES.items()], (
-        "run nox -s reliability"
-    )
-    marked = {f"{file.name}" for file in TESTS.glob("test_*.py") if "mark.promise(" in file.read_text()}
-    for _, tests, _, tried, held in rows:
+def test_the_page_names_tests_that_hold_its_promises() -> None:
+    rows = list(ROW.finditer(PAGE.read_text()))
+    assert len(rows) >= 25
+    for _, promise, tests, backends, tried, held in (row.group(0, 2, 3, 4, 5, 6) for row in rows):
         assert tried == held
-        assert int(tried.replace(",", "")) > 0, "run nox -s reliability"
-        assert {*re.findall(r"`(\w+\.py)::", tests)} <= marked
+        assert int(backends) > 0, "run nox -s reliability"
         for file, name in re.findall(r"`(\w+\.py)::(\w+)`", tests):
-            assert f"def {name}(" in (TESTS / file).read_text(), f"{file}::{name}; run nox -s reliability"
+            source = (TESTS / file).read_text()
+            assert f"def {name}(" in source, f"{file}::{name}; run nox -s reliability"
+            assert f'promise("{promise}"' in source
 
 
-def test_counts() -> None:
-    with counting("clip", "test.py::test", "NumPy") as counts:
+HELD = """
+import pytest
+from promises import attempt
+
+def test_without_a_promise():
+    with attempt():
         pass
-    assert counts == [Count("clip", "test.py::test", "NumPy", 1, 1)]
-    with counting("clip", "test.py::test", "NumPy") as counts:
-        for backend in ("a", "a", ""):
-            with attempt(backend):
-                pass
-    assert counts == [Count("clip", "test.py::test", "a", 2, 2), Count("clip", "test.py::test", "NumPy", 1, 1)]
+
+@pytest.mark.promise("clip")
+def test_one_try():
+    pass
+
+@pytest.mark.promise("clip", backend="torch")
+@pytest.mark.parametrize("tries", [1, 2])
+def test_tries(tries):
+    for _ in range(tries):
+        with attempt():
+            pass
+
+@pytest.mark.promise("sign")
+@pytest.mark.parametrize("backend", ["jax"])
+def test_backends(backend):
+    for name in ("dask", "dask", "", "torch"):
+        with attempt(name):
+            pass
+
+@pytest.mark.promise("sign")
+def test_skipped():
+    pytest.skip("no device")
+"""
+FAILED = """
+import pytest
+from promises import attempt
+
+@pytest.mark.promise("clip")
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_fails_within(before):
+    for _ in range(before):
+        with attempt():
+            pass
+    with attempt():
+        raise AssertionError
+
+@pytest.mark.promise("clip")
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_fails_outside(before):
+    for _ in range(before):
+        with attempt():
+            pass
+    raise AssertionError
+"""
+TABLE = "above\n| **clip**: never | old | 7 | 1,234 | 5 |\n| **sign**: a | old | 7 | 8 | 9 |\n| no row |\nbelow\n"
 
 
-@pytest.mark.parametrize("tries", [0, 1, 2])
-@pytest.mark.parametrize("within", [False, True])
-def test_a_failure_is_counted_once(tries: int, within: bool) -> None:
-    def fail() -> None:
-        for _ in range(tries):
-            with attempt():
-                pass
-        with attempt() if within else contextlib.nullcontext():
-            raise AssertionError
-
-    with contextlib.suppress(AssertionError), counting("clip", "test.py::test", "NumPy") as counts:
-        fail()
-    assert counts == [Count("clip", "test.py::test", "NumPy", tries + 1, tries)]
+def page_after(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, source: str, *options: str) -> list[str]:
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    pytester.makeini("[pytest]\nmarkers = promise: it holds a promise\n")
+    pytester.makepyfile(test_it=source)
+    page = pytester.makefile(".md", page=TABLE)
+    pytester.runpytest_subprocess("-p", "promises", "-p", "no:cacheprovider", "--promises", page, *options)
+    return page.read_text().splitlines()
 
 
-def test_the_table_is_written_between_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    text = table([Count("clip", "a.py::test", "x", 3, 2), Count("clip", "a.py::test", "y", 1000, 1000)])
-    assert f"| **clip**: {PROMISES['clip']} | `a.py::test` | 2 | 1,003 | 1,002 |" in text.splitlines()
-    write(page, text)
-    write(page, text)
-    assert page.read_text() == f"above\n{BEGIN}\n\n{text}\n\n{END}\nbelow\n"
-    page.write_text("unmarked\n")
-    with pytest.raises(ValueError, match="lacks"):
-        write(page, text)
-    assert page.read_text() == "unmarked\n"
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["one process", "xdist"])
+def test_tries_are_counted(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    assert page_after(pytester, monkeypatch, HELD, *options) == [
+        "above",
+        "| **clip**: never | `test_it.py::test_one_try`, `test_it.py::test_tries` | 2 | 4 | 4 |",
+        "| **sign**: a | `test_it.py::test_backends` | 3 | 4 | 4 |",
+        "| no row |",
+        "below",
+    ]
+
+
+def test_a_failure_is_counted_once(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_after(pytester, monkeypatch, FAILED)
+    tests = "`test_it.py::test_fails_outside`, `test_it.py::test_fails_within`"
+    assert page[1:3] == [f"| **clip**: never | {tests} | 1 | 12 | 6 |", "| **sign**: a | none | 0 | 0 | 0 |"]
+
+
+def test_a_promise_that_the_page_lacks_is_refused(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HELD.replace('promise("sign")', 'promise("sine")')
+    assert page_after(pytester, monkeypatch, source) == TABLE.splitlines()

@@ -3,6 +3,10 @@
 Processes take long to start, so that a test starts one group of them, which runs many checks one after the other.
 """
 
+import pytest
+
+pytest.importorskip("torch")
+
 import os
 import re
 import subprocess
@@ -11,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_checkpoint import assert_same_bits
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import acprop_core
 from acprop_torch import export_state
+from test_checkpoint import assert_same_bits
 from torch_ranks import (
     HALF,
     OF_16_BITS,

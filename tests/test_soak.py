@@ -1,29 +1,19 @@
 """A short soak of every host; `nox -s soak` does the long one."""
 
-import importlib.util
-
 import pytest
-from soak import DRIFT, HOSTS, soak
 
 from promises import attempt
+from soak import DRIFT, HOSTS, soak
 
 STEPS = 5_000  # of each of a dozen hosts
-NEEDS = {
-    "JAX": "jax",
-    "acprop_optax": "optax",
-    "PyTorch": "torch",
-    "acprop_torch": "torch",
-    "array-api-strict": "array_api_strict",
-}
 
 
 @pytest.mark.promise("soak")
 @pytest.mark.parametrize("backend", HOSTS)
 def test_neither_memory_nor_error_grows(backend: str) -> None:
-    needs = NEEDS.get(backend.partition(",")[0], "numba" if "Numba" in backend or "guarded" in backend else "numpy")
-    if importlib.util.find_spec(needs) is None:
-        pytest.skip(f"{needs} is not installed")
-    report = soak(HOSTS[backend][0], STEPS)
+    if reason := HOSTS[backend].cannot_run():
+        pytest.skip(reason)
+    report = soak(HOSTS[backend], STEPS)
     for quantity, error in report.drift.items():
         with attempt():
             assert error <= DRIFT[quantity]

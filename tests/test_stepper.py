@@ -24,6 +24,7 @@ from acprop_core._rule import displacement, rule
 from acprop_stepper import Stepper, StepRecord
 from acprop_stepper._engines import program_for
 from acprop_stepper._memory import first_overlap
+from hosts import stepper_tiles
 
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
 ENGINES = ["tiles", "numba"]
@@ -80,8 +81,7 @@ def test_a_gradient_may_be_a_numpy_scalar(engine: str) -> None:
 def test_every_layout_gives_the_bits_of_the_functional_core(
     layout: str, grad_layout: str, tile: int, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "TILE", tile)
-    monkeypatch.setattr(engines, "RUN", tile // 8)
+    stepper_tiles(monkeypatch, tile, tile // 8)
     rng = np.random.default_rng(0)
     start, grads = rng.normal(size=(5, 9)), list(rng.normal(size=(4, 5, 9)))
     stepper = Stepper(LAYOUTS[layout](start), **HYPER, engine=engine)
@@ -97,8 +97,7 @@ def test_every_layout_gives_the_bits_of_the_functional_core(
 def test_many_parameters_give_the_bits_of_the_functional_core(
     dtype: Any, engine: str, threads: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "TILE", tile)
-    monkeypatch.setattr(engines, "RUN", tile // 8)
+    stepper_tiles(monkeypatch, tile, tile // 8)
     rng = np.random.default_rng(0)
     shapes = [(), (0,), (3,), (2, 5), (40,), (1, 1, 2), (7, 9)]
 
@@ -463,8 +462,7 @@ def assert_one_of(stepper: Stepper, before: tuple[Any, State], after: tuple[Any,
 def test_an_exception_at_any_line_leaves_the_old_or_the_new(
     engine: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "TILE", 64)
-    monkeypatch.setattr(engines, "RUN", 8)
+    stepper_tiles(monkeypatch, 64, 8)
     ours = ("acprop_stepper", "acprop_core")
     outcomes = []
     for point in range(1, 100_000):
@@ -503,7 +501,7 @@ def test_an_exception_at_any_line_leaves_the_old_or_the_new(
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("failing", ["rule", "execute", "scatter"])
 def test_a_failure_that_passes_is_made_good(engine: str, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "TILE", 64)
+    stepper_tiles(monkeypatch, 64)
     whole = getattr(engines, failing)
     for call in range(1, 8):
         monkeypatch.setattr(engines, failing, whole)
@@ -526,7 +524,7 @@ def test_a_failure_that_passes_is_made_good(engine: str, failing: str, monkeypat
 
 
 def test_a_failure_that_lasts_is_raised_and_made_good_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "TILE", 64)
+    stepper_tiles(monkeypatch, 64)
     stepper, grads, _, after = stepper_and_outcomes("tiles", 1)
     whole, calls = engines.execute, 0
 
@@ -597,7 +595,7 @@ def test_a_real_signal_leaves_the_old_or_the_new(engine: str) -> None:
 def test_a_handler_that_looks_in_the_middle_sees_the_new_and_may_not_write(
     where: str, call: int, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "TILE", 64)
+    stepper_tiles(monkeypatch, 64)
     stepper, grads, _before, after = stepper_and_outcomes("tiles", 1)
     whole, seen, calls = getattr(engines, where), [], 0
 
@@ -626,7 +624,7 @@ def test_a_handler_that_looks_in_the_middle_sees_the_new_and_may_not_write(
 
 
 def test_a_handler_that_looks_before_the_work_begins_and_again_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "TILE", 64)
+    stepper_tiles(monkeypatch, 64)
     stepper, grads, before, after = stepper_and_outcomes("tiles", 1)
     finish, execute, seen = module.Work.finish, engines.execute, []
 
@@ -714,8 +712,7 @@ def test_a_step_within_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_threads_that_cannot_be_had(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "TILE", 64)
-    monkeypatch.setattr(engines, "RUN", 8)
+    stepper_tiles(monkeypatch, 64, 8)
     stepper, grads, _, after = stepper_and_outcomes(engine, 2)
 
     def start(self: threading.Thread) -> None:

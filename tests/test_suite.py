@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 
 from agreement import violations
-from backends import Backend
 from cases import CASES, Case
+from hosts import BACKENDS, Backend, marks_of
 
 
 def _runs() -> Iterator[Any]:
-    for backend in Backend:
-        marks = [pytest.mark.gpu] if backend.needs_gpu else []
-        if reason := backend.cannot_run():
-            yield pytest.param(backend, None, id=str(backend), marks=[*marks, pytest.mark.skip(reason=reason)])
+    for backend in BACKENDS.values():
+        marks = marks_of(backend)
+        if backend.cannot_run():
+            yield pytest.param(backend, None, id=str(backend), marks=marks)
             continue
         for case in CASES:
             skip = [pytest.mark.skip(reason=reason)] if (reason := backend.cannot_take(case)) else []

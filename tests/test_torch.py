@@ -1,12 +1,16 @@
 """The torch adapter as an optimizer of torch: groups, late parameters, closures, saved and restored state."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 from typing import Any
 
-import pytest
 import torch
 
-from acprop_torch import ACProp, _steps
+from acprop_torch import ACProp
+from hosts import torch_tiles
 
 
 def model_and_data() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
@@ -43,8 +47,7 @@ def test_tiles_give_the_bits_of_the_whole(dtype: torch.dtype, layout: str, monke
     x, *grads = (torch.randn(7, 9, generator=generator).to(dtype) for _ in range(4))
     results = []
     for tile in (40, 4000):
-        monkeypatch.setattr(_steps, "_CPU_TILE", tile)
-        monkeypatch.setattr(_steps, "_SMALL", 1)
+        torch_tiles(monkeypatch, tile, small=1)
         p = x.clone() if layout == "contiguous" else x.t().contiguous().t()
         p.requires_grad_()
         optimizer = ACProp([p], lr=0.1, weight_decay=0.1, clip_exponent=0.25)

@@ -1,5 +1,9 @@
 """The torch adapter among torch's other parts: schedulers, scalers, saved state, graphs, derivatives, shards."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 import functools
 import io
@@ -9,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp

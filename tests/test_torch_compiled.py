@@ -1,12 +1,14 @@
 """The torch adapter under torch.compile: one whole graph, no recompilation, and as many kernels as AdamW's step."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
-import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
@@ -15,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from acprop_torch import ACProp, _fused
+from hosts import without_numba
 
 OPTIONS = [
     {},
@@ -158,7 +161,7 @@ def test_the_fused_step_compiles_once_whatever_the_number_of_parameters() -> Non
         optimizer = ACProp(xs, fused=True, clip_exponent=0.25)
         for x in xs:
             x.grad = torch.ones_like(x)
-        with mock.patch.object(_fused, "_has_numba", return_value=False):
+        with without_numba():
             for step in range(4):
                 optimizer.param_groups[0].update(lr=0.1 / (step + 1), betas=(0.9 - step / 10, 0.99 - step / 100))
                 optimizer.step()
@@ -203,7 +206,7 @@ def test_a_number_for_a_rate_may_change_without_end() -> None:
 def test_no_combination_of_options_is_left_uncompiled() -> None:
     """Past a limit on programs torch would go on uncompiled, without a word."""
     x = torch.ones(5, requires_grad=True)
-    with mock.patch.object(_fused, "_has_numba", return_value=False):
+    with without_numba():
         for decay, l2, clip, centering in itertools.product(
             (0, 0.1), (False, True), (None, 0.25), ("current", "previous")
         ):

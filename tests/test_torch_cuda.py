@@ -1,10 +1,13 @@
 """What only a CUDA device can show of the torch adapter: graphs, no waiting for the device, scalers, memory."""
 
+import pytest
+
+pytest.importorskip("torch")
+
 import copy
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 
 from acprop_torch import ACProp

@@ -1,15 +1,19 @@
 """The torch adapter's options: they mean what AdamW's do, in every way to step, and are refused in AdamW's words."""
 
+import pytest
+
+pytest.importorskip("torch")
+
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
-import pytest
 import torch
 
 from acprop_torch import ACProp, _fused, _optimizer, _steps
+from hosts import capturable_on_cpu, torch_threads, torch_tile, torch_tiles, without_numba
 
 OPTIONS = {"lr": 1e-2, "clip_exponent": 0.25}
 WAYS = {
@@ -27,12 +31,10 @@ ways = pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.fixture
 def way(request: pytest.FixtureRequest) -> Iterator[dict[str, bool]]:
     """Give the flags of a way to step, and make it possible on a CPU."""
-    with (
-        mock.patch.object(_optimizer, "_get_capturable_supported_devices", return_value=["cpu"]),
-        mock.patch.object(_fused, "_has_numba", return_value="inductor" not in request.param),
-    ):
-        if request.param in ("fused", "fused capturable"):
-            pytest.importorskip("numba")
+    if request.param in ("fused", "fused capturable"):
+        pytest.importorskip("numba")
+    by_inductor = "inductor" in request.param
+    with capturable_on_cpu(), without_numba() if by_inductor else contextlib.nullcontext():
         yield WAYS[request.param]
 
 
@@ -109,9 +111,9 @@ def test_tensors_for_numbers_mean_what_numbers_mean(way: dict[str, bool], shape:
 
 
 @ways
-@pytest.mark.parametrize("tile", [_steps._CPU_TILE, 100])  # bytes: all at once, or in several lists
+@pytest.mark.parametrize("tile", [torch_tile(), 100])  # bytes: all at once, or in several lists
 def test_every_parameter_has_its_own_step(way: dict[str, bool], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_steps, "_CPU_TILE", tile)
+    torch_tiles(monkeypatch, tile)
     grads = stream(5)
     grads[1][0] = grads[0][3] = grads[2][3] = None
     together = run(grads, **way)
@@ -170,10 +172,8 @@ def test_any_layout(way: dict[str, bool], layout: str) -> None:
 @pytest.mark.parametrize("way", ["for-loop", "foreach", "fused"], indirect=True)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_large_tensors_are_shared_out(way: dict[str, bool], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_CPU_TILE", 56), ("_TILE", 56), ("_SMALL", 24)):
-        monkeypatch.setattr(_steps, name, value)
-    monkeypatch.setattr(_fused, "_MIN_PER_THREAD", 5)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch_tiles(monkeypatch, 56, single=56, small=24)
+    torch_threads(monkeypatch, threads, least=5)
     shapes = ((40,), (2,), (6, 5), (1,), (), (2, 2), (9,))
     params, grads = tensors(*shapes), [tensors(*shapes, seed=seed) for seed in range(1, 4)]
     params[2], grads[1][0] = params[2].t(), torch.stack([grads[1][0]] * 2, dim=1)[:, 0]

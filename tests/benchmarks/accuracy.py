@@ -29,9 +29,9 @@ import acprop_optax
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import record
 from agreement import Exact, in_epsilons, oracle
-from backends import Backend
 from cases import Case
 from eager import EagerACProp
+from hosts import BACKENDS, Backend
 from reference import mp
 
 RATE, B1, DECAY_RATES = 1e-3, 0.9, (0.999, 0.99999)
@@ -92,10 +92,10 @@ def in_torch(make: Callable[..., torch.optim.Optimizer], nu: str) -> Run:
 
 
 CONTENDERS: dict[str, tuple[str, Run]] = {
-    "acprop_core, NumPy": (ACPROP, by_suite(Backend.NUMPY)),
+    "acprop_core, NumPy": (ACPROP, by_suite(BACKENDS["numpy"])),
     "acprop_optax, jit": (ACPROP, in_jax(acprop_optax.acprop)),
-    "acprop_torch, foreach": (ACPROP, by_suite(Backend.TORCH_FOREACH)),
-    "acprop_stepper, Numba": (ACPROP, by_suite(Backend.STEPPER_NUMBA)),
+    "acprop_torch, foreach": (ACPROP, by_suite(BACKENDS["torch_foreach"])),
+    "acprop_stepper, Numba": (ACPROP, by_suite(BACKENDS["stepper_numba"])),
     "eager torch, textbook form": (ACPROP, in_torch(EagerACProp, "exp_avg_var")),
     "optax.contrib.acprop": (OPTAX, in_jax(optax.contrib.acprop)),
     "optax.adamw": (ADAM, in_jax(functools.partial(optax.adamw, weight_decay=0.0))),

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from agreement import BOUNDS, RANDOM_BOUNDS, errors
-from backends import Backend
 from cases import CASES, random_case
+from hosts import BACKENDS
 
 
 def main() -> None:
@@ -24,9 +24,9 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0, metavar="N", help="search N random cases on NumPy")
     number = parser.parse_args().random
     if number:
-        runs = [(Backend.NUMPY, random_case(seed)) for seed in range(number)]
+        runs = [(BACKENDS["numpy"], random_case(seed)) for seed in range(number)]
     else:
-        runs = [(b, c) for b in Backend if not b.cannot_run() for c in CASES if not b.cannot_take(c)]
+        runs = [(b, c) for b in BACKENDS.values() if not b.cannot_run() for c in CASES if not b.cannot_take(c)]
     worst: dict[tuple[bool, str, str], tuple[float, str]] = {}
     for backend, case in tqdm(runs, unit="run"):
         for (quantity, dtype), error in errors(case, backend.run(case), backend.complex_as_real).items():
