@@ -773,6 +773,65 @@ def torch_threads(patch: "pytest.MonkeyPatch", threads: int, least: int) -> None
     patch.setattr(torch, "get_num_threads", lambda: threads)
 
 
+@contextlib.contextmanager
+def numba_not_found() -> Iterator[None]:
+    """Have Python find no Numba; what would use it fails."""
+    from acprop_torch import _numba
+
+    _numba.has_numba.cache_clear()
+    find_spec = importlib.util.find_spec
+
+    def found(name: str, *args: Any) -> Any:
+        return None if name == "numba" else find_spec(name, *args)
+
+    try:
+        with mock.patch.object(importlib.util, "find_spec", found), mock.patch.object(_numba, "memory_of", None):
+            yield
+    finally:
+        _numba.has_numba.cache_clear()
+
+
+def fused_as_on_an_accelerator() -> contextlib.AbstractContextManager[Any]:
+    """Run the fused step on a CPU as on an accelerator, where no value may be read."""
+    from acprop_torch import _fused, _inductor
+
+    def prepare(batch: Any, known: Any, group: int) -> Any:
+        return _inductor.prepare_on_accelerator(batch)
+
+    return mock.patch.object(_fused, "prepare", prepare)
+
+
+@contextlib.contextmanager
+def lists_on_a_cpu() -> Iterator[None]:
+    """Have foreach=True with numbers of the host, the default on accelerators, run on lists on a CPU too."""
+    from acprop_torch import _lists
+    from acprop_torch._rows import blocks
+
+    def in_lists(rows: Any, step: Any) -> None:
+        for chunk in _lists._chunks(blocks(rows)):
+            _lists._step_list(chunk, step._replace(xp=_lists._namespace))
+
+    with mock.patch.object(_lists, "in_tiles", in_lists):
+        yield
+
+
+def interrupted_kernel() -> contextlib.AbstractContextManager[Any]:
+    """Have Ctrl-C come while Numba compiles the fused step of torch."""
+    from acprop_core.kernels import cpu
+
+    def kernel(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    return mock.patch.object(cpu, "kernel_of", lambda *args: kernel)
+
+
+def forget_compiled_torch_step() -> None:
+    """Have torch compile the fused step anew."""
+    from acprop_torch import _inductor
+
+    _inductor._program.cache_clear()
+
+
 def stepper_tiles(patch: "pytest.MonkeyPatch", tile: int, run: int | None = None) -> None:
     """Set the bytes of a tile of the stepper, and of a run of its Numba engine."""
     from acprop_stepper import _tiles

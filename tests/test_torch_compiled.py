@@ -16,8 +16,8 @@ import torch._inductor.metrics
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from acprop_torch import ACProp, _fused
-from hosts import without_numba
+from acprop_torch import ACProp
+from hosts import forget_compiled_torch_step, without_numba
 
 OPTIONS = [
     {},
@@ -154,7 +154,7 @@ def test_the_fused_step_compiles_once_whatever_the_number_of_parameters() -> Non
     graphs = []
     for number in (3, 60):
         torch._dynamo.reset()
-        _fused._compiled.cache_clear()
+        forget_compiled_torch_step()
         counters.clear()
         xs = [torch.full((2 + 3 * i,), 1.0, requires_grad=True) for i in range(number)]
         xs += [torch.full((40_000 + i,), 1.0, requires_grad=True) for i in range(number)]  # too large to be gathered

@@ -12,8 +12,19 @@ from typing import Any
 
 import torch
 
-from acprop_torch import ACProp, _fused, _optimizer, _steps
-from hosts import capturable_on_cpu, torch_threads, torch_tile, torch_tiles, without_numba
+from acprop_torch import ACProp
+from hosts import (
+    capturable_on_cpu,
+    fused_as_on_an_accelerator,
+    interrupted_kernel,
+    lists_on_a_cpu,
+    numba_memory,
+    numba_not_found,
+    torch_threads,
+    torch_tile,
+    torch_tiles,
+    without_numba,
+)
 
 OPTIONS = {"lr": 1e-2, "clip_exponent": 0.25}
 WAYS = {
@@ -399,35 +410,35 @@ def test_a_fused_step_sees_what_has_changed_since_the_last(change: Any) -> None:
 def test_the_step_for_accelerators(found: float, shape: tuple[int, ...]) -> None:
     """What runs where nothing may be read, run on a CPU."""
     grads = stream(3)
-    xs = tensors(*SHAPES)
-    moments = [[torch.zeros_like(x) for x in xs] for _ in range(2)]
-    steps = [torch.tensor(0.0) for _ in xs]
-    options = _optimizer._options_of({**ACProp(tensors((1,)), **OPTIONS).param_groups[0]}, traced=False)
-    for step in grads:
-        lists = _steps.Row(xs, [1024 * g for g in step], *moments, [None] * len(xs))
-        _fused._on_accelerator(lists, steps, options, torch.full(shape, 1024.0), torch.full(shape, found))
+    xs = [x.requires_grad_() for x in tensors(*SHAPES)]
+    optimizer = ACProp(xs, **OPTIONS, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.full(shape, 1024.0), torch.full(shape, found)
+    with fused_as_on_an_accelerator():
+        for step in grads:
+            for x, g in zip(xs, step, strict=True):
+                x.grad = 1024 * g
+            optimizer.step()
     expected = run(grads, foreach=False) if not found else [*tensors(*SHAPES)]
-    assert_close(xs, expected[: len(SHAPES)])
-    assert [int(step) for step in steps] == [0 if found else 3] * len(SHAPES)
-    assert all(bool(found) == (not m.any()) for m in moments[0] if m.numel())
+    assert_close([x.detach() for x in xs], expected[: len(SHAPES)])
+    states = [optimizer.state[x] for x in xs]
+    assert [int(state["step"]) for state in states] == [0 if found else 3] * len(SHAPES)
+    assert all(bool(found) == (not state["exp_avg"].any()) for state in states if state["exp_avg"].numel())
 
 
-def test_without_numba_the_fused_step_is_compiled_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    _fused._has_numba.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(_fused, "_memory_of", None)
+def test_without_numba_the_fused_step_is_compiled_by_torch() -> None:
     grads = stream(2)
-    assert_close(run(grads, fused=True), run(grads, foreach=False))
-    monkeypatch.undo()
-    _fused._has_numba.cache_clear()
+    with numba_not_found():
+        compiled = run(grads, fused=True)
+    assert_close(compiled, run(grads, foreach=False))
 
 
-def test_lists_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_of_an_accelerator() -> None:
     """The rule on lists with numbers that have been read, the default on a GPU, run on a CPU."""
     grads = stream(3)
     expected = run(grads, weight_decay=0.1, decoupled_weight_decay=False, foreach=False)
-    monkeypatch.setattr(_steps, "in_tiles", _steps.in_lists)
-    assert_close(run(grads, weight_decay=0.1, decoupled_weight_decay=False, foreach=False), expected)
+    with lists_on_a_cpu():
+        on_lists = run(grads, weight_decay=0.1, decoupled_weight_decay=False, foreach=True)
+    assert_close(on_lists, expected)
 
 
 def test_options_survive_deepcopy() -> None:
@@ -499,19 +510,14 @@ def test_an_expanded_parameter_is_refused_before_anything_changes(flags: dict[st
     assert all(state["step"] == 0 for state in optimizer.state.values() if state)
 
 
-def test_an_interrupt_of_the_compiler_counts_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    numba = pytest.importorskip("acprop_core._numba")
+def test_an_interrupt_of_the_compiler_counts_no_step() -> None:
+    pytest.importorskip("numba")
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = ACProp([p], lr=0.5, fused=True)
 
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(numba, "step_each", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            optimizer.step()
+    with interrupted_kernel(), pytest.raises(KeyboardInterrupt):
+        optimizer.step()
     assert optimizer.state[p]["step"] == 0
     optimizer.step()
     assert torch.equal(p.detach(), torch.full((3,), 0.5))
