@@ -20,7 +20,7 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 
-from acprop_core import ACProp, State, load, save
+from acprop_core import ACProp, State, load, rule, save
 from agreement import Record, Trajectory
 from cases import Case
 
@@ -773,6 +773,18 @@ def torch_threads(patch: "pytest.MonkeyPatch", threads: int, least: int) -> None
     patch.setattr(torch, "get_num_threads", lambda: threads)
 
 
+def no_torch_tiles(patch: "pytest.MonkeyPatch") -> None:
+    """Have the fused step of torch fail where it would step tiles without a compiler."""
+    from acprop_torch import _fused
+
+    patch.setattr(_fused, "prepare_tiles", None)
+
+
+def engines_of(stepper: Any) -> list[str]:
+    """Return the engines that a stepper runs, as its option calls them."""
+    return [type(engine).__name__.lower() for engine in stepper._engines]
+
+
 @contextlib.contextmanager
 def numba_not_found() -> Iterator[None]:
     """Have Python find no Numba; what would use it fails."""
@@ -804,12 +816,13 @@ def fused_as_on_an_accelerator() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def lists_on_a_cpu() -> Iterator[None]:
     """Have foreach=True with numbers of the host, the default on accelerators, run on lists on a CPU too."""
+    from acprop_core.adapt import Step
     from acprop_torch import _lists
     from acprop_torch._rows import blocks
 
     def in_lists(rows: Any, step: Any) -> None:
         for chunk in _lists._chunks(blocks(rows)):
-            _lists._step_list(chunk, step._replace(xp=_lists._namespace))
+            _lists._step_list(chunk, Step(step.numbers, step.flags, _lists._namespace))
 
     with mock.patch.object(_lists, "in_tiles", in_lists):
         yield
@@ -841,3 +854,20 @@ def stepper_tiles(patch: "pytest.MonkeyPatch", tile: int, run: int | None = None
         from acprop_stepper import _numba
 
         patch.setattr(_numba, "RUN", run)
+
+
+def compensated(
+    update: np.ndarray, param: np.ndarray, carry: np.ndarray, numbers: rule.Numbers
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the rule adds to a 16-bit parameter for a float32 update, and the next carry."""
+
+    class Rounding:
+        abs, maximum, round = np.abs, np.maximum, np.round
+
+        @staticmethod
+        def rounded(x: np.ndarray) -> np.ndarray:
+            return x.astype(param.dtype).astype(np.float32)
+
+    wide, low = (x.astype(np.float32) for x in (param, carry)), rule.FORMATS[param.dtype.name]
+    added, new = rule._compensated(update, *wide, numbers, low, Rounding)
+    return added.astype(param.dtype), new.astype(param.dtype)

@@ -21,11 +21,10 @@ import torch
 import acprop_optax
 import acprop_stepper
 import acprop_torch
-from acprop_core import ACProp, State, _rule
-from acprop_core._step import compensated
+from acprop_core import ACProp, State, rule
 from agreement import Record
 from cases import DTYPES, Case, prescribed
-from hosts import Host
+from hosts import Host, compensated
 from test_portable import HOSTS
 
 pytestmark = pytest.mark.promise("compensation")
@@ -63,6 +62,10 @@ def test_updates_below_half_a_place_add_up(dtype: str, begin: Callable[[Case], H
     assert carry is None
 
 
+def numbers_of(count: Any, xp: Any) -> rule.Numbers:
+    return rule.numbers_of(rule.Hyperparameters(compensate=True), count, xp)
+
+
 def sixteen(x: np.ndarray, dtype: str) -> np.ndarray:
     """Return the numbers of a 16-bit dtype as float64, the nearest to `x`."""
     return x.astype(DTYPES[dtype]).astype(np.float64)
@@ -78,8 +81,7 @@ def test_nothing_is_lost_in_a_step(dtype: str) -> None:
     param = sixteen(size * signs[0], dtype)
     carry = sixteen(np.abs(param) * 2.0 ** -rng.uniform(digits + 1, 2 * digits, size.size) * signs[1], dtype)
     update = (size * 2.0 ** rng.uniform(-3 * digits, 2, size.size) * signs[2]).astype(np.float32)
-    k = _rule.coefficients(ACProp(compensate=True), 5, 1e-3, np)
-    v, kept = compensated(update, *(x.astype(DTYPES[dtype]) for x in (param, carry)), k, array_api_compat.numpy)
+    v, kept = compensated(update, *(x.astype(DTYPES[dtype]) for x in (param, carry)), numbers_of(5, np))
     assert (v.dtype, kept.dtype) == (DTYPES[dtype], DTYPES[dtype])
     new = param + v.astype(np.float64)
     larger = np.abs(new) > np.abs(param)  # a sum of more bits must then be rounded: by everyone, to the same number
@@ -96,16 +98,15 @@ def test_nothing_is_lost_in_a_step(dtype: str) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 4095, 4096, 123_456_789, 2**31 - 1])
 def test_the_dither_is_the_same_number_everywhere(count: int) -> None:
-    optimizer = ACProp(compensate=True)
-    number = _rule.coefficients(optimizer, count, 1e-3, np).dither
+    number = numbers_of(count, np).dither
     assert -0.5 < number < 0.5
     for xp, traced in ((jnp, jnp.asarray(count)), (array_api_compat.numpy, np.asarray(count))):
-        assert float(_rule.coefficients(optimizer, traced, 1e-3, xp).dither) == number
+        assert float(numbers_of(traced, xp).dither) == number
 
 
 def test_the_dither_has_no_bias() -> None:
     def dithers(counts: range) -> np.ndarray:
-        return np.array([_rule.coefficients(ACProp(compensate=True), count, 1e-3, np).dither for count in counts])
+        return np.array([numbers_of(count, np).dither for count in counts])
 
     for first in (0, 4096, 4096 * 12_345):
         some = dithers(range(first, first + 4096))
@@ -144,8 +145,7 @@ def test_a_step_to_almost_zero_keeps_what_is_left(dtype: str) -> None:
     exponents = rng.uniform(0.0, {"bfloat16": 100.0, "float16": 15.0}[dtype], 100_000)
     param = (2.0**exponents).astype(DTYPES[dtype])
     update = (-param.astype(np.float64) * rng.uniform(0.9, 1.1, param.size)).astype(np.float32)
-    k = _rule.coefficients(ACProp(compensate=True), 3, 1e-3, np)
-    v, carry = compensated(update, param, np.zeros_like(param), k, array_api_compat.numpy)
+    v, carry = compensated(update, param, np.zeros_like(param), numbers_of(3, np))
     total = (param + v).astype(np.float64) + carry.astype(np.float64)
     digits = {"bfloat16": 8, "float16": 11}[dtype]
     error = np.abs(total - (param.astype(np.float64) + update.astype(np.float64)))
@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ValueError, match=r"compensate is True, which needs the parameters: call update\(grads, state, "
     ):
         optimizer.update(params, state)
-    with pytest.raises(TypeError, match="compensate is 1; give True or False"):
+    with pytest.raises(TypeError, match="compensate is 1; use True or False"):
         ACProp(compensate=1)
     for other, error, message in (
         (None, ValueError, "compensate is True, but the state was made without it and has no carry; begin with"),
@@ -353,7 +353,7 @@ def test_optax_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="compensate is True, which needs the parameters"):
         compensating.update(params, state)
     for transform, other in ((plain, state), (compensating, plain.init(params))):
-        with pytest.raises(TypeError, match=f"the state is not of acprop with compensate={transform is compensating}"):
+        with pytest.raises(TypeError, match=f"the state does not belong to acprop with compensate={transform is compensating}"):
             transform.update(params, other, params)
     with pytest.raises(TypeError, match="carry of 'w' has dtype float32, its parameter bfloat16"):
         compensating.update(params, (*state[:3], acprop_optax.CarryState({"w": jnp.ones(3)})), params)
@@ -375,7 +375,7 @@ def test_a_carry_is_not_dropped_on_the_way() -> None:
             continue
         acprop_torch.import_state(optimizer, {"w": p}, saved, state, prefer=prefer)
         assert ("carry" in optimizer.state[p]) == compensate
-    for broken, message in (({"w": 3.0}, "carry of 'w' is a float"), ([], "the saved moments are no dicts by name")):
+    for broken, message in (({"w": 3.0}, "carry of 'w' is a float"), ([], "the saved moments are not dicts by name")):
         with pytest.raises(TypeError, match=message):
             acprop_torch.import_state(optimizer, {"w": p}, saved, state._replace(carry=broken))
     wide = torch.ones(3, requires_grad=True)

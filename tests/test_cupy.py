@@ -10,9 +10,10 @@ from typing import Any
 import cupy
 import numpy as np
 
-import acprop_stepper._engines as engines
-from acprop_core import ACProp
-from acprop_stepper._memory import first_overlap
+from acprop_core import rule
+from acprop_stepper import _cupy
+from acprop_stepper._buffers import Buffer, tiles_of
+from acprop_stepper._overlap import first_overlap
 
 
 def device_array(dtype: Any, shape: tuple[int, ...] = (16,), offset: int = 0) -> Any:
@@ -26,11 +27,12 @@ def device_array(dtype: Any, shape: tuple[int, ...] = (16,), offset: int = 0) ->
 @pytest.mark.parametrize("decay", [False, True])
 def test_cupy_fuses_the_rule_into_one_kernel(dtype: Any, hyper: dict[str, Any], decay: bool) -> None:
     thread_local = pytest.importorskip("cupy._core._fusion_thread_local").thread_local
-    k, _, _ = ACProp(**hyper).at(3, np).numbers_for(dtype)
+    options = rule.Hyperparameters(weight_decay=0.1 if decay else 0.0, **hyper)
+    numbers = rule.cast(rule.numbers_of(options, 3, np), dtype, float(np.finfo(dtype).tiny), np)
     traced = []
 
     class Recording:
-        """CuPy, but for `fuse`, which keeps the operations of the traced function."""
+        """CuPy with another `fuse`, which keeps the operations of the traced function."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(cupy, name)
@@ -45,9 +47,9 @@ def test_cupy_fuses_the_rule_into_one_kernel(dtype: Any, hyper: dict[str, Any], 
 
             return decorate
 
-    kernel = engines.fused_step(k, decay, Recording())
+    kernel = _cupy.fused_step(rule.flags_of(options), Recording())
     try:
-        kernel(*(device_array(dtype) for _ in range(4)), *engines.scalars_of(k, 1.0, dtype))
+        kernel(*(device_array(dtype) for _ in range(4)), *_cupy.scalars_of(numbers, dtype))
     except cupy.cuda.runtime.CUDARuntimeError:
         assert not cupy.is_available()  # the launch, which only a device can do
     (operations,) = traced
@@ -61,16 +63,16 @@ def test_what_of_the_engine_needs_no_device() -> None:
     large, strided = device_array(np.float32, (100,), 512), device_array(np.float32, (4, 4), 448).T
     params = [*small, large, strided]
     moments = [device_array(np.float32, (128,)) for _ in range(2)]
-    buffer = engines.Buffer(range(5), params, *moments, None, False, cupy)
-    assert engines.Cupy.fits(buffer)
-    assert not engines.Cupy.fits(engines.Buffer([0], [device_array(np.float16)], *moments, None, False, cupy))
-    tiles = engines.tiles_of(buffer, 100, 50)
+    buffer = Buffer(range(5), params, *moments, None, False, cupy)
+    assert buffer.is_alike()
+    assert not Buffer([0], [device_array(np.float16)], *moments, None, False, cupy).is_alike()
+    tiles = tiles_of(buffer, 100, 50)
     assert [(tile.first, tile.last, tile.start, tile.stop) for tile in tiles] == [
         (0, 3, 0, 12),
         (3, 4, 12, 112),
         (4, 5, 112, 128),
     ]
-    assert engines.gather(params, tiles[1], cupy).data.ptr == large.data.ptr
-    assert engines.gather(params, tiles[2], cupy).strides == strided.strides
+    assert tiles[1].gather(params, cupy).data.ptr == large.data.ptr
+    assert tiles[2].gather(params, cupy).strides == strided.strides
     assert buffer.kept(2)[0].shape == (2, 4)
     assert first_overlap([(str(i), x, True) for i, x in enumerate(params)], cupy) is None

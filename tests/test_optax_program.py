@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-import acprop_optax
-from acprop_optax import acprop, scale_by_acprop
+from acprop_optax import _xla, acprop, scale_by_acprop
 
 SIZE = 4_099
 SMALL = 1_024  # bytes: the numbers of a step, each in a cache line of its own
@@ -103,7 +102,7 @@ def test_the_order_changes_no_bit(centering: str, monkeypatch: pytest.MonkeyPatc
     transform = acprop(1e-3, clip_exponent=0.25, centering=centering)
     ordered = unordered = params, transform.init(params)
     steps = [jax.jit(train_step(transform)).lower(*ordered, grads).compile()]
-    monkeypatch.setattr(acprop_optax, "_after", lambda written, x, count: x)
+    monkeypatch.setattr(_xla, "_after", lambda written, x, count: x)
     steps.append(jax.jit(train_step(transform)).lower(*ordered, grads).compile())
     assert steps[0].as_text() != steps[1].as_text()
     for _ in range(5):

@@ -218,7 +218,7 @@ def test_a_mask_may_be_none_where_there_is_no_parameter() -> None:
 @pytest.mark.parametrize(
     ("moment", "message"),
     [
-        ("mu", "first moment of 'a' has dtype float64, its parameter complex128; give a complex one"),
+        ("mu", "first moment of 'a' has dtype float64, its parameter complex128; use a complex dtype"),
         ("nu", "second moment of 'a' has dtype complex128"),
     ],
 )

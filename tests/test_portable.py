@@ -146,7 +146,7 @@ def test_what_to_import_must_be_a_pair() -> None:
     optimizer, state = acprop_stepper.export_state(a)
     with pytest.raises(TypeError, match="to import are a State and a ACProp"):
         acprop_stepper.import_state(b, state, optimizer)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="no dicts by name"):
+    with pytest.raises(TypeError, match="are not dicts by name"):
         acprop_stepper.import_state(b, optimizer, State(0, [np.ones(3)], [np.ones(3)]))
 
 

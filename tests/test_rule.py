@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from acprop_core import ACProp, State, _rule
+from acprop_core import ACProp, State, rule
 from reference import mp
 
 DECAY_RATES = (0.0, 0.5, 0.9, 0.999, 0.99999, 1.0 - 2.0**-24)
 COUNTS = (1, 2, 3, 10, 1_000, 65_537, 16_777_216, 2**31 - 1)
 
 
-def numbers_of(count: Any, xp: Any, **hyper: Any) -> _rule.Coefficients:
-    return _rule.coefficients(ACProp(**hyper), count, 1e-3, xp)
+def numbers_of(count: Any, xp: Any, **hyper: Any) -> rule.Numbers:
+    return rule.numbers_of(rule.Hyperparameters(**hyper), count, xp)
 
 
 def exact_scale(b2: float, count: int) -> Any:
@@ -69,10 +69,44 @@ def test_limit(exponent: float, count: int) -> None:
     assert abs(mp.mpf(float(traced)) / exact - 1) <= 2 * np.finfo(np.float32).eps
 
 
-def test_weights_are_the_lighter_ones() -> None:
+def test_the_weights_of_an_average_and_which_is_lighter() -> None:
     k = numbers_of(1, np, b1=0.9, b2=0.25)
-    assert (k.weight1, k.old_is_lighter1) == (1.0 - 0.9, False)
-    assert (k.weight2, k.old_is_lighter2) == (0.25, True)
+    flags = rule.flags_of(rule.Hyperparameters(b1=0.9, b2=0.25))
+    assert (k.old_weight1, k.new_weight1, flags.old_is_lighter1) == (0.9, 1.0 - 0.9, False)
+    assert (k.old_weight2, k.new_weight2, flags.old_is_lighter2) == (0.25, 0.75, True)
+    traced = rule.Hyperparameters(b1=jnp.float32(0.9), b2=jnp.float32(0.25))
+    assert (rule.flags_of(traced).old_is_lighter1, rule.flags_of(traced).old_is_lighter2) == (None, None)
+
+
+@pytest.mark.parametrize("b", [0.0, 0.25, 0.5, 0.9])
+def test_an_average_that_asks_the_arrays_is_the_same(b: float) -> None:
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(size=(2, 50))
+    known, asked = (
+        rule._average(old, new, np.float64(b), np.float64(1.0 - b), lighter, np) for lighter in (b < 0.5, None)
+    )
+    np.testing.assert_array_equal(known, asked)
+
+
+@pytest.mark.parametrize("hyper", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "l2": True}])
+def test_flags_of_decay(hyper: dict[str, Any]) -> None:
+    expected = rule.Decay.NONE if not hyper else rule.Decay.L2 if "l2" in hyper else rule.Decay.DECOUPLED
+    assert rule.flags_of(rule.Hyperparameters(**hyper)).decay == expected
+
+
+def test_maximize_is_the_step_of_the_negative_gradient() -> None:
+    rng = np.random.default_rng(0)
+    x, g, m, s = rng.uniform(0.1, 1.0, (4, 20))
+    for l2 in (False, True):
+        hyper = rule.Hyperparameters(weight_decay=0.1, clip_exponent=0.25, l2=l2)
+        steps = []
+        for maximize, grad, mean in ((False, -g, -m), (True, g, m)):
+            own = hyper._replace(maximize=maximize)
+            steps.append(rule.step(x, grad, mean, s, None, rule.numbers_of(own, 3, np), rule.flags_of(own), np))
+        (u, mu, nu, _), (other_u, other_mu, other_nu, _) = steps
+        np.testing.assert_array_equal(other_u, u)
+        np.testing.assert_array_equal(other_mu, -mu)
+        np.testing.assert_array_equal(other_nu, nu)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -119,13 +153,26 @@ def test_the_floor_of_eps_is_invisible() -> None:
     assert updates[0] == pytest.approx(-1.0, rel=1e-15)
 
 
-def test_rule_sees_only_numbers_and_arrays() -> None:
+def test_a_step_needs_few_functions_of_the_namespace_and_writes_to_nothing() -> None:
     # what the compilers rely on: nothing of the namespace but these functions
     used = SimpleNamespace(sqrt=np.sqrt, clip=np.clip)
-    k = numbers_of(3, np, clip_exponent=0.25)
-    g, m, v = np.full(4, 0.5), np.full(4, 0.1), np.full(4, 0.2)
-    for got, expected in zip(_rule.rule(g, m, v, k, used), _rule.rule(g, m, v, k, np), strict=True):
+    hyper = rule.Hyperparameters(clip_exponent=0.25, weight_decay=0.1)
+    numbers, flags = rule.numbers_of(hyper, 3, np), rule.flags_of(hyper)._replace(scaled=True)
+    arrays = [np.full(4, x) for x in (1.0, 0.5, 0.1, 0.2)]
+    for x in arrays:
+        x.flags.writeable = False
+    steps = [rule.step(*arrays, None, numbers, flags, xp) for xp in (used, np)]
+    for got, expected in zip(*(step[:3] for step in steps), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+def test_numbers_are_cast_together_and_never_widen_an_array() -> None:
+    hyper = rule.Hyperparameters(*(jnp.float32(0.25),) * 7)
+    numbers = rule.cast(rule.numbers_of(hyper, jnp.int32(3), jnp), jnp.float16, 2.0**-14, jnp)
+    assert {x.dtype for x in numbers if not isinstance(x, float)} == {jnp.dtype("float16")}
+    floats = rule.cast(rule.numbers_of(rule.Hyperparameters(eps=0.0), 3, np), np.float32, 2.0**-126, np)
+    assert {type(x) for x in floats} == {float}
+    assert floats.eps == 2.0**-126
 
 
 @pytest.mark.parametrize("b1", [0.0, 0.9])

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import math
 import pickle
 import signal
@@ -9,21 +10,19 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import acprop_stepper._engines as engines
-import acprop_stepper._stepper as module
-from acprop_core import ACProp, State
-from acprop_core._program import execute
-from acprop_core._rule import displacement, rule
-from acprop_stepper import Stepper, StepRecord
-from acprop_stepper._engines import program_for
-from acprop_stepper._memory import first_overlap
+from acprop_core import ACProp, State, rule
+from acprop_core.adapt import Step
+from acprop_core.kernels.calls import program_of
+from acprop_stepper import Stepper, StepRecord, _stepper, _tiles, _work
+from acprop_stepper._buffers import Tile
+from acprop_stepper._overlap import addresses, first_overlap
 from hosts import stepper_tiles
 
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
@@ -122,22 +121,19 @@ def test_many_parameters_give_the_bits_of_the_functional_core(
 )
 @pytest.mark.parametrize("grad_scale", [1.0, 0.3])
 @pytest.mark.parametrize("decay", [False, True])
-def test_a_program_is_the_rule_and_its_second_half_can_be_repeated(
-    count: int, hyper: dict[str, Any], grad_scale: float, decay: bool
-) -> None:
-    k, dtype, _ = ACProp(**hyper).at(count, np).numbers_for(np.float32)
+def test_a_program_is_the_rule(count: int, hyper: dict[str, Any], grad_scale: float, decay: bool) -> None:
+    options = rule.Hyperparameters(**hyper)
+    numbers = rule.cast(rule.numbers_of(options, count, np), np.float32, 2.0**-126, np)
+    numbers = numbers._replace(grad_scale=grad_scale)
+    flags = rule.flags_of(options)._replace(scaled=grad_scale != 1.0)
+    flags = flags if decay else flags._replace(decay=rule.Decay.NONE)
     rng = np.random.default_rng(0)
-    param, grad, mu, nu = inputs = [readonly(rng.uniform(0.1, 1.0, 50).astype(np.float32)) for _ in range(4)]
-    program = program_for(k, grad_scale, decay, dtype)
+    param, grad, mu, nu = inputs = [rng.uniform(0.1, 1.0, 50).astype(np.float32) for _ in range(4)]
+    update, new_mu, new_nu, _ = rule.step(*inputs, None, numbers, flags, np)
+    program = program_of(flags, numbers, lambda _, value: np.float32(value), _tiles.OPERATIONS)
     registers = [np.full(50, math.nan, np.float32) for _ in range(program.registers)]
-    execute(program.compute, [*inputs, *program.numbers, *registers])
-    outputs = [np.full(50, math.nan, np.float32) for _ in range(2)]
-    slots = [param, grad, *outputs, *program.numbers, *registers]
-    for _ in range(2):
-        execute(program.write, slots)
-    d, new_mu, new_nu = rule(grad * grad_scale, mu, nu, k, np)
-    new_param = param + displacement(d, param if decay else None, k)
-    for x, y in zip((slots[program.result], *outputs), (new_param, new_mu, new_nu), strict=True):
+    slots = [readonly(param), readonly(grad), mu, nu, *program.numbers, *registers]
+    for x, y in zip((program.run(slots), mu, nu), (update, new_mu, new_nu), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -155,11 +151,13 @@ def test_many_complex_scalars_give_the_bits_of_the_functional_core() -> None:
 
 
 def test_a_program_is_as_short_as_the_rule() -> None:
-    k, dtype, _ = ACProp(clip_exponent=0.25).at(5, np).numbers_for(np.float32)
-    program = program_for(k, 1.0, False, dtype)
-    assert len(program.compute) == 15
-    assert [function.__name__ for function, _ in program.write] == ["_copy", "add"]
-    assert program.registers == 3
+    options = rule.Hyperparameters(clip_exponent=0.25)
+    numbers = rule.cast(rule.numbers_of(options, 5, np), np.float32, 2.0**-126, np)
+    program = program_of(rule.flags_of(options), numbers, lambda _, value: value, _tiles.OPERATIONS)
+    names = [function.__name__ for function, _ in program.instructions]
+    assert "_copy" not in names  # the moments are made where they belong
+    assert len(names) == 15
+    assert program.registers == 2
 
 
 def test_buffers_are_shared_by_dtype_and_decay() -> None:
@@ -279,10 +277,10 @@ def test_a_run_can_be_taken_up_from_its_state(engine: str) -> None:
 
 
 def test_numba_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_stepper.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"engine is 'numba', which needs Numba: .*acprop-core\[fast\]"):
         Stepper(np.ones(2), engine="numba")
-    assert type(Stepper(np.ones(2))._engines[0]) is engines.Tiles
+    assert type(Stepper(np.ones(2))._engines[0]) is _tiles.Tiles
 
 
 def test_interleaved_views_do_not_overlap() -> None:
@@ -333,16 +331,14 @@ def test_a_gradient_that_owns_the_memory_of_a_parameter(engine: str) -> None:
 def test_the_fast_check_knows_what_fits() -> None:
     memory = np.zeros(20)
     params = {"a": memory[6:12], "b": np.ones((2, 3)), "empty": memory[8:9][:0], "scalar": np.ones(())}
-    plain = Stepper(params, engine="numba")._plain
+    matching = Stepper(params)._matching
 
-    def addresses(**grads: Any) -> Any:
-        return plain.addresses(list(({name: np.zeros(x.shape) for name, x in params.items()} | grads).values()))
+    def fits(**grads: Any) -> bool:
+        return matching._are_plain(list(({name: np.zeros(x.shape) for name, x in params.items()} | grads).values()))
 
     flat = np.zeros(6)
     for fitting in ({}, {"b": flat.reshape(2, 3)}, {"a": memory[:6]}, {"a": readonly(np.zeros(6))}):
-        found = addresses(**fitting)
-        for name, g in fitting.items():
-            assert found[list(params).index(name)] == g.ctypes.data
+        assert fits(**fitting)
     for other in (
         {"a": None},
         {"a": [0.0] * 6},
@@ -360,12 +356,25 @@ def test_the_fast_check_knows_what_fits() -> None:
         {"b": memory[4:10].reshape(2, 3)},
         {"b": memory[9:15].reshape(2, 3)},  # beyond where the empty one lies
     ):
-        assert addresses(**other) is None
-    assert plain.addresses([]) is None
+        assert not fits(**other)
+    assert not matching._are_plain([])
+
+
+def test_addresses() -> None:
+    x = np.zeros((4, 5))
+    arrays = [x, x[1:], x[::2, 1:], x.T, np.zeros(()), np.zeros(0), readonly(np.zeros(3, np.float16))]
+    assert addresses(arrays).tolist() == [x.ctypes.data for x in arrays]
+
+
+def test_a_parameter_that_became_read_only_is_refused() -> None:
+    memory = np.ones(4)
+    x = memory[:2]
+    stepper = Stepper([x])
     memory.flags.writeable = False
-    assert addresses() is not None  # of its own flag, a view is still writeable
-    params["a"].flags.writeable = False
-    assert addresses() is None
+    stepper.step([np.ones(2)])  # by its own flag, a view is still writeable
+    x.flags.writeable = False
+    with pytest.raises(ValueError, match="parameter '0' is read-only"):
+        stepper.step([np.ones(2)])
 
 
 def test_gradients_may_be_read_only_and_shared() -> None:
@@ -498,48 +507,45 @@ def test_an_exception_at_any_line_leaves_the_old_or_the_new(
     assert outcomes == sorted(outcomes)  # once begun, it is always finished
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("failing", ["rule", "execute", "scatter"])
-def test_a_failure_that_passes_is_made_good(engine: str, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stepper_tiles(monkeypatch, 64)
-    whole = getattr(engines, failing)
-    for call in range(1, 8):
-        monkeypatch.setattr(engines, failing, whole)
-        stepper, grads, before, after = stepper_and_outcomes(engine, 1)
-        calls = 0
+def flaky(whole: Callable[..., Any], failures: range) -> Callable[..., Any]:
+    """Return a function whose calls of these numbers fail, before they have done anything."""
+    calls = itertools.count()
 
-        def flaky(*arguments: Any, call: int = call) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                raise MemoryError
-            return whole(*arguments)
-
-        monkeypatch.setattr(engines, failing, flaky)
-        try:
-            stepper.step(grads)
-        except MemoryError:
-            assert_same(stepper, after)
-        assert_one_of(stepper, before, after)
-
-
-def test_a_failure_that_lasts_is_raised_and_made_good_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    stepper_tiles(monkeypatch, 64)
-    stepper, grads, _, after = stepper_and_outcomes("tiles", 1)
-    whole, calls = engines.execute, 0
-
-    def broken(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 2:
+    def call(*arguments: Any) -> Any:
+        if next(calls) in failures:
             raise MemoryError
         return whole(*arguments)
 
-    monkeypatch.setattr(engines, "execute", broken)
-    with pytest.raises(MemoryError):
-        stepper.step(grads)
-    monkeypatch.setattr(engines, "execute", whole)
+    return call
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("kind", "name"), [(Step, "__call__"), (Tile, "gather")])
+@pytest.mark.parametrize("first", range(6))
+def test_a_failure_is_raised_and_made_good_by_the_next_look(
+    threads: int, kind: type, name: str, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepper_tiles(monkeypatch, 64)
+    stepper, grads, _, after = stepper_and_outcomes("tiles", threads)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, flaky(getattr(kind, name), range(first, first + 1)))
+        try:
+            stepper.step(grads)
+        except MemoryError:
+            assert stepper._count == 1
     assert_same(stepper, after)
+
+
+def test_a_failure_that_lasts_is_raised_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper_tiles(monkeypatch, 64)
+    stepper, grads, _, after = stepper_and_outcomes("tiles", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tile, "gather", flaky(Tile.gather, range(4, 1000)))
+        for look in (lambda: stepper.step(grads), lambda: stepper.state, lambda: stepper.step(grads)):
+            with pytest.raises(MemoryError):
+                look()
+    assert_same(stepper, after)
+    assert stepper.step(grads).count == 3
 
 
 @pytest.fixture
@@ -590,59 +596,46 @@ def test_a_real_signal_leaves_the_old_or_the_new(engine: str) -> None:
     assert finished
 
 
-@pytest.mark.parametrize(("where", "call"), [("rule", 1), *(("execute", i) for i in range(1, 9)), ("scatter", 1)])
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+@pytest.mark.parametrize("number", range(8))
 def test_a_handler_that_looks_in_the_middle_sees_the_new_and_may_not_write(
-    where: str, call: int, before: bool, monkeypatch: pytest.MonkeyPatch
+    number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The main thread waits meanwhile; a tile sends it a signal, and goes on when the handler has begun."""
     stepper_tiles(monkeypatch, 64)
     stepper, grads, _before, after = stepper_and_outcomes("tiles", 1)
-    whole, seen, calls = getattr(engines, where), [], 0
+    main, calls, begun, seen = threading.get_ident(), itertools.count(), threading.Event(), []
+    whole = Tile.gather
 
-    def looking(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls != call:
-            return whole(*arguments)
-        result = None if before else whole(*arguments)
+    def handler(number: int, frame: Any) -> None:
+        if begun.is_set():
+            return
+        begun.set()
         seen.append(stepper.state)
         for write in (lambda: stepper.step(grads), lambda: stepper.load_state(seen[0])):
             with pytest.raises(RuntimeError, match="step or load_state was called from within one of them"):
                 write()
-        return whole(*arguments) if before else result
 
-    monkeypatch.setattr(engines, where, looking)
-    stepper.step(grads)
+    def sending(*arguments: Any) -> Any:
+        if next(calls) == number:
+            while not begun.wait(0.01):  # a signal just before the main thread begins to wait is seen when that ends
+                signal.pthread_kill(main, signal.SIGUSR1)
+        return whole(*arguments)
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tile, "gather", sending)
+            stepper.step(grads)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
     (state,) = seen
     assert state.count == after[1].count
     for name in stepper.params:
         np.testing.assert_array_equal(state.mu[name], after[1].mu[name])
         np.testing.assert_array_equal(state.nu[name], after[1].nu[name])
     assert_same(stepper, after)
-    monkeypatch.setattr(engines, where, whole)
     assert stepper.step(grads).count == after[1].count + 1
-
-
-def test_a_handler_that_looks_before_the_work_begins_and_again_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    stepper_tiles(monkeypatch, 64)
-    stepper, grads, before, after = stepper_and_outcomes("tiles", 1)
-    finish, execute, seen = module.Work.finish, engines.execute, []
-
-    def looking(whole: Any) -> Any:
-        def look(*arguments: Any) -> None:
-            if len(seen) < 2:
-                seen.append(None)
-                seen[-1 if whole is execute else 0] = stepper.state
-            whole(*arguments)
-
-        return look
-
-    monkeypatch.setattr(module.Work, "finish", looking(finish))
-    monkeypatch.setattr(engines, "execute", looking(execute))
-    stepper.step(grads)
-    assert [state.count for state in seen] == [before[1].count, after[1].count]
-    np.testing.assert_array_equal(seen[1].mu["p0"], after[1].mu["p0"])
-    assert_same(stepper, after)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -683,31 +676,19 @@ def test_a_handler_that_saves_the_state_at_any_moment(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_task_that_is_run_again_does_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # as it is when a handler has finished the step between the main thread's look at the task and its run
-    stepper, grads, _, after = stepper_and_outcomes(engine, 1)
-    for kind in (engines.TileTask, engines.ProgramTask, engines.NumbaTask):
-        once = kind.run
-        monkeypatch.setattr(kind, "run", lambda task, once=once: (once(task), once(task)))
-    stepper.step(grads)
-    assert_same(stepper, after)
+def test_a_step_within_a_step_is_refused(engine: str) -> None:
+    refused = []
 
-
-def test_a_step_within_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    stepper, grads, _, after = stepper_and_outcomes("tiles", 1)
-    whole, refused = engines.scatter, []
-
-    def stepping(*arguments: Any) -> Any:
-        if not refused:
+    def schedule(count: int) -> float:
+        if count == 1 and not refused:
             with pytest.raises(RuntimeError, match="step or load_state was called from within one"):
-                stepper.step(grads)
+                stepper.step(np.ones(2))
             refused.append(True)
-        whole(*arguments)
+        return 0.5
 
-    monkeypatch.setattr(engines, "scatter", stepping)
-    stepper.step(grads)
+    stepper = Stepper(np.ones(2), schedule, engine=engine)
+    assert [stepper.step(np.ones(2)).count for _ in range(2)] == [1, 2]
     assert refused
-    assert_same(stepper, after)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -718,6 +699,7 @@ def test_threads_that_cannot_be_had(engine: str, monkeypatch: pytest.MonkeyPatch
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    monkeypatch.setattr(_work, "_worker", _work._Worker())  # whose thread has yet to start
     monkeypatch.setattr(threading.Thread, "start", start)
     stepper.step(grads)
     assert_same(stepper, after)

@@ -9,15 +9,14 @@ in the last place of a number of 16 significant bits, beside a float32 parameter
 
 from collections.abc import Iterable, Iterator
 
-import array_api_compat.numpy as xp
 import ml_dtypes
 import numpy as np
 
-from acprop_core import ACProp, _rule
-from acprop_core._step import compensated
+from acprop_core import rule
+from hosts import compensated
 
 STEPS, SIZE = 10_000, 1000
-OPTIMIZER = ACProp(compensate=True)
+HYPER = rule.Hyperparameters(compensate=True)
 
 
 def updates(kind: str, size: float) -> Iterator[np.ndarray]:
@@ -38,8 +37,8 @@ def with_carry(dtype: object, stream: Iterable[np.ndarray], dithered: bool) -> n
     param = start().astype(dtype)
     carry, exact, worst = np.zeros_like(param), param.astype(np.float64), np.zeros(SIZE)
     for count, update in enumerate(stream):
-        k = _rule.coefficients(OPTIMIZER, count, 1e-3, xp)
-        added, carry = compensated(update, param, carry, k if dithered else k._replace(dither=0.0), xp)
+        numbers = rule.numbers_of(HYPER, count, np)
+        added, carry = compensated(update, param, carry, numbers if dithered else numbers._replace(dither=0.0))
         param = param + added
         exact = exact + update
         worst = np.maximum(worst, units(param.astype(np.float64) + carry.astype(np.float64), exact))
