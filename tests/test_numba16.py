@@ -7,22 +7,23 @@ pytest.importorskip("torch")
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-import array_api_compat.numpy
 import numba
 import numpy as np
 import torch
 
 import acprop_torch
-from acprop_core import ACProp, _numba16
+from acprop_core import ACProp
+from acprop_core.adapt import Row, step_at
+from acprop_core.kernels.sixteen_bits import Memory, memory_of
 from acprop_stepper import Stepper
-from acprop_torch import _fused
 from cases import DTYPES
-from hosts import from_torch, to_torch, torch_threads
+from hosts import engines_of, from_torch, no_torch_tiles, to_torch, torch_threads
 
 # on a processor without conversions of its own float16 goes through tiles
-SIXTEEN_BITS = [name for name in ("bfloat16", "float16") if _numba16.seen_as(name, name)]
+SIXTEEN_BITS = [name for name in ("bfloat16", "float16") if memory_of(name, name)]
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -3e-40, 6e-8, -6e-8, 2.0**-126, 65504, 65520, 3.3e38, -3.4e38]
 
 
@@ -48,38 +49,48 @@ def around(numbers: np.ndarray) -> np.ndarray:
     return (bits + np.arange(-2, 3, dtype=np.int64).astype(np.uint32)[:, None]).reshape(-1).view(np.float32)
 
 
-@numba.njit
-def loaded(array: Any) -> Any:
-    """Widen an array."""
-    result = np.empty(array.size, np.float32)
-    for i in range(array.size):
-        result[i] = _numba16.load(array, i)
-    return result
+def loaded(numbers: np.ndarray, memory: Memory) -> np.ndarray:
+    """Widen numbers."""
+    load = memory.load
+
+    @numba.njit
+    def run(array: Any) -> Any:
+        result = np.empty(array.size, np.float32)
+        for i in range(array.size):
+            result[i] = load(array[i])
+        return result
+
+    return run(numbers.view(memory.dtype))
 
 
-@numba.njit
-def stored(values: Any, like: Any) -> Any:
-    """Narrow an array to what `like` holds, and return also what it then widens to."""
-    result, wide = np.empty(values.size, like.dtype), np.empty(values.size, np.float32)
-    for i in range(values.size):
-        result[i] = _numba16.narrowed(values[i], like)
-        wide[i] = _numba16.rounded(values[i], like)
-    return result, wide
+def stored(values: np.ndarray, memory: Memory) -> tuple[np.ndarray, np.ndarray]:
+    """Narrow float32 numbers, and return also what they then widen to."""
+    dtype, _, store, rounded = memory
+
+    @numba.njit
+    def run(values: Any) -> Any:
+        result, wide = np.empty(values.size, dtype), np.empty(values.size, np.float32)
+        for i in range(values.size):
+            result[i] = store(values[i])
+            wide[i] = rounded(values[i])
+        return result, wide
+
+    return run(values)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_every_number_is_widened_and_rounded_as_by_its_library(dtype: str) -> None:
-    seen, _ = _numba16.seen_as(dtype, dtype)
+    memory, _ = memory_of(dtype, dtype)
     numbers = all_of(dtype)
-    assert_same(loaded(numbers.view(seen)), numbers.astype(np.float32))
+    assert_same(loaded(numbers, memory), numbers.astype(np.float32))
     random = np.random.default_rng(0).integers(0, 2**32, 500_000, dtype=np.uint32).view(np.float32)
     values = np.concatenate([around(numbers), random, np.array(SPECIAL, np.float32)])
-    result, wide = stored(values, np.empty(0, seen))
+    result, wide = stored(values, memory)
     with np.errstate(all="ignore"):
         wanted = values.astype(DTYPES[dtype])
     assert_same(result.view(DTYPES[dtype]), wanted)
     assert_same(wide, wanted.astype(np.float32))
-    back, _ = stored(numbers.astype(np.float32), np.empty(0, seen))
+    back, _ = stored(numbers.astype(np.float32), memory)
     assert_same(back.view(DTYPES[dtype]), numbers)
 
 
@@ -100,7 +111,7 @@ def test_steps_have_the_bits_of_tiles(dtype: str, moment_dtype: str | None, comp
         params = {"w": drawn(dtype, 0), "small": drawn(dtype, 1)[::3].copy()}
         stepper = Stepper(params, **hyper, moment_dtype=moment_dtype, compensate=compensate, engine=engine)
         if {dtype, moment_dtype or dtype} <= {*SIXTEEN_BITS}:
-            assert type(stepper._engines[0]).__name__ == engine.capitalize()
+            assert engines_of(stepper) == [engine]
         for t in range(4):
             stepper.step({"w": drawn(dtype, 2 + t), "small": drawn(dtype, 9 + t)[::3].copy()})
         runs.append((params, stepper.state))
@@ -124,7 +135,7 @@ def test_torch_steps_have_the_bits_of_the_rule_in_numpy(
     scale: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_fused, "in_tiles", None)  # it is not called
+    no_torch_tiles(monkeypatch)
     torch_threads(monkeypatch, threads, least=1000)
     arrays = [drawn(dtype, 0)[:70_001], drawn(dtype, 1)[-5000:], drawn(dtype, 2)[:0]]
     tensors = [to_torch(x).requires_grad_() for x in arrays]
@@ -142,14 +153,14 @@ def test_torch_steps_have_the_bits_of_the_rule_in_numpy(
     if scale is not None:
         optimizer.grad_scale = torch.tensor(scale)
     for t in range(3):
-        step = reference.at(t, array_api_compat.numpy)
+        step = step_at(reference, t, np)
         for i, (p, x) in enumerate(zip(tensors, arrays, strict=True)):
             grad = drawn(dtype, 3 + t)[: x.size]
             p.grad = to_torch(grad)
             mu, nu, carry = kept[i]
             with np.errstate(all="ignore"):
                 grad = grad.astype(np.float32) / (scale or 1.0)
-                update, *new = step(grad, mu, nu, x, False, carry if compensate else None)
+                update, *new = step(Row(x, grad, mu, nu, carry if compensate else None))
                 arrays[i], kept[i] = x + update, [*new[:2], new[2] if compensate else carry]
         optimizer.step()
     for p, x, (mu, nu, carry) in zip(tensors, arrays, kept, strict=True):
@@ -166,10 +177,11 @@ def test_processors_without_conversions_leave_float16_to_tiles() -> None:
     program = """
 import numpy as np, ml_dtypes
 from acprop_stepper import Stepper
-for dtype, engine in ((np.float16, "Tiles"), (ml_dtypes.bfloat16, "Numba")):
+from hosts import engines_of
+for dtype, engine in ((np.float16, "tiles"), (ml_dtypes.bfloat16, "numba")):
     stepper = Stepper([np.ones(100, dtype)], compensate=True)
     stepper.step([np.ones(100, dtype)])
-    assert type(stepper._engines[0]).__name__ == engine
+    assert engines_of(stepper) == [engine]
 """
     env = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-    subprocess.run([sys.executable, "-c", program], check=True, env=env)
+    subprocess.run([sys.executable, "-c", program], check=True, env=env, cwd=Path(__file__).parent)

@@ -220,4 +220,4 @@ def test_no_combination_of_options_is_left_uncompiled() -> None:
             )
             x.grad = torch.ones(5)
             optimizer.step()
-    assert counters["stats"]["unique_graphs"] == 16
+    assert counters["stats"]["unique_graphs"] == 12  # without decay, its form does not matter

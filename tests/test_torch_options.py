@@ -18,7 +18,6 @@ from hosts import (
     fused_as_on_an_accelerator,
     interrupted_kernel,
     lists_on_a_cpu,
-    numba_memory,
     numba_not_found,
     torch_threads,
     torch_tile,

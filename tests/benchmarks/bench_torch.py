@@ -3,14 +3,19 @@
 OMP_NUM_THREADS=1 python tests/benchmarks/bench_torch.py [quick] [--out docs/benchmarks]
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import hosts
 from record import arguments
 from steps import Contender, Grads, Optimizer, bench
 
@@ -42,16 +47,10 @@ def optimizer(
 
 def without_numba(own: Any) -> Callable[[], object]:
     """Return a step that is compiled by torch, as where Numba is not installed."""
-    from acprop_torch import _fused
-
-    found = _fused._has_numba
 
     def step() -> None:
-        _fused._has_numba = lambda: False
-        try:
+        with hosts.without_numba():
             own.step()
-        finally:
-            _fused._has_numba = found
 
     return step
 
