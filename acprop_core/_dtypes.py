@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from acprop_core import rule
-from acprop_core._quirks import Array, Rounding, standard_namespace, as_array
+from acprop_core._quirks import Array, Rounding, as_array, standard_namespace
 
 SIXTEEN_BITS = tuple(rule.FORMATS)
 FLOATS = (*SIXTEEN_BITS, "float32", "float64")
@@ -85,7 +85,7 @@ class Step:
 
     def map_numbers(self, f: Callable[[Any], Any]) -> "Step":
         """Return this step with `f` applied to each of its numbers."""
-        return Step(self.numbers._make(map(f, self.numbers)), self.flags, self._xp)
+        return Step(rule.Numbers(*map(f, self.numbers)), self.flags, self._xp)
 
     def without_rate(self) -> "Step":
         """Return this step without its learning rate: the update is d_t, for hosts that bring their own rate."""
@@ -134,7 +134,7 @@ class Step:
     def cast_for(
         self, mu_dtype: Any, param_dtype: Any, decays: bool = True, has_carry: bool = False
     ) -> tuple[rule.Numbers, rule.Flags, Any, Any]:
-        """Return the arguments of `rule.step` for such arrays: numbers and flags; and the dtype and real dtype to use."""
+        """Return numbers and flags for such arrays, and the dtype and real dtype in which to compute."""
         param = dtype_name(param_dtype)
         real, is_complex = key = step_dtypes(dtype_name(mu_dtype), param)
         if key not in self._cast:

@@ -5,7 +5,7 @@
 - NumPy: operators make scalars of 0-d arrays; masked arrays and matrices are arrays whose arithmetic differs; scalars
   have not always had a device; arrays are never traced.
 - JAX: tracers have no device, and uncommitted arrays go where they are needed.
-- PyTorch: NumPy cannot read its bfloat16, nor tensors that require gradients, are conjugated lazily, or are on a device.
+- PyTorch: NumPy cannot read its bfloat16, or tensors that require gradients, are conjugated lazily or on a device.
 - CuPy: NumPy cannot read its arrays.
 - PyTorch and sparse libraries: arrays that are not dense.
 """

@@ -242,9 +242,7 @@ def _average(old: Array, new: Array, old_weight: Any, new_weight: Any, old_is_li
     return old + new_weight * (new - old)
 
 
-def _compensated(
-    update: Array, param: Array, carry: Array, numbers: Numbers, low: Format, xp: Any
-) -> tuple[Array, Array]:
+def _compensated(update: Array, param: Array, carry: Array, numbers: Numbers, low: Any, xp: Any) -> tuple[Array, Array]:
     """Return v_t and c_t: what to add to a 16-bit parameter x_{t-1} for an update u_t, and what is then missing.
 
     x_t, the sum of x_{t-1} and v_t in 16 bits, is next to x_{t-1} + c_{t-1} + u_t; the carry c_t is the difference.
@@ -392,7 +390,7 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
         # By exclusion: inside torch.compile a float may be a symbol, which cannot be asked whether it has a dtype.
         return x if type(x) in (float, int) or x.dtype == real_dtype else xp.astype(x, real_dtype)
 
-    numbers = numbers._make(map(fit, numbers))
+    numbers = Numbers(*map(fit, numbers))
     eps = numbers.eps
     if type(eps) in (float, int):
         return numbers._replace(eps=max(eps, smallest_normal))

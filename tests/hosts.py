@@ -737,12 +737,12 @@ def without_numba() -> contextlib.AbstractContextManager[Any]:
 
 def capturable_on_cpu() -> contextlib.AbstractContextManager[Any]:
     """Run on a CPU what a CUDA graph would capture. Torch refuses it there, because there is nothing to gain."""
-    from acprop_torch import _optimizer
+    from acprop_torch import _private
 
     def supported() -> list[str]:
         return ["cpu"]
 
-    return mock.patch.object(_optimizer, "capturable_devices", supported)
+    return mock.patch.object(_private, "capturable_devices", supported)
 
 
 def torch_tile() -> int:

@@ -318,8 +318,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ACProp(compensate=1)
     for other, error, message in (
         (None, ValueError, "compensate is True, but the state was made without it and has no carry; begin with"),
-        ({**carry, "w": None}, ValueError, "carry of 'w' is None, its parameter bfloat16; give zeros_like"),
-        ({**carry, "b": np.zeros(2)}, ValueError, "carry of 'b' is an array, its parameter float32; give None"),
+        ({**carry, "w": None}, ValueError, "carry of 'w' is None, its parameter bfloat16; pass zeros_like"),
+        ({**carry, "b": np.zeros(2)}, ValueError, "carry of 'b' is an array, its parameter float32; pass None"),
         ({**carry, "w": ones("bfloat16")[:1]}, ValueError, r"carry of 'w' has shape \(1,\), its parameter \(3,\)"),
         ({**carry, "w": np.ones(3)}, TypeError, "carry of 'w' has dtype float64, its parameter bfloat16"),
         ({**carry, "w": "no"}, TypeError, "carry of 'w' is a str"),

@@ -20,7 +20,7 @@ import pytest
 from acprop_core import ACProp, State, rule
 from acprop_core.adapt import Step
 from acprop_core.kernels.calls import program_of
-from acprop_stepper import Stepper, StepRecord, _stepper, _tiles, _work
+from acprop_stepper import Stepper, StepRecord, _engines, _tiles, _work
 from acprop_stepper._buffers import Tile
 from acprop_stepper._overlap import addresses, first_overlap
 from hosts import stepper_tiles
@@ -277,7 +277,7 @@ def test_a_run_can_be_taken_up_from_its_state(engine: str) -> None:
 
 
 def test_numba_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_stepper.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"engine is 'numba', which needs Numba: .*acprop-core\[fast\]"):
         Stepper(np.ones(2), engine="numba")
     assert type(Stepper(np.ones(2))._engines[0]) is _tiles.Tiles

@@ -118,10 +118,10 @@ _namespace = SimpleNamespace(
 @functools.cache
 def _trace(flags: rule.Flags, zeros: frozenset[str], operations: Operations) -> Program:
     calls: list[_Call] = []
-    numbers = rule.Numbers._make(None if name in zeros else _Number(name) for name in rule.Numbers._fields)
-    inputs = [_Placeholder(calls, operations) for _ in range(4)]
-    update, *moments, _ = rule.step(*inputs, None, numbers, flags, _namespace)
-    for old, new in zip(inputs[2:], moments, strict=True):
+    numbers = rule.Numbers(*(None if name in zeros else _Number(name) for name in rule.Numbers._fields))
+    param, grad, mu, nu = inputs = [_Placeholder(calls, operations) for _ in range(4)]
+    update, new_mu, new_nu, _ = rule.step(param, grad, mu, nu, None, numbers, flags, _namespace)
+    for old, new in ((mu, new_mu), (nu, new_nu)):
         made = next(i for i, call in enumerate(calls) if call.result is new)
         if any(old in call.operands for call in calls[made + 1 :]):
             calls.append(_Call(operations.copy, (new,), old))

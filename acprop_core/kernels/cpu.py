@@ -57,7 +57,7 @@ def kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callabl
         `decay` does not matter: it is an argument of the kernel, so that one program serves parameters with and without
         decay. `scaled` does not matter either: a product with 1 costs less than a second program.
     param_dtype, moment_dtype : str
-        Dtypes that `memory_of` takes; carries have that of the parameters.
+        Dtypes that `is_readable` accepts; carries have the parameters' dtype.
 
     Returns
     -------
@@ -72,17 +72,15 @@ def kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callabl
         - done : int64 array. Its first element is incremented at the end. No Python code runs in between, so it tells
           whether everything is written, even if the caller is interrupted.
     """
-    param_memory, moment_memory = memory_of(param_dtype, moment_dtype) or (None, None)
-    assert param_memory is not None and moment_memory is not None, (param_dtype, moment_dtype)
-    own_at, moments_at = _pointer_to(param_memory.dtype), _pointer_to(moment_memory.dtype)
-    load, store, rounded = param_memory[1:]
-    load_moment, store_moment = moment_memory[1:3]
+    own, moments = memory_of(param_dtype, moment_dtype)
+    own_at, moments_at = _pointer_to(own.dtype), _pointer_to(moments.dtype)
+    load, store, rounded = own[1:]
+    load_moment, store_moment = moments[1:3]
     namespace = types.ModuleType("scalars")
     vars(namespace).update(_FUNCTIONS, rounded=rounded)
-    centering, _, clipped, old_is_lighter1, old_is_lighter2, *_, low = flags
+    centering, _, clipped, old_is_lighter1, old_is_lighter2, *_ = flags
+    low: Any = None if flags.format is None else rule.Format._make(map(np.float32, flags.format))
     compensates = low is not None
-    if compensates:
-        low = rule.Format._make(map(np.float32, low))
 
     @numba.njit(nogil=True, error_model="numpy")
     def kernel(table: Any, sizes: Any, decays: Any, k: Any, done: Any) -> None:

@@ -89,9 +89,11 @@ if _converts_float16():
     _MEMORY["float16"] = Memory(np.dtype(np.uint16), _from_float16, _to_float16, _round_to_float16)
 
 
-def memory_of(param_dtype: str, moment_dtype: str) -> tuple[Memory, Memory] | None:
-    """Return how compiled code reads parameters and moments of these dtypes; None if it cannot."""
-    if (param_dtype == "float64") != (moment_dtype == "float64"):
-        return None
-    param, moments = _MEMORY.get(param_dtype), _MEMORY.get(moment_dtype)
-    return None if param is None or moments is None else (param, moments)
+def is_readable(param_dtype: str, moment_dtype: str) -> bool:
+    """Return whether compiled code can step parameters and moments of these dtypes: both float64, or neither."""
+    return {param_dtype, moment_dtype} <= _MEMORY.keys() and (param_dtype == "float64") == (moment_dtype == "float64")
+
+
+def memory_of(param_dtype: str, moment_dtype: str) -> tuple[Memory, Memory]:
+    """Return how compiled code reads and writes parameters and moments of these dtypes."""
+    return _MEMORY[param_dtype], _MEMORY[moment_dtype]

@@ -13,21 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from acprop_core import ACProp, State
+from acprop_core import ACProp, State, checkpoint
 from acprop_core.adapt import check_count
-from acprop_core.checkpoint import (
-    HYPERPARAMETERS,
-    by_name,
-    check_portable,
-    choose,
-    differences,
-    match_names,
-    to_numpy,
-    to_portable,
-)
-from acprop_optax._trees import name_of
 from acprop_optax._transform import CarryState
-
+from acprop_optax._trees import name_of
 
 # States that count updates, by name because optax exports not all of them, and their field that does.
 _COUNTS = {
@@ -74,17 +63,17 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     (0, {'w': array([0., 0.], dtype=float32)})
     """
     moments = _only(state)
-    count = check_count(to_numpy("step count", "", _value(moments.count)))
+    count = check_count(checkpoint.to_numpy("step count", "", _value(moments.count)))
     for name, other in _counts(state):
         if other != min(count, 2**31 - 1):
             raise ValueError(f"{name} has counted {other} updates, ACProp {count}; a portable state has one count")
     mu, nu = (
-        {name: to_numpy("moment", name, x) for name, x in _named(tree).items() if x is not None}
+        {name: checkpoint.to_numpy("moment", name, x) for name, x in _named(tree).items() if x is not None}
         for tree in (moments.mu, moments.nu)
     )
     hyperparameters, carry = _hyperparameters(state, optimizer), _carry(state)
     if carry is not None:
-        carry = {name: to_numpy("carry", name, x) for name, x in _named(carry).items() if name in mu}
+        carry = {name: checkpoint.to_numpy("carry", name, x) for name, x in _named(carry).items() if name in mu}
     return hyperparameters, State(count, mu, nu, carry)
 
 
@@ -130,20 +119,20 @@ def import_state(
     >>> opt_state[0].count
     Array(7, dtype=int32)
     """
-    saved = check_portable(saved, saved_state)
+    saved = checkpoint.check_portable(saved, saved_state)
     moments = _only(state)
     _counts(state)
     own = _hyperparameters(state, optimizer)
-    if choose(own, saved, prefer) is saved:
+    if checkpoint.choose(own, saved, prefer) is saved:
         state = _rewritten(state, lambda x: _injected(x, saved))
-        if lines := differences(_hyperparameters(state, optimizer), saved):
+        if lines := checkpoint.differences(_hyperparameters(state, optimizer), saved):
             raise ValueError(
                 f"{'; '.join(lines)}. The transformation was made with its own: make it from the saved ones, "
                 "or take prefer='own'"
             )
     trees = [tree for tree in (moments.mu, moments.nu, _carry(state)) if tree is not None]
     names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in trees))
-    rows = match_names(saved_state, names, leaves)
+    rows = checkpoint.match_names(saved_state, names, leaves)
     mu, nu, *carry = (_filled(tree, [row[i] for row in rows]) for i, tree in enumerate(trees))
 
     def continued(x: Any) -> Any:
@@ -235,7 +224,7 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if optimizer.mask is not None and not callable(optimizer.mask):
         marks = jax.tree.map(lambda mark, tree: [mark] * len(jax.tree.leaves(tree)), optimizer.mask, mu)
         values["mask"] = dict(zip(present, jax.tree.leaves(marks), strict=True))
-    return to_portable(dataclasses.replace(optimizer, **values), present)
+    return checkpoint.to_portable(dataclasses.replace(optimizer, **values), present)
 
 
 def _numbers_in(x: Any) -> list[str]:
@@ -245,7 +234,7 @@ def _numbers_in(x: Any) -> list[str]:
     ):
         return []
     scheduled = getattr(x, "hyperparams_states", {})
-    return [name for name in HYPERPARAMETERS if name in x.hyperparams and name not in scheduled]
+    return [name for name in checkpoint.HYPERPARAMETERS if name in x.hyperparams and name not in scheduled]
 
 
 def _injected(x: Any, saved: ACProp) -> Any:
@@ -265,7 +254,7 @@ def _is_leaf(x: Any) -> bool:
 
 def _named(tree: Any) -> dict[str, Any]:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return by_name((name_of(path), _value(x)) for path, x in pairs)
+    return checkpoint.by_name((name_of(path), _value(x)) for path, x in pairs)
 
 
 def _value(x: Any) -> Any:

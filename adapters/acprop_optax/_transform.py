@@ -259,8 +259,7 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
         rows, tree = side_by_side(grads, state, params)
         step = step_at(optimizer, jnp.asarray(check_count(state.count)), jnp).without_rate()
         results = [
-            (None, row.mu, row.nu, None) if row.grad is None else step(with_stand_in(row), decays=False)
-            for row in rows
+            (None, row.mu, row.nu, None) if row.grad is None else step(with_stand_in(row), decays=False) for row in rows
         ]
         results = in_order(rows, results, lambda _, d: d, state.count, optimizer.centering == "previous")
         return join(tree, results, state)

@@ -1,15 +1,53 @@
-"""Numbers about all gradients at once, read block by block so that nothing parameter-sized is made."""
+"""Norm and finiteness of all gradients, read block by block so that nothing parameter-sized is made."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from acprop_core.adapt import Array
-from acprop_stepper._buffers import blocks_of, on_device_of
+from acprop_core.adapt import Array, Step, called
+from acprop_stepper._buffers import Buffer, blocks_of, on_device_of
+from acprop_stepper._tiles import Tiles
 
 _BLOCK = 2**15
+
+
+def find_nonfinite(
+    buffers: Sequence[Buffer], names: Sequence[str], leaves: Sequence[Array | None], step: Step, tame: bool
+) -> tuple[str | None, bool]:
+    """Return what is not finite, or would not be after this step, or None; and whether the moments stay tame.
+
+    They are tame if none exceeds what `safe_magnitude` allows. Otherwise the step is computed before it is judged.
+    """
+    exact = not tame
+    parts = [(buffer, [leaves[i] for i in buffer.leaves]) for buffer in buffers]
+    for buffer, grads in parts:
+        bound = safe_magnitude(buffer, step)
+        for leaf, grad in zip(buffer.leaves, grads, strict=True):
+            magnitude = 0.0 if grad is None else largest(grad, buffer.xp)
+            if not math.isfinite(magnitude):
+                return f"{called('gradient', names[leaf])} holds {magnitude}", tame
+            exact = exact or magnitude > bound
+    for buffer, grads in parts if exact else ():
+        if members := Tiles(buffer).nonfinite_in(grads, step):
+            culprits = ", ".join(repr(names[buffer.leaves[i]]) for i in members)
+            return f"the step would make parameters or moments of {culprits} infinite or NaN", tame
+    return None, not exact
+
+
+def safe_magnitude(buffer: Buffer, step: Step) -> float:
+    """Return up to which magnitude finite gradients lead to finite results, if moments are no larger.
+
+    0.0 if that is not known.
+    """
+    numbers, _, _, real_dtype = step.cast_for(buffer.mu.dtype, buffer.params[0].dtype)
+    info = np.finfo(real_dtype)
+    if min(buffer.params[0].real.dtype.itemsize, buffer.nu.dtype.itemsize) < np.dtype(real_dtype).itemsize:
+        return 0.0
+    bound = math.sqrt(float(info.max)) / 4.0  # |g - m|^2 stays finite
+    largest_update = bound / max(numbers.eps, float(info.tiny)) * abs(numbers.rate)
+    return bound if largest_update < float(info.max) / 4.0 else 0.0
 
 
 def largest(grad: Array, xp: Any) -> float:
@@ -47,4 +85,3 @@ def _magnitudes(grad: Array, xp: Any) -> Iterator[Array]:
         if elements:
             x = grad[block]
             yield xp.abs(x if x.dtype.kind in "fc" else x.astype(np.float32))  # ml_dtypes' kinds are "V"
-

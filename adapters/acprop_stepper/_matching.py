@@ -6,16 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from acprop_core.adapt import (
-    Array,
-    align,
-    called,
-    check_leaf,
-    common_namespace,
-    library,
-    names_and_leaves,
-    unflatten,
-)
+from acprop_core import adapt
+from acprop_core.adapt import Array, align, called
 from acprop_stepper._overlap import addresses, first_overlap
 
 _writeable = operator.attrgetter("flags.writeable")
@@ -39,8 +31,8 @@ class Matching:
     """
 
     def __init__(self, params: Any, xp: Any) -> None:
-        self.names, self.leaves = names_and_leaves(params)
-        self.containers = unflatten(params, self.leaves)  # a copy: the caller may rebind names in the original
+        self.names, self.leaves = adapt.names_and_leaves(params)
+        self.containers = adapt.unflatten(params, self.leaves)  # a copy: the caller may rebind names in the original
         self._xp = xp
         self._is_flat = isinstance(params, dict | list | tuple) and len(self.leaves) == len(params)
         self._is_flat = self._is_flat and not any("." in name for name in self.names)
@@ -71,9 +63,9 @@ class Matching:
         # NumPy's arithmetic makes scalars of 0-d arrays, and compiled code cannot read the memory of a scalar
         leaves = [np.asarray(g) if isinstance(g, np.generic) else g for g in leaves]
         pairs = [("parameter", self.leaves), ("gradient", leaves)]
-        common_namespace((what, *pair) for what, column in pairs for pair in zip(self.names, column, strict=True))
+        adapt.common_namespace((what, *pair) for what, column in pairs for pair in zip(self.names, column, strict=True))
         for name, x, g in zip(self.names, self.leaves, leaves, strict=True):
-            check_leaf("gradient", name, g, "parameter", x)
+            adapt.check_leaf("gradient", name, g, "parameter", x)
             if g is not None and (g.dtype != x.dtype or getattr(g, "device", None) != getattr(x, "device", None)):
                 what = "dtype" if g.dtype != x.dtype else "device"
                 have, want = getattr(g, what), getattr(x, what)
@@ -97,7 +89,7 @@ class Matching:
         """Refuse parameters that a stepper cannot write into."""
         if self._xp.__name__ not in ("numpy", "cupy"):
             raise TypeError(
-                f"the parameters are arrays of {library(self._xp)}; a Stepper takes NumPy or CuPy arrays, "
+                f"the parameters are arrays of {adapt.library(self._xp)}; a Stepper takes NumPy or CuPy arrays, "
                 "and acprop_torch and acprop_optax take the others"
             )
         for name, x in zip(self.names, self.leaves, strict=True):

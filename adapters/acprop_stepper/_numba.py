@@ -8,7 +8,7 @@ import numpy as np
 
 from acprop_core.adapt import Array, Step
 from acprop_core.kernels import cpu
-from acprop_core.kernels.sixteen_bits import memory_of
+from acprop_core.kernels.sixteen_bits import is_readable
 from acprop_stepper._buffers import Buffer
 from acprop_stepper._overlap import addresses
 from acprop_stepper._tiles import Tiles
@@ -40,12 +40,13 @@ class Numba:
         """Return whether the compiled step can take all parameters of this buffer."""
         if buffer.mu.dtype != buffer.nu.dtype:  # complex numbers
             return False
-        known = memory_of(buffer.params[0].dtype.name, buffer.mu.dtype.name)
-        return known is not None and all(x.flags.carray for x in buffer.params)
+        return is_readable(buffer.params[0].dtype.name, buffer.mu.dtype.name) and all(
+            x.flags.carray for x in buffer.params
+        )
 
     @staticmethod
-    def takes(grads: Sequence[Array | None]) -> bool:
-        """Return whether the compiled step can take these gradients."""
+    def is_one_call(grads: Sequence[Array | None]) -> bool:
+        """Return whether `run` can take these gradients."""
         return all(g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads)
 
     def run(self, grads: Sequence[Array], step: Step, done: Any) -> None:
@@ -55,7 +56,7 @@ class Numba:
 
     def tasks(self, grads: Sequence[Array | None], step: Step) -> list[Task]:
         """Return the tasks of one step; gradients that the compiled step cannot take are left to tiles."""
-        if not self.takes(grads):
+        if not self.is_one_call(grads):
             by_leaf = dict(zip(self.leaves, grads, strict=True))
             return [task for tiles in self._tiles for task in tiles.tasks([by_leaf[i] for i in tiles.leaves], step)]
         kernel, table, rest = self._arguments(grads, step)

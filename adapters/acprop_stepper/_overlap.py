@@ -49,6 +49,7 @@ def _share(a: Array, b: Array, xp: Any) -> bool:
     except np.exceptions.TooHardError:
         return True
 
+
 def addresses(arrays: Sequence[Any]) -> Any:
     """Return where the data of NumPy arrays begin, as an int64 array."""
     # NumPy's C interface fixes that the address is the first field after the object's header. Reading it takes 0.3

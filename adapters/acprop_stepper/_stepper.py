@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -11,31 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from acprop_core import ACProp, State
-from acprop_core.adapt import (
-    Array,
-    Row,
-    Step,
-    align,
-    called,
-    check_compensation,
-    check_count,
-    check_number,
-    check_row,
-    common_namespace,
-    decays_of,
-    flatten,
-    leaves_of,
-    library,
-    names_and_leaves,
-    step_at,
-    unflatten,
-)
+from acprop_core import ACProp, State, adapt
+from acprop_core.adapt import Array, Row, align, unflatten
 from acprop_stepper._buffers import Buffer, on_device_of
-from acprop_stepper._cupy import Cupy
-from acprop_stepper._gradients import global_norm, largest
+from acprop_stepper._engines import buffers_of, check_engine, engines_of, native
+from acprop_stepper._gradients import find_nonfinite, global_norm
 from acprop_stepper._matching import Matching
-from acprop_stepper._tiles import Tiles
 from acprop_stepper._work import Task, Work
 
 Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of arrays and None
@@ -178,30 +157,30 @@ class Stepper:
             if not (value is None or isinstance(value, float) or (name == "learning_rate" and callable(value))):
                 raise TypeError(f"{name} is {value!r}; a stepper takes numbers: convert it with float()")
         self.params = params
-        self._clip_norm = None if clip_norm is None else check_number("clip_norm", clip_norm)
+        self._clip_norm = None if clip_norm is None else adapt.check_number("clip_norm", clip_norm)
         if self._clip_norm is not None and not (isinstance(self._clip_norm, float) and self._clip_norm > 0.0):
-            raise ValueError(f"clip_norm is {clip_norm!r}; give a number above 0, or None")
+            raise ValueError(f"clip_norm is {clip_norm!r}; use a number above 0, or None")
         if nonfinite not in ("allow", "skip", "raise"):
-            raise ValueError(f"nonfinite is {nonfinite!r}; give 'allow', 'skip' or 'raise'")
+            raise ValueError(f"nonfinite is {nonfinite!r}; use 'allow', 'skip' or 'raise'")
         self._nonfinite = nonfinite
         self._engine = engine
         if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-            raise ValueError(f"threads is {threads!r}; give a whole number of at least 1")
+            raise ValueError(f"threads is {threads!r}; use a whole number of at least 1")
         self._threads = threads
         self._work: Work | None = None
         self._busy = False
         self._lock = threading.RLock()
 
         state = self.functional.init(params)  # checks that these are floating-point arrays of one library
-        names, leaves = names_and_leaves(params)
-        self._namespace = common_namespace(("parameter", *pair) for pair in zip(names, leaves, strict=True)) or np
-        self._xp = _native(self._namespace)
+        names, leaves = adapt.names_and_leaves(params)
+        self._namespace = adapt.common_namespace(("parameter", *pair) for pair in zip(names, leaves, strict=True)) or np
+        self._xp = native(self._namespace)
         self._matching = Matching(params, self._xp)
-        _check_engine(engine, self._xp)
+        check_engine(engine, self._xp)
         self._count = np.zeros(1, np.int64)  # an array, because a compiled step counts itself
-        self._buffers = self._make_buffers(state)
-        self._engines = self._make_engines()
-        self._tame = True  # whether no moment exceeds what `_safe_magnitude` allows
+        self._buffers = buffers_of(leaves, adapt.decays_of(self.functional, params), state, self._xp)
+        self._engines = engines_of(self._buffers, engine, self._xp)
+        self._tame = True  # whether no moment exceeds what `safe_magnitude` allows
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy steps copies of the parameters: those that are pickled or deep-copied along with it
@@ -281,27 +260,27 @@ class Stepper:
     def _load(self, state: State) -> None:
         self._settle()
         if not isinstance(state, State):
-            raise TypeError(f"the state is a {type(state).__name__}; give a State")
-        count = check_count(state.count)
+            raise TypeError(f"the state is a {type(state).__name__}; pass a State")
+        count = adapt.check_count(state.count)
         if not isinstance(count, int):
-            raise TypeError(f"the step count (state.count) is {count!r}; give an int")
-        check_compensation(self.functional.compensate, state.carry)
+            raise TypeError(f"the step count (state.count) is {count!r}; pass an int")
+        adapt.check_compensation(self.functional.compensate, state.carry)
         names, like = self._matching.names, self._matching.containers
         mu = align(state.mu, like, "the container of first moments")
         nu = align(state.nu, like, "the container of second moments")
         has_carry = state.carry is not None
         carry = align(state.carry, like, "the container of carries") if has_carry else [None] * len(names)
         rows = [Row(x, None, *kept) for x, *kept in zip(self._matching.leaves, mu, nu, carry, strict=True)]
-        common_namespace(leaves_of(names, rows))
+        adapt.common_namespace(adapt.leaves_of(names, rows))
         for name, row in zip(names, rows, strict=True):
-            check_row(name, row, self.functional.compensate)
+            adapt.check_row(name, row, self.functional.compensate)
         tasks = [task for buffer in self._buffers for task in self._loading(buffer, rows)]
         self._tame = False
         self._finish(tasks, count)
 
     def _loading(self, buffer: Buffer, rows: Sequence[Row]) -> list[Task]:
         """Return the tasks that copy the moments and carries of rows into a buffer."""
-        tasks = []
+        tasks: list[Task] = []
         for field, own in (("mu", buffer.mu), ("nu", buffer.nu), ("carry", buffer.carry)):
             if own is None:
                 continue
@@ -310,7 +289,7 @@ class Stepper:
                 if x.dtype != own.dtype:
                     what = {"mu": "first moment", "nu": "second moment"}.get(field, field)
                     raise TypeError(
-                        f"{called(what, self._matching.names[leaf])} has dtype {x.dtype}, "
+                        f"{adapt.called(what, self._matching.names[leaf])} has dtype {x.dtype}, "
                         f"this stepper keeps {own.dtype}; convert it, or set moment_dtype"
                     )
             with on_device_of(own):
@@ -372,7 +351,7 @@ class Stepper:
         self._settle()
         leaves = self._matching.gradients(self.params, grads)
         count = int(self._count[0])
-        step = step_at(self.functional, count, self._namespace)
+        step = adapt.step_at(self.functional, count, self._namespace)
         learning_rate = step.learning_rate
         norm = None
         if self._clip_norm is not None:
@@ -381,21 +360,23 @@ class Stepper:
             if norm > self._clip_norm:
                 scale = self._clip_norm / norm if norm < math.inf else self._clip_norm / peak / ratio
                 step = step.with_grad_scale(scale)
-        if self._nonfinite != "allow" and (culprit := self._not_finite(leaves, step)):
-            if self._nonfinite == "raise":
+        if self._nonfinite != "allow":
+            culprit, self._tame = find_nonfinite(self._buffers, self._matching.names, leaves, step, self._tame)
+            if culprit is not None and self._nonfinite == "raise":
                 raise FloatingPointError(f"{culprit}; nothing was changed. Mend it, or set nonfinite='skip'")
-            return StepRecord(count, learning_rate, norm, skipped=True)
+            if culprit is not None:
+                return StepRecord(count, learning_rate, norm, skipped=True)
         parts = [(engine, [leaves[i] for i in engine.leaves]) for engine in self._engines]
-        if len(parts) == 1 and self._threads == 1 and self._is_compiled(*parts[0]):
-            # one call, in which Python looks for no signal: it steps and counts, or does neither
-            engine, own = parts[0]
+        engine, own = parts[0] if len(parts) == 1 and self._threads == 1 else (None, [])
+        if engine is not None and engine.is_one_call(own):
+            # Python looks for no signal in it: it steps and counts, or does neither
             engine.run(own, step, self._count)
         else:
             self._finish([task for engine, own in parts for task in engine.tasks(own, step)], count + 1)
         return StepRecord(count + 1, learning_rate, norm, skipped=False)
 
     def _finish(self, tasks: Sequence[Task], count: int) -> None:
-        self._work = Work(tasks, lambda: self._set(count), self._threads)
+        self._work = Work(tasks, lambda: self._count.fill(count), self._threads)
         self._work.finish()
         self._work = None  # and the gradients with it
 
@@ -405,66 +386,6 @@ class Stepper:
         if self._work is not None and self._work.begun:
             self._work.finish()
             self._work = None
-
-    def _set(self, count: int) -> None:
-        self._count[0] = count
-
-    def _not_finite(self, leaves: list[Any], step: Step) -> str | None:
-        """Return what is not finite, or would not be after this step, or None."""
-        exact = not self._tame
-        parts = [(buffer, [leaves[i] for i in buffer.leaves]) for buffer in self._buffers]
-        for buffer, grads in parts:
-            bound = _safe_magnitude(buffer, step)
-            for leaf, g in zip(buffer.leaves, grads, strict=True):
-                magnitude = 0.0 if g is None else largest(g, self._xp)
-                if not math.isfinite(magnitude):
-                    return f"{called('gradient', self._matching.names[leaf])} holds {magnitude}"
-                exact = exact or magnitude > bound
-        if not exact:
-            return None
-        for buffer, grads in parts:
-            if members := Tiles(buffer).nonfinite_in(grads, step):
-                names = ", ".join(repr(self._matching.names[buffer.leaves[i]]) for i in members)
-                return f"the step would make parameters or moments of {names} infinite or NaN"
-        self._tame = False
-        return None
-
-    def _make_buffers(self, state: State) -> list[Buffer]:
-        leaves, decays = self._matching.leaves, decays_of(self.functional, self.params)
-        like = [[leaf for _, leaf in flatten(tree)] for tree in state[1:] if tree is not None]
-        groups: dict[Any, list[int]] = {}
-        for i, x in enumerate(leaves):
-            if x is not None:
-                groups.setdefault((x.dtype, decays[i], getattr(x, "device", None)), []).append(i)
-        buffers = []
-        for (_, decay, _), members in groups.items():
-            params = [leaves[i] for i in members]
-            size = sum(x.size for x in params)
-            with on_device_of(params[0]):
-                kept = [None if column[members[0]] is None else column[members[0]].dtype for column in like]
-                mu, nu, carry, *_ = (None if x is None else self._xp.zeros(size, x) for x in (*kept, None))
-            buffers.append(Buffer(members, params, mu, nu, carry, decay, self._xp))
-        return buffers
-
-    def _make_engines(self) -> list[Any]:
-        if self._xp is not np:
-            return [Cupy(buffer) if buffer.is_alike() else Tiles(buffer) for buffer in self._buffers]
-        if self._engine == "tiles" or (self._engine is None and not _has_numba()):
-            return [Tiles(buffer) for buffer in self._buffers]
-        from acprop_stepper._numba import Numba
-
-        compiled: dict[Any, list[Buffer]] = {}
-        others = []
-        for buffer in self._buffers:
-            if Numba.fits(buffer):
-                compiled.setdefault((buffer.params[0].dtype, buffer.mu.dtype), []).append(buffer)
-            else:
-                others.append(Tiles(buffer))
-        return [*map(Numba, compiled.values()), *others]
-
-    @staticmethod
-    def _is_compiled(engine: Any, grads: Sequence[Any]) -> bool:
-        return not isinstance(engine, Tiles | Cupy) and engine.takes(grads)
 
 
 def _restored(kind: type[Stepper], params: Container, options: dict[str, Any], state: State) -> Stepper:
@@ -476,39 +397,3 @@ def _restored(kind: type[Stepper], params: Container, options: dict[str, Any], s
 def _copy(source: Array, target: Array, place: Callable[[], Any]) -> None:
     with place():
         target[...] = source
-
-
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
-
-
-def _native(xp: Any) -> Any:
-    """Return the library itself for array_api_compat's namespace of it."""
-    if library(xp) not in ("numpy", "cupy"):
-        return xp
-    return importlib.import_module(library(xp))
-
-
-def _check_engine(engine: str | None, xp: Any) -> None:
-    usable = ("tiles", "numba") if xp is np else ("cupy",)
-    if engine is not None and engine not in usable:
-        raise ValueError(
-            f"engine is {engine!r}; for {'NumPy' if xp is np else 'CuPy'} arrays use "
-            f"{' or '.join(map(repr, usable))}, or None for the best that is installed"
-        )
-    if engine == "numba" and not _has_numba():
-        raise ModuleNotFoundError("engine is 'numba', which needs Numba: python -m pip install 'acprop-core[fast]'")
-
-
-def _safe_magnitude(buffer: Buffer, step: Step) -> float:
-    """Return up to which magnitude finite gradients lead to finite results, if moments are no larger.
-
-    0.0 if that is not known: the step is then computed once before it is written.
-    """
-    numbers, _, _, real_dtype = step.cast_for(buffer.mu.dtype, buffer.params[0].dtype)
-    info = np.finfo(real_dtype)
-    if min(buffer.params[0].real.dtype.itemsize, buffer.nu.dtype.itemsize) < np.dtype(real_dtype).itemsize:
-        return 0.0
-    bound = math.sqrt(float(info.max)) / 4.0  # |g - m|^2 stays finite
-    largest_update = bound / max(numbers.eps, float(info.tiny)) * abs(numbers.rate)
-    return bound if largest_update < float(info.max) / 4.0 else 0.0

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 Task = Callable[[], None]  # writes memory that no other task touches, or raises and has written nothing
 
@@ -17,34 +18,31 @@ class Work:
     """All tasks of a step, and what makes it count when they are done."""
 
     def __init__(self, tasks: Sequence[Task], count: Task, threads: int = 1) -> None:
-        self.finished = False
+        self.begun = self.finished = False
         self._pending = deque(tasks)
         self._count = count
         self._threads = threads
         self._errors: list[BaseException] = []
-        self._attempt: _Attempt | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether anything may have been written."""
-        return self._attempt is not None
+        self._ended: Any = None  # the lock of an attempt, held until it ends
 
     def finish(self) -> None:
         """Run the pending tasks, then raise what interrupted the wait.
 
-        Raises what a task raises (MemoryError, say); its task and those after it are still pending then.
+        Raises what a task raises (MemoryError, say); the task is still pending then, and another call tries it again.
         """
         interruption: BaseException | None = None
         while not self.finished:
             try:
-                if self._attempt is None:
-                    self._attempt = _Attempt(self._run)
-                self._attempt.wait()
+                self.begun = True
+                if self._ended is None:
+                    self._ended = _worker.send(self._run)
+                with self._ended:
+                    pass
             except BaseException as error:
                 interruption = interruption or error
                 continue
             if not self.finished:
-                self._attempt = _Attempt(self._run)  # for the next call
+                self._ended = None
                 raise self._errors.pop()
         if interruption is not None:
             raise interruption
@@ -55,15 +53,15 @@ class Work:
         self._drain()
         for helper in started:
             helper.join()
-        if not self._pending:
+        if not (self._pending or self.finished):  # an interrupted `finish` may have sent this twice
             self._count()
             self.finished = True
 
     def _drain(self) -> None:
-        while True:
+        while self._pending:
             try:
                 task = self._pending.popleft()
-            except IndexError:
+            except IndexError:  # another thread was faster
                 return
             try:
                 task()
@@ -73,49 +71,35 @@ class Work:
                 return
 
 
-class _Attempt:
-    """A function that runs once, in the worker, and can be waited for as often as one likes."""
-
-    def __init__(self, run: Task) -> None:
-        self._run = run
-        self._sent = False
-        self._only_once = threading.Lock()
-        self._ended = threading.Lock()
-        self._ended.acquire()
-
-    def wait(self) -> None:
-        if not self._sent:
-            _worker.send(self)  # twice, if the next line is interrupted; the second call then finds it done
-            self._sent = True
-        with self._ended:
-            pass
-
-    def __call__(self) -> None:
-        if self._only_once.acquire(blocking=False):
-            try:
-                self._run()
-            finally:
-                self._ended.release()
-
-
 class _Worker:
-    """One thread for all steppers of a process; a call takes 15 microseconds, a new thread 100."""
+    """One thread for all steppers of a process: to hand over to it takes 15 microseconds, a new thread 100."""
 
     def __init__(self) -> None:
-        self._calls: SimpleQueue[Task] = SimpleQueue()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._jobs: SimpleQueue[tuple[Task, Any]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._loop)
 
-    def send(self, call: Task) -> None:
+    def send(self, job: Task) -> Any:
+        """Return a lock that is released when the job has ended."""
+        ended = threading.Lock()
+        ended.acquire()
         if not self._thread.is_alive():
             self._thread = threading.Thread(target=self._loop, name="acprop_stepper", daemon=True)
             if not _start(self._thread):
-                call()  # here, then
-                return
-        self._calls.put(call)
+                self._do(job, ended)  # here, then
+                return ended
+        self._jobs.put((job, ended))
+        return ended
 
     def _loop(self) -> None:
         while True:
-            self._calls.get()()
+            self._do(*self._jobs.get())
+
+    @staticmethod
+    def _do(job: Task, ended: Any) -> None:
+        try:
+            job()
+        finally:
+            ended.release()
 
 
 def _start(thread: threading.Thread) -> bool:
@@ -131,6 +115,6 @@ def _new_worker() -> None:
     _worker = _Worker()
 
 
-_new_worker()
+_worker = _Worker()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_worker)  # threads do not survive a fork

@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from acprop_core.adapt import Row
+from acprop_core.rule import Numbers
+from acprop_torch import _rows
 from acprop_torch._private import compiled, foreach_add_, foreach_copy_
-from acprop_torch._rows import (
-    PLAIN,
-    Batch,
-    as_tensors,
-    blocks,
-    bring,
-    check_shapes,
-    contiguous,
-    count_steps,
-    map_row,
-    step_of,
-)
+from acprop_torch._rows import PLAIN, Batch, blocks, bring, map_row, step_of
 from acprop_torch._traced import step_in_place
 
 
@@ -29,7 +20,7 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
     """Return the step of a batch of plain rows on a CPU that are alike in dtypes and have taken `count` steps."""
     step = step_of(batch, count)
     # Arguments of the compiled function: it would build in Python numbers, and convert them anew for every few elements
-    numbers = as_tensors(step.numbers, batch.columns.mu[0].dtype)
+    numbers = _rows.as_tensors(step.numbers, batch.columns.mu[0].dtype)
 
     def run() -> None:
         torch.autograd.graph.increment_version(batch.columns.param)
@@ -37,14 +28,14 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
             _program()(map_row(_memory, block.row), numbers, step.flags, None)
             for i in (0, 2, 3) if block.members else ():
                 bring([block.row[i]], i, [block], foreach_copy_)
-        count_steps(batch.steps)
+        _rows.count_steps(batch.steps)
 
     return run
 
 
 def prepare_on_accelerator(batch: Batch) -> Callable[[], None]:
     """Return the step of a batch on one accelerator, which reads no value: that would synchronize with the device."""
-    check_shapes(batch.columns)
+    _rows.check_shapes(batch.columns)
     device = batch.columns.param[0].device
     scale, found = (None if x is None else x.to(device, non_blocking=True) for x in (batch.grad_scale, batch.found_inf))
     batch = batch._replace(grad_scale=scale)
@@ -52,9 +43,9 @@ def prepare_on_accelerator(batch: Batch) -> Callable[[], None]:
     def run() -> None:
         skip = None if found is None else found.squeeze() != 0
         step = step_of(batch, torch.stack(batch.steps))
-        numbers = as_tensors(step.numbers)
+        numbers = _rows.as_tensors(step.numbers)
         for i, row in enumerate(batch.rows):
-            own = numbers._make(x[i] if x.ndim == 1 else x for x in numbers)
+            own = Numbers(*(x[i] if x.ndim == 1 else x for x in numbers))
             _program()(map_row(Tensor.detach, _as_memory(row)), own, step.flags, skip)
         torch.autograd.graph.increment_version(batch.columns.param)
         foreach_add_(batch.steps, 1 if skip is None else (~skip).to(batch.steps[0].dtype))
@@ -63,7 +54,7 @@ def prepare_on_accelerator(batch: Batch) -> Callable[[], None]:
 
 
 def _as_memory(row: Row) -> Row:
-    flat = contiguous(row)
+    flat = _rows.contiguous(row)
     is_plain = PLAIN.issuperset(map(type, row[:4])) and not (row.param.is_neg() or row.grad.is_neg())
     return map_row(_memory, flat) if flat is not None and is_plain else row
 

@@ -1,6 +1,6 @@
 """The way to step of foreach=True: lists of tensors, on which the rule runs as on one array."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,7 +78,7 @@ def _chunks(blocks: Iterable[Block]) -> Iterable[list[Block]]:
 class TensorList:
     """Tensors of one dtype and device, treated as one array; a number or a 0-d tensor beside it holds for all."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> None:
         self.tensors = tensors
 
     @property

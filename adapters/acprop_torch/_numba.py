@@ -94,9 +94,9 @@ def are_plain(columns: Row, whole: bool = True) -> bool:
 def _are_compiled(own: set[torch.dtype], moments: set[torch.dtype]) -> bool:
     if not has_numba():
         return own == moments and own in ({torch.float32}, {torch.float64})
-    from acprop_core.kernels.sixteen_bits import memory_of
+    from acprop_core.kernels.sixteen_bits import is_readable
 
-    return len(own) == len(moments) == 1 and memory_of(_name(*own), _name(*moments)) is not None
+    return len(own) == len(moments) == 1 and is_readable(_name(*own), _name(*moments))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,16 +9,9 @@ from torch.optim.optimizer import ParamsT
 
 from acprop_core.adapt import Row
 from acprop_torch import _fused, _lists, _tiles, _traced
+from acprop_torch import _private as private
 from acprop_torch._numba import Memory
 from acprop_torch._options import called, check_options, hyperparameters_of
-from acprop_torch._private import (
-    capturable_devices,
-    check_graph_capture,
-    default_to_fused_or_foreach,
-    device_dtype_check_for_fused,
-    to_scalar,
-    use_grad_for_differentiable,
-)
 from acprop_torch._rows import Batch, check_shapes, local_columns
 from acprop_torch._state_dict import begin, check_steps, checked, has_carry, restore_dtypes, step_count
 
@@ -123,7 +116,7 @@ class ACProp(torch.optim.Optimizer):
             "compensate": compensate,
         }
         check_options(defaults)
-        defaults["betas"] = tuple(map(to_scalar, betas))
+        defaults["betas"] = tuple(map(private.to_scalar, betas))
         super().__init__(params, defaults)
         self._known: dict[int, Memory] = {}  # for each group, where a fused step has found its tensors
 
@@ -168,7 +161,7 @@ class ACProp(torch.optim.Optimizer):
         # GradScaler asks for this; if so, it leaves it to `step` to unscale, and to skip where it found an infinity
         self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
 
-    @use_grad_for_differentiable
+    @private.use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, in place.
 
@@ -188,8 +181,12 @@ class ACProp(torch.optim.Optimizer):
             If a gradient is sparse, `fused` cannot take a parameter, a parameter is an expanded tensor, or has another
             shape than its gradient or moments; nothing has changed then.
         ValueError, TypeError
-            If an option has been given a value that the constructor would refuse, or a parameter has a dtype that no
-            update can be in; nothing has changed then.
+            If an option has been given a value that the constructor would refuse, a parameter has a dtype that no
+            update can be in, or a step count is not a floating-point tensor of one whole number; nothing has changed
+            then.
+        AssertionError
+            If the way to step cannot be taken: `capturable` where no graph can be captured, `foreach` with
+            `differentiable`, or `grad_scale` without `fused`; nothing has changed then.
 
         Examples
         --------
@@ -200,7 +197,7 @@ class ACProp(torch.optim.Optimizer):
         >>> w.detach()
         tensor([0.9995, 1.0010])
         """
-        check_graph_capture(self)
+        private.check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -228,14 +225,16 @@ class ACProp(torch.optim.Optimizer):
         fused, capturable, differentiable = group["fused"], group["capturable"], group["differentiable"]
         foreach = group["foreach"]
         if foreach is None and fused is None:
-            _, foreach = default_to_fused_or_foreach(params, differentiable)
+            _, foreach = private.default_to_fused_or_foreach(params, differentiable)
             foreach = foreach and (capturable or not isinstance(group["lr"], Tensor))
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         counts = None
         if not compiling:
-            self._check_ways(group, params, steps, foreach, grad_scale is not None or found_inf is not None)
             counts = check_steps(steps, lambda i: called(group, params[i]))
+            self._check_ways(group, params, steps, foreach, grad_scale is not None or found_inf is not None)
         traced = compiling or differentiable or (capturable and not fused)
+        if traced or counts is None:  # a count of shape (1,) would widen its parameter, or not be stacked with others
+            steps = [step.squeeze() if step.ndim else step for step in steps]
         batch = Batch(columns, steps, counts, hyperparameters_of(group, traced), grad_scale, found_inf)
         if not compiling and not fused:  # the fused step asks when its tensors have changed
             check_shapes(columns)
@@ -258,14 +257,13 @@ class ACProp(torch.optim.Optimizer):
     ) -> None:
         """Refuse what the chosen way to step cannot do."""
         if group["capturable"] and not group["fused"]:
-            supported = capturable_devices()
-            if not all(
-                p.device.type == step.device.type and step.device.type in supported
-                for p, step in zip(params, steps, strict=True)
-            ):
-                raise AssertionError(
-                    f"If capturable=True, params and state_steps must be on supported devices: {supported}."
-                )
+            supported = private.capturable_devices()
+            for p, step in zip(params, steps, strict=True):
+                if not p.device.type == step.device.type in supported:
+                    raise AssertionError(
+                        f"If capturable=True, params and state_steps must be on supported devices: {supported}. "
+                        f"{called(group, p)} is on {p.device}, its step count on {step.device}"
+                    )
         if scales and not group["fused"]:
             raise AssertionError("Expected grad_scale and found_inf to be None: only fused steps unscale gradients")
         if foreach and group["differentiable"]:
@@ -307,7 +305,7 @@ class ACProp(torch.optim.Optimizer):
                         "tensor that it was expanded from, or a clone"
                     )
                 if group["fused"]:
-                    device_dtype_check_for_fused(p)
+                    private.device_dtype_check_for_fused(p)
                 state.update(begin(group, p))
             carry = state.get("carry")
             # not as wanted at first, and where someone changed option or dtype
@@ -319,7 +317,7 @@ class ACProp(torch.optim.Optimizer):
                     carry = state["carry"] = torch.zeros_like(p)
                 elif carry.dtype != p.dtype:
                     carry = state["carry"] = carry.to(p.dtype)
-            if group["differentiable"] and state["step"].requires_grad:
+            if group["differentiable"] and getattr(state["step"], "requires_grad", False):
                 raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
             has_complex |= p.is_complex()
             params.append(p)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import acprop_core
 from acprop_core.rule import Hyperparameters
-from acprop_torch._private import to_scalar
+from acprop_torch._private import to_scalar, untraced
 
 _FLAGS = ("decoupled_weight_decay", "maximize", "foreach", "capturable", "differentiable", "fused")
 
@@ -46,7 +46,8 @@ def check_options(options: dict[str, Any], step: bool = False) -> None:
         raise TypeError(f"clip_exponent is {options['clip_exponent']!r}; use a number or None")
     if not isinstance(options["centering"], str):
         raise ValueError(f"centering is {options['centering']!r}; use 'current' or 'previous'")
-    _check_rule(*(options[name] for name in ("clip_exponent", "centering", "moment_dtype", "compensate")))
+    check_rule = _check_rule_untraced if torch.compiler.is_compiling() else _check_rule
+    check_rule(*(options[name] for name in ("clip_exponent", "centering", "moment_dtype", "compensate")))
 
 
 def check_flags(options: dict[str, Any]) -> None:
@@ -116,3 +117,6 @@ def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any, compensat
     acprop_core.ACProp(
         clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype, compensate=compensate
     )
+
+
+_check_rule_untraced = untraced(_check_rule)  # torch's compiler would warn of the cache

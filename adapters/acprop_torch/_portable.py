@@ -275,7 +275,8 @@ def _state_of(name: str, group: dict[str, Any], p: Tensor, count: int, row: tupl
         made["carry"] = torch.zeros_like(p, requires_grad=False)
     for key, x in zip((*MOMENTS, "carry"), row, strict=True):
         if x is not None:
-            own = made[key].to_local() if _is_sharded(made[key]) else made[key]
+            whole = made[key]
+            own = whole.to_local() if _is_sharded(whole) else whole
             _real(own).copy_(_part(_from_numpy(to_numpy("moment", name, x)), p))
     return made
 

@@ -64,7 +64,7 @@ def step_of(batch: Batch, count: Any, namespace: Any = xp) -> Step:
 
 def as_tensors(numbers: Numbers, dtype: torch.dtype = torch.float64) -> Numbers:
     """Return the numbers as 0-d tensors: on the CPU, from where they go with tensors of any device."""
-    return numbers._make(torch.tensor(x, dtype=dtype, device="cpu") if isinstance(x, float) else x for x in numbers)
+    return Numbers(*(torch.tensor(x, dtype=dtype, device="cpu") if isinstance(x, float) else x for x in numbers))
 
 
 def map_row(f: Callable[[Any], Any], row: Row) -> Row:

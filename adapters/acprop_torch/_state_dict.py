@@ -51,13 +51,14 @@ def check_steps(steps: Sequence[Any], name: Callable[[int], str]) -> list[int] |
             if all(map(float.is_integer, counts)) and min(counts) >= 0.0:
                 return list(map(int, counts))
     for i, step in enumerate(steps):
+        error: type[Exception]
         if not (isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()):
-            reason = "not a floating-point tensor of one number"
-        elif step.is_cpu and not (step.item() >= 0.0 and step.item().is_integer()):
-            reason = "not a whole number that is at least 0"
+            error, reason = TypeError, "not a floating-point tensor of one number"
+        elif step.is_cpu and not (step.item() >= 0.0 and float(step.item()).is_integer()):
+            error, reason = ValueError, "not a whole number that is at least 0"
         else:
             continue
-        raise TypeError(
+        raise error(
             f"the step count in the state of {name(i)} is {step!r}, {reason}; load a state_dict, or use "
             "torch.tensor(float(count))"
         )
