@@ -6,6 +6,7 @@ pytest.importorskip("torch")
 
 import contextlib
 import doctest
+import importlib
 import io
 import json
 import re
@@ -18,14 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-import acprop_core._checkpoint
-import acprop_core._optimizer
-import acprop_core._rule
-import acprop_optax._state
-import acprop_stepper._state
-import acprop_stepper._stepper
-import acprop_torch._optimizer
-import acprop_torch._state
+import acprop_core
+import acprop_core.adapt
+import acprop_core.rule
+import acprop_optax
+import acprop_stepper
+import acprop_torch
 from agreement import BOUNDS, CONSTANT_BOUNDS, NOISE_BOUNDS, RANDOM_BOUNDS
 from cases import CASES
 
@@ -151,22 +150,16 @@ def test_what_a_command_names_exists(page: Path) -> None:
         assert (ROOT / path).is_file(), path
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        acprop_core._optimizer,
-        acprop_core._checkpoint,
-        acprop_core._rule,
-        acprop_optax,
-        acprop_optax._state,
-        acprop_torch._optimizer,
-        acprop_torch._state,
-        acprop_stepper._stepper,
-        acprop_stepper._state,
-    ],
-)
-def test_examples_of_docstrings_hold(module: object) -> None:
-    failed, tried = doctest.testmod(module)
+def documented_modules() -> list[str]:
+    """Return the names of all modules of ours that have an example in a docstring."""
+    files = [path.relative_to(ROOT) for folder in ("acprop_core", "adapters") for path in (ROOT / folder).rglob("*.py")]
+    with_examples = [path for path in files if ">>> " in (ROOT / path).read_text()]
+    return sorted(".".join(path.with_suffix("").parts).removeprefix("adapters.") for path in with_examples)
+
+
+@pytest.mark.parametrize("name", documented_modules())
+def test_examples_of_docstrings_hold(name: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried
     assert not failed
 
@@ -188,9 +181,17 @@ def test_published_bounds_are_those_tested() -> None:
 
 def test_documented_names_are_the_public_ones() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
+    documented = re.findall(r"^\.\. auto(?:class|function|data):: (\S+)$", text, flags=re.MULTILINE)
     for package in (acprop_core, acprop_optax, acprop_torch, acprop_stepper):
-        documented = re.findall(rf"^\.\. auto\w+:: {package.__name__}\.(\w+)$", text, flags=re.MULTILINE)
-        assert sorted(documented) == sorted(package.__all__)
+        names = [f"{package.__name__}.{name}" for name in package.__all__]
+        assert sorted(name for name in documented if name.rpartition(".")[0] == package.__name__) == sorted(names)
+    rule = {
+        f"acprop_core.rule.{name}"
+        for name, x in vars(acprop_core.rule).items()
+        if getattr(x, "__module__", "") == "acprop_core.rule" and not name.startswith("_")
+    }
+    assert rule <= {*documented}
+    assert not [name for name in documented if "._" in name]
 
 
 def test_the_explosion_is_as_documented() -> None:
