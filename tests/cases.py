@@ -1,7 +1,7 @@
 """The cases of the reference suite, as data: hyperparameters, shapes, dtypes, and streams of gradients.
 
-Every case prescribes the gradients and the parameters before each step, so that every backend sees the same numbers
-whatever it did in the step before. Where nothing decays the parameters are zeros: a host that works in place then shows
+Every case prescribes the gradients and the parameters before each step, so that every backend sees the same numbers,
+independent of its step before. Where nothing decays the parameters are zeros: a host that works in place then shows
 its update exactly, as the parameter after the step.
 """
 

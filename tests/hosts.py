@@ -568,14 +568,6 @@ def _strict_flags(version: str, case: Case) -> contextlib.AbstractContextManager
     )
 
 
-def _without_numba(case: Case) -> contextlib.AbstractContextManager[Any]:
-    return without_numba()
-
-
-def _capturable_on_cpu(case: Case) -> contextlib.AbstractContextManager[Any]:
-    return capturable_on_cpu()
-
-
 # The rows of the reference suite
 
 
@@ -670,11 +662,11 @@ def _rows() -> Iterator[Backend]:
     yield of_torch(name="torch_optimizer", begin=part(TorchOptimizer, foreach=False))
     yield of_torch(name="torch_foreach", begin=part(TorchOptimizer, foreach=True))
     yield of_torch(name="torch_fused", begin=fused, needs=("torch", "numba"), lacks=complexes)
-    yield of_torch(name="torch_fused_by_inductor", begin=fused, around=_without_numba, lacks=complexes)
+    yield of_torch(name="torch_fused_by_inductor", begin=fused, around=lambda _: without_numba(), lacks=complexes)
     yield of_torch(name="torch_differentiable", begin=part(TorchOptimizer, differentiable=True), slow_steps=True)
     for name, foreach in (("torch_capturable", False), ("torch_capturable_foreach", True)):
         begin = part(TorchOptimizer, capturable=True, foreach=foreach)
-        yield of_torch(name=name, begin=begin, around=_capturable_on_cpu, slow_steps=not foreach)
+        yield of_torch(name=name, begin=begin, around=lambda _: capturable_on_cpu(), slow_steps=not foreach)
     on_cuda = part(of_torch, needs_gpu=True)
     yield on_cuda(name="torch_optimizer_cuda", begin=part(TorchOptimizer, device="cuda", foreach=False))
     yield on_cuda(name="torch_foreach_cuda", begin=part(TorchOptimizer, device="cuda", foreach=True))

@@ -1,7 +1,7 @@
 """The oracle: ACProp in 50-digit arithmetic, as literal as it can be written, element by element.
 
 It shares no code with acprop_core and follows the equations in their textbook form, which in 50 digits is exact enough
-to be called the truth. Beside each number it carries how ill-conditioned that number is: where g - m_t cancels, no
+to be called the truth. With each number it carries how ill-conditioned that number is: where g - m_t cancels, no
 arithmetic of the working precision could do better, and an error bound must say so.
 """
 

@@ -111,7 +111,7 @@ def test_the_dither_has_no_bias() -> None:
     for first in (0, 4096, 4096 * 12_345):
         some = dithers(range(first, first + 4096))
         assert len({*some}) == 4096
-        assert np.abs(np.cumsum(some)).max() < 2.0  # nor do the few first ones
+        assert np.abs(np.cumsum(some)).max() < 2.0  # and the first few do not either
     rounds = dithers(range(0, 2**20, 4096))
     assert len({*rounds}) == 256
     assert rounds.mean() == 0.5 / 4096
@@ -120,7 +120,7 @@ def test_the_dither_has_no_bias() -> None:
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_an_update_of_zero_leaves_the_sum_as_it_is(dtype: str) -> None:
-    """To the bit. A carry of half a last place may change its sign, and the parameter go to the even number beside."""
+    """To the bit. A carry of half a last place may change its sign, and the parameter become the even neighbour."""
     rng = np.random.default_rng(0)
     param = rng.uniform(0.3, 3.0, 50_000).astype(DTYPES[dtype])
     optimizer = ACProp(compensate=True, clip_exponent=0.25, learning_rate=1e-4)
@@ -362,7 +362,7 @@ def test_optax_refuses_what_does_not_fit() -> None:
 
 
 def test_a_carry_is_not_dropped_on_the_way() -> None:
-    """A file with a carry does not fit a host that keeps none, nor one whose parameter is wide enough to hold it."""
+    """A file with a carry does not fit a host that keeps none, or whose parameter is wide enough to hold the sum."""
     p = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     saved = ACProp(1e-4, compensate=True)
     moments = {"w": np.zeros(3, np.float32)}

@@ -1,4 +1,4 @@
-"""Laws that the steps of every backend obey, by hypothesis: what must come out to the bit, whatever the gradients.
+"""Laws that the steps of every backend obey, by hypothesis: what must come out to the bit for any gradients.
 
 The parameters of these cases are zeros before every step, so that each parameter afterwards is the update itself.
 """
@@ -53,7 +53,7 @@ def gradients(draw: Any, backend: Backend, low: float = -3.0, high: float = 3.0,
         dtypes = ["float32"]
     dtype = draw(st.sampled_from([d for d in dtypes if d not in backend.lacks]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    # with and without a rest beside the lanes of a vector; Dask cuts into chunks of two, each at its own expense
+    # with and without elements that are left over from the lanes of a vector; Dask pays for each chunk of two
     n = draw(st.sampled_from([7, 1, 8] if backend.name == "dask" else [37, 1, 8, 67]))
     x = rng.choice([-1.0, 1.0], (steps, n)) * 10.0 ** rng.uniform(low, high, (steps, n))
     special = st.one_of(
@@ -236,7 +236,7 @@ def test_the_second_moment_is_never_negative_and_nothing_is_nan(backend: Backend
 @pytest.mark.promise("first step")
 @every_backend
 def test_the_first_step_is_that_of_gradient_descent(backend: Backend) -> None:
-    # Exactly, with an eps that is invisible beside 1: d = g / (sqrt(1) + eps) = g, and one rounding for -lr g.
+    # Exactly, with an eps that is invisible next to 1: d = g / (sqrt(1) + eps) = g, and one rounding for -lr g.
     @holds(backend, grads=gradients(backend, -18.0, 18.0, steps=1), hyper=hypers(backend, eps=1e-17))
     def _(grads: np.ndarray, hyper: Hyper) -> None:
         arithmetic = np.float64 if grads.dtype == np.float64 else np.float32

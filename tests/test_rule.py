@@ -118,7 +118,7 @@ def test_first_step_is_the_plain_gradient(dtype: Any) -> None:
 
 
 def test_constant_gradient_with_b1_zero_leaves_no_residual() -> None:
-    # the mirrored average gives m_t = g_t to the last bit, whatever came before
+    # the mirrored average gives m_t = g_t to the last bit, for every start
     optimizer = ACProp(b1=0.0, eps_root=0.0, eps=1.0)
     state = optimizer.init(np.zeros(3))
     for grad in (np.array([1e8, 3.3, -7.0]), np.array([0.1, 0.7, 1e-9])):

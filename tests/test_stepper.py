@@ -1,4 +1,4 @@
-"""The stepper: every layout and engine, nothing half applied whatever happens, bad input, options."""
+"""The stepper: every layout and engine, no step half applied after an interruption, options."""
 
 import copy
 import gc

@@ -22,7 +22,7 @@ PACKAGES = {
 SOURCES = sorted((name, path) for name, folder in PACKAGES.items() for path in folder.rglob("*.py"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# Every module that may be imported. Whatever else there is (pickle, marshal, shelve, ctypes, subprocess, socket, ssl,
+# Every module that may be imported. Everything else (pickle, marshal, shelve, ctypes, subprocess, socket, ssl,
 # urllib, http, asyncio, multiprocessing, tempfile ...) is not on the list.
 STANDARD = {
     "collections", "concurrent", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib", "itertools",

@@ -37,7 +37,7 @@ def parameters(number: int = 3, size: int = 1000) -> list[torch.Tensor]:
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """Make an error of whatever waits for the device."""
+    """Raise an error in every operation that waits for the device."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 

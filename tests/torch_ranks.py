@@ -1,6 +1,6 @@
 """What test_scale_torch.py runs on each of several processes: runs on torch's own engines, whose results it compares.
 
-Data and model are such that every gradient is an integer, whatever the weights. Sums of them are exact in any order, so
+Data and model are such that every gradient is an integer for any weights. Sums of them are exact in any order, so
 a run on several ranks has to end with the very bits of a run of one process on all of the data.
 """
 
