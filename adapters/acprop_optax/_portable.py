@@ -179,7 +179,7 @@ def _only(tree: Any) -> optax.ScaleByBeliefState:
     found = [x for x in _known(tree) if isinstance(x, optax.ScaleByBeliefState)]
     if len(found) != 1:
         raise ValueError(
-            f"the optax state holds {len(found)} states of ACProp; give one that holds one: what init of acprop or "
+            f"the optax state holds {len(found)} states of ACProp; pass a state with one: what init of acprop or "
             "scale_by_acprop returned, or an optimizer that contains it"
         )
     return found[0]
@@ -206,12 +206,12 @@ def _counts(tree: Any) -> list[tuple[str, int]]:
 
 def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if not isinstance(optimizer, ACProp):
-        raise TypeError(f"the hyperparameters are a {type(optimizer).__name__}; give an acprop_core.ACProp")
+        raise TypeError(f"the hyperparameters are a {type(optimizer).__name__}; pass an acprop_core.ACProp")
     mu = _only(state).mu
     if optimizer.compensate != (_carry(state) is not None):
         raise ValueError(
             f"the hyperparameters have compensate={optimizer.compensate}, the optax state has "
-            f"{'no' if optimizer.compensate else 'a'} carry; give those that the transformation was made with"
+            f"{'no' if optimizer.compensate else 'a'} carry; pass the hyperparameters that the transformation was made with"
         )
     values: dict[str, Any] = {}
     for x in _known(state):

@@ -99,7 +99,7 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
 
 def _check(stepper: Stepper) -> None:
     if not isinstance(stepper, Stepper):
-        raise TypeError(f"the stepper is a {type(stepper).__name__}; give an acprop_stepper.Stepper")
+        raise TypeError(f"the stepper is a {type(stepper).__name__}; pass an acprop_stepper.Stepper")
 
 
 def _hyperparameters(stepper: Stepper) -> ACProp:

@@ -181,7 +181,7 @@ class ACProp(torch.optim.Optimizer):
             If a gradient is sparse, `fused` cannot take a parameter, a parameter is an expanded tensor, or has another
             shape than its gradient or moments; nothing has changed then.
         ValueError, TypeError
-            If an option has been given a value that the constructor would refuse, a parameter has a dtype that no
+            If an option has a value that the constructor would refuse, a parameter has a dtype that no
             update can be in, or a step count is not a floating-point tensor of one whole number; nothing has changed
             then.
         AssertionError

@@ -75,7 +75,7 @@ def export_state(
     if hyperparameters is None:
         hyperparameters = _hyperparameters(optimizer, named)
     if not isinstance(hyperparameters, acprop_core.ACProp):
-        raise TypeError(f"the hyperparameters are a {type(hyperparameters).__name__}; give an acprop_core.ACProp")
+        raise TypeError(f"the hyperparameters are a {type(hyperparameters).__name__}; pass an acprop_core.ACProp")
     states = {name: optimizer.state[p] for name, (p, _) in named.items() if optimizer.state.get(p)}
     counts = {int(state["step"]): name for name, state in states.items()}
     if len(counts) > 1:
@@ -176,18 +176,18 @@ _Named = dict[str, tuple[Tensor, int | None]]  # the parameter, and which group 
 def _named(optimizer: ACProp, model: Model) -> _Named:
     if not isinstance(optimizer, ACProp):
         raise TypeError(
-            f"the optimizer is a {type(optimizer).__name__}; give an acprop_torch.ACProp. If it wraps one, give a "
+            f"the optimizer is a {type(optimizer).__name__}; pass an acprop_torch.ACProp. If it wraps one, pass a "
             "plain one that has loaded its state_dict"
         )
     if not isinstance(model, torch.nn.Module | Mapping):
-        raise TypeError(f"the model is a {type(model).__name__}; give a Module, or a mapping of names to parameters")
+        raise TypeError(f"the model is a {type(model).__name__}; pass a Module, or a mapping of names to parameters")
     groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     pairs = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
     named = {name: (p, groups.pop(p, None)) for name, p in pairs}
     if groups:
         p, i = next(iter(groups.items()))
         raise ValueError(
-            f"parameter group {i} has a parameter of shape {tuple(p.shape)} that the model has not; give the "
+            f"parameter group {i} has a parameter of shape {tuple(p.shape)} that the model does not have; pass the "
             "model whose parameters the optimizer was made for"
         )
     return named
@@ -195,7 +195,7 @@ def _named(optimizer: ACProp, model: Model) -> _Named:
 
 def _hyperparameters(optimizer: ACProp, named: _Named) -> acprop_core.ACProp:
     """Return the options of all groups as one optimizer of the core, or say why that is not possible."""
-    remedy = "give export_state the hyperparameters to record, or import_state prefer='own'"
+    remedy = "pass export_state the hyperparameters to record, or import_state prefer='own'"
     records: list[dict[str, Any]] = []
     decays = [float(group["weight_decay"]) for group in optimizer.param_groups]
     for i, (group, decay) in enumerate(zip(optimizer.param_groups, decays, strict=True)):
@@ -230,7 +230,7 @@ def _options(optimizer: ACProp, named: _Named, saved: acprop_core.ACProp) -> Ite
     for name in ("learning_rate", "mask"):
         if callable(getattr(saved, name)):
             raise ValueError(
-                f"the saved {name} is a callable, which a torch optimizer cannot have; give load another, or take "
+                f"the saved {name} is a callable, which a torch optimizer cannot have; pass load another, or take "
                 "prefer='own'"
             )
     mask: Any = saved.mask or {}
