@@ -49,7 +49,7 @@ def test_cupy_fuses_the_rule_into_one_kernel(dtype: Any, hyper: dict[str, Any], 
 
     kernel = _cupy.fused_step(rule.flags_of(options), Recording())
     try:
-        kernel(*(device_array(dtype) for _ in range(4)), *_cupy.scalars_of(numbers, dtype))
+        kernel(*(device_array(dtype) for _ in range(4)), *map(dtype, numbers))
     except cupy.cuda.runtime.CUDARuntimeError:
         assert not cupy.is_available()  # the launch, which only a device can do
     (operations,) = traced

@@ -31,7 +31,8 @@ class Cupy:
         """Return the tasks of one step; a gradient of None leaves its parameter out."""
         buffer = self._buffer
         numbers, flags, dtype, _ = step.cast_for(buffer.mu.dtype, buffer.params[0].dtype, buffer.decays)
-        kernel, scalars = fused_step(flags, buffer.xp), scalars_of(numbers, dtype)
+        # scalars of the arrays' dtype, so that nothing is computed wider
+        kernel, scalars = fused_step(flags, buffer.xp), list(map(np.dtype(dtype).type, numbers))
         tiles = [tile for tile in with_gradients(self._tiles, buffer, grads) if tile.stop > tile.start]
         place = buffer.place()
         return [functools.partial(self._launch, kernel, scalars, tile, grads, place) for tile in tiles]
@@ -45,11 +46,6 @@ class Cupy:
             if tile.last - tile.first > 1:  # the parameter is a copy
                 for x, new in tile.parts(param, buffer):
                     x[...] = new
-
-
-def scalars_of(numbers: rule.Numbers, dtype: Any) -> list[Any]:
-    """Return the arguments of `fused_step` after its arrays: of their dtype, so that nothing is computed wider."""
-    return list(map(np.dtype(dtype).type, numbers))
 
 
 @functools.cache

@@ -20,7 +20,8 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
     """Return the step of a batch of plain rows on a CPU that are alike in dtypes and have taken `count` steps."""
     step = step_of(batch, count)
     # Arguments of the compiled function: it would build in Python numbers, and convert them anew for every few elements
-    numbers = _rows.as_tensors(step.numbers, batch.columns.mu[0].dtype)
+    dtype = batch.columns.mu[0].dtype
+    numbers = Numbers(*(_rows.as_tensor(x, dtype) for x in step.numbers))
 
     def run() -> None:
         torch.autograd.graph.increment_version(batch.columns.param)
@@ -43,7 +44,7 @@ def prepare_on_accelerator(batch: Batch) -> Callable[[], None]:
     def run() -> None:
         skip = None if found is None else found.squeeze() != 0
         step = step_of(batch, torch.stack(batch.steps))
-        numbers = _rows.as_tensors(step.numbers)
+        numbers = list(map(_rows.as_tensor, step.numbers))
         for i, row in enumerate(batch.rows):
             own = Numbers(*(x[i] if x.ndim == 1 else x for x in numbers))
             _program()(map_row(Tensor.detach, _as_memory(row)), own, step.flags, skip)

@@ -3,10 +3,9 @@
 import functools
 import importlib.util
 import operator
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, cycle
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -23,7 +22,8 @@ _MIN_PER_THREAD = 2**21  # elements: fewer are not worth a thread
 class Memory(NamedTuple):
     """Where rows are in memory. It keeps no tensor alive."""
 
-    references: list[Any]  # weak, to everything except the gradients
+    # Not even weak references to tensors: torch.utils.swap_tensors refuses a tensor that has one.
+    ids: list[int]  # of everything except the gradients
     shapes: list[torch.Size]
     dtypes: tuple[str, str]  # of parameters and moments
     table: Any  # (5, n) int64 array of addresses, in the order of Row
@@ -39,9 +39,9 @@ def has_numba() -> bool:
 def memory_of(columns: Row, known: Memory | None) -> Memory | None:
     """Return where plain rows alike in dtypes are, or None; `known` is the result of the step before.
 
-    With many small parameters these questions cost more than the step. So parameters, moments and carries that are the
-    objects of the last step, at the same addresses and still contiguous, are not asked again: gradients are new, have
-    the dtype and shape of their parameters, and answer for them.
+    With many small parameters these questions cost more than the step. So of parameters, moments and carries that have
+    the identities, addresses, shapes and dtypes of the last step, and are contiguous, the rest is not asked again. An
+    identity alone would not do: a new tensor may have the one of a tensor that is gone, and `x.data = y` keeps it.
     """
     import numpy as np
 
@@ -49,25 +49,28 @@ def memory_of(columns: Row, known: Memory | None) -> Memory | None:
     if not are_plain(columns, whole=known is None):
         return None
     lasting = [*param, *mu, *nu, *(carry if carry[0] is not None else [])]
-    shapes = list(map(attrgetter("shape"), grad))
     dtypes = _name(grad[0].dtype), _name(mu[0].dtype)
     addresses = np.fromiter(map(Tensor.data_ptr, chain(grad, lasting)), np.int64).reshape(-1, len(grad))
     table = addresses[[1, 0, 2, 3, -1]]  # without carries the last row is not read
-    if known is not None and _is_same(known, lasting, shapes, dtypes, table):
+    if known is not None and table.all() and _is_same(known, columns, lasting, dtypes, table):
         return known._replace(table=table)
     if not are_plain(columns):
         return None
     check_shapes(columns)
     sizes = np.fromiter(map(Tensor.numel, grad), np.int64)
-    return Memory(list(map(weakref.ref, lasting)), shapes, dtypes, table, sizes)
+    return Memory(list(map(id, lasting)), list(map(attrgetter("shape"), grad)), dtypes, table, sizes)
 
 
-def _is_same(known: Memory, lasting: list[Tensor], shapes: list[torch.Size], dtypes: Any, table: Any) -> bool:
+def _is_same(known: Memory, columns: Row, lasting: list[Tensor], dtypes: tuple[str, str], table: Any) -> bool:
+    """Return whether everything except the gradients has stayed where it was, and everything has the same shapes."""
+    shape, dtype = attrgetter("shape"), attrgetter("dtype")
+    # The shapes are compared one by one: a list of them would be work for the garbage collector.
     return (
-        len(known.references) == len(lasting)
-        and all(map(operator.is_, map(operator.call, known.references), lasting))
-        and dtypes == known.dtypes
-        and shapes == known.shapes  # of the gradients, which torch keeps equal to their parameters'
+        known.ids == list(map(id, lasting))
+        and known.dtypes == dtypes
+        and all(map(operator.eq, map(shape, chain(columns.grad, lasting)), cycle(known.shapes)))
+        and {*map(dtype, [*columns.param, *lasting[3 * len(columns.param) :]])} == {columns.grad[0].dtype}
+        and {*map(dtype, [*columns.mu, *columns.nu])} == {columns.mu[0].dtype}
         and bool((table[[0, 2, 3, 4]] == known.table[[0, 2, 3, 4]]).all())
         and all(map(Tensor.is_contiguous, lasting))
     )
@@ -84,10 +87,10 @@ def are_plain(columns: Row, whole: bool = True) -> bool:
     return (
         PLAIN.issuperset(map(type, tensors))
         and all(map(attrgetter("is_cpu"), tensors))
-        and _are_compiled({*map(attrgetter("dtype"), own)}, {*map(attrgetter("dtype"), moments or mu)})
+        and _are_compiled({*map(attrgetter("dtype"), own)}, {*map(attrgetter("dtype"), moments or mu[:1])})
         and all(map(Tensor.is_contiguous, tensors))
-        and not any(map(Tensor.is_neg, [*param, *grad] if whole else grad))  # moments are made here, and are not
-        and not any(map(is_zerotensor, grad))
+        and not any(map(Tensor.is_neg, tensors))
+        and not (whole and any(map(is_zerotensor, tensors)))  # gradients without memory have no address either
     )
 
 

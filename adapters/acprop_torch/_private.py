@@ -14,12 +14,15 @@ default_to_fused_or_foreach = _optimizer._default_to_fused_or_foreach
 # Which devices and dtypes fused steps take; otherwise no check, and torch.compile says so.
 device_dtype_check_for_fused = _optimizer._device_dtype_check_for_fused
 # The dtype of step counts; otherwise float32, or float64 if that is the default dtype.
-scalar_dtype = _optimizer._get_scalar_dtype
+scalar_dtype: Any = _optimizer._get_scalar_dtype
 # A 1-element tensor as a 0-d one, anything else as it is; otherwise `squeeze()`.
 to_scalar = _optimizer._to_scalar
+# Has torch.compile call a function instead of tracing it; otherwise `torch.compiler.disable`, which is slow to import.
+untraced = torch._disable_dynamo
 
 # One tensor from several, and back, at C speed; otherwise `torch.cat` of `reshape(-1)`, and `split` with `view_as`.
-flatten_dense, unflatten_dense = _utils._flatten_dense_tensors, _utils._unflatten_dense_tensors
+flatten_dense: Any = _utils._flatten_dense_tensors
+unflatten_dense: Any = _utils._unflatten_dense_tensors
 
 # Operations on lists. Nothing public does this; otherwise a loop over the tensors.
 foreach_abs = torch._foreach_abs

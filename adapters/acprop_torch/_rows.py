@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from acprop_core.adapt import Row, Step
-from acprop_core.rule import Hyperparameters, Numbers, flags_of, numbers_of
+from acprop_core.rule import Hyperparameters, flags_of, numbers_of
 from acprop_torch._private import flatten_dense, foreach_add_, foreach_copy_, unflatten_dense
 
 # What one operation sees at once, in bytes. On a CPU, what its cache holds: temporaries of whole large tensors are new
@@ -62,9 +62,9 @@ def step_of(batch: Batch, count: Any, namespace: Any = xp) -> Step:
     return step.with_grad_scale(1.0 / scale)
 
 
-def as_tensors(numbers: Numbers, dtype: torch.dtype = torch.float64) -> Numbers:
-    """Return the numbers as 0-d tensors: on the CPU, from where they go with tensors of any device."""
-    return Numbers(*(torch.tensor(x, dtype=dtype, device="cpu") if isinstance(x, float) else x for x in numbers))
+def as_tensor(x: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Return a number as a 0-d tensor: on the CPU, from where it goes with tensors of any device."""
+    return torch.tensor(x, dtype=dtype, device="cpu") if isinstance(x, float) else x
 
 
 def map_row(f: Callable[[Any], Any], row: Row) -> Row:

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
 from acprop_core.adapt import Row, Step
 from acprop_core.kernels.calls import Operations, program_of
 from acprop_torch._private import foreach_add_, foreach_copy_
-from acprop_torch._rows import PLAIN, Batch, as_tensors, blocks, bring, by_kind, count_steps, step_of, write
+from acprop_torch._rows import PLAIN, Batch, as_tensor, blocks, bring, by_kind, count_steps, step_of, write
 
 
 def prepare(batch: Batch) -> Callable[[], None]:
@@ -32,8 +31,7 @@ def in_tiles(rows: list[Row], step: Step) -> None:
     if _takes_outputs(rows):
         _by_program(rows, step)
         return
-    # torch would make a tensor of a Python number in every operation; but bounds that are numbers clip faster
-    step = Step(as_tensors(step.numbers)._replace(limit=step.numbers.limit), step.flags, xp)
+    step = step.map_numbers(as_tensor)  # torch would make a tensor of a Python number in every operation
     for block in blocks(rows):
         write([block], [step(block.row)])
 
@@ -69,8 +67,8 @@ def _by_program(rows: list[Row], step: Step) -> None:
 
 
 def _operand(dtype: torch.dtype, name: str, value: float) -> Any:
-    # as above; a wider number would widen parameters without axes
-    return value if name == "limit" else torch.tensor(value, dtype=dtype, device="cpu")
+    # as above, but numbers clip faster; and in their dtype, because a wider number would widen parameters without axes
+    return value if name == "limit" else as_tensor(value, dtype)
 
 
 _OPERATIONS = Operations(
