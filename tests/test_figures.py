@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,13 @@ import counterexamples
 import reference
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+SVG = "{http://www.w3.org/2000/svg}"
+SIZES = {
+    "small": 12.5,
+    "soft": 12.0,
+    "head": 13.0,
+    "code": 14.0,
+}  # of the classes in house.svg, the first that a text has
 RATE, B1, B2, PERIOD = 0.03, 0.5, 0.99, 7
 GRID = counterexamples.Grid(rates=(0.01, RATE), b1=(B1, 0.9), b2=(0.9, B2), periods=(4, PERIOD, 9))
 POINT = (1, 0, 1, 1)
@@ -147,3 +155,32 @@ def test_a_point_of_the_grid_is_the_optimizer_itself(name: str, kind: str) -> No
     np.testing.assert_allclose(found, expected, rtol=0.0, atol=60 * 8 * 2.0**-53)
     distances = counterexamples.solve(problem, name, GRID, steps=60)[POINT]
     assert distances == pytest.approx(np.abs(np.array(expected) - problem.optimum).mean(), abs=1e-12)
+
+
+def test_the_words_of_the_house_stay_inside_their_boxes() -> None:
+    """Measured in DejaVu, which is wider than the fonts that a browser prefers."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    root = ElementTree.parse(FIGURES / "house.svg").getroot()
+    (_, _, width, _) = map(float, root.attrib["viewBox"].split())
+    boxes = [tuple(float(box.attrib[key]) for key in ("x", "y", "width", "height")) for box in root.iter(f"{SVG}rect")]
+    texts = list(root.iter(f"{SVG}text"))
+    assert len(texts) > 30
+    for text in texts:
+        kinds = text.attrib.get("class", "").split()
+        size = next((size for kind, size in SIZES.items() if kind in kinds), 15.0)
+        font = FontProperties(
+            family="DejaVu Sans Mono" if "code" in kinds else "DejaVu Sans",
+            weight="bold" if "font-weight" in text.attrib else "normal",
+        )
+        extent = TextPath((0.0, 0.0), text.text, size=size, prop=font).get_extents().width
+        x, y = float(text.attrib["x"]), float(text.attrib["y"])
+        if "head" in kinds:
+            assert x + extent < width, text.text
+            continue
+        left, top, wide, high = next(
+            box for box in boxes if box[0] < x < box[0] + box[2] and box[1] < y < box[1] + box[3]
+        )
+        assert max(left - (x - extent / 2), x + extent / 2 - (left + wide)) < -2.0, text.text
+        assert top + size * 0.9 < y < top + high - size * 0.3, text.text
