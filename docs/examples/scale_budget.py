@@ -4,20 +4,20 @@
 
 Memory per parameter, bytes moved in a step, and the share of the optimizer in a training step, for models of 7 and 70
 billion parameters on 64 and 1,024 accelerators. Every assumption is a constant below; the page states them with their
-sources. `tests/test_scale_budget.py` compares the page with what this prints, and the sizes of the states with those
-that the optimizers really have.
+sources. `tests/test_scale_budget.py` compares the page with these tables, and the sizes of the states with the real
+sizes.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# The accelerator: NVIDIA H100 SXM, of its datasheet; the network of a DGX H100, of its datasheet.
+# The accelerator: NVIDIA H100 SXM, and the network of a DGX H100, from their datasheets.
 MEMORY = 80e9  # bytes
 BANDWIDTH = 3.35e12  # bytes a second
 PEAK = 989.4e12  # bfloat16 FLOPs a second, dense (the datasheet's 1,979 are with sparsity)
 NETWORK = 50e9  # bytes a second that each accelerator sends between nodes: 400 Gbit/s
 
-# What of it is reached, and the work. Assumptions.
+# Assumptions: the shares of these that are reached, and the work.
 ACHIEVED = 0.8  # of the memory bandwidth, by an elementwise kernel
 UTILISATION = 0.4  # of the peak, by forward and backward passes
 LAUNCH = 5e-6  # seconds to start one kernel; a step starts one for each parameter tensor
@@ -32,7 +32,7 @@ class Model(NamedTuple):
     tensors: int
 
     def flops(self) -> float:
-        """Return those of a forward and a backward pass over the batch."""
+        """Return the FLOPs of a forward and a backward pass over the batch."""
         return 6.0 * self.parameters * TOKENS
 
 
@@ -42,7 +42,7 @@ ACCELERATORS = (64, 1024)
 
 
 class Configuration(NamedTuple):
-    """What an optimizer keeps and moves, in bytes for each parameter."""
+    """The memory of an optimizer, in bytes for each parameter."""
 
     name: str
     params: int
@@ -53,11 +53,11 @@ class Configuration(NamedTuple):
         return self.params + self.grads + self.state
 
     def moved(self) -> int:
-        """Return what a step reads and writes: parameters and state both ways, gradients one."""
+        """Return the bytes that a step reads and writes: parameters and state both ways, gradients one."""
         return 2 * self.params + self.grads + 2 * self.state
 
     def sent(self) -> dict[str, int]:
-        """Return what each accelerator sends a step, in bytes for each parameter of the whole model."""
+        """Return the bytes that each accelerator sends a step, for each parameter of the whole model."""
         # an all-reduce is a reduce-scatter and an all-gather; ZeRO-3 gathers for the forward and the backward pass
         sharded = self.grads + self.params
         return {"replicated": 2 * self.grads, "ZeRO-1, ZeRO-2": sharded, "ZeRO-3": sharded + self.params}
@@ -96,7 +96,7 @@ def table(title: str, head: Sequence[str], rows: Iterator[Sequence[str]]) -> str
 
 
 def per_parameter() -> Iterator[Sequence[str]]:
-    """Yield what is kept: all of it, and on each accelerator."""
+    """Yield the bytes kept: in all, and on each accelerator."""
     for c in CONFIGURATIONS:
         placements = (
             str(c.kept()),
@@ -108,7 +108,7 @@ def per_parameter() -> Iterator[Sequence[str]]:
 
 
 def gigabytes() -> Iterator[Sequence[str]]:
-    """Yield what is kept on each accelerator, in italics where it is more than there is."""
+    """Yield the gigabytes kept on each accelerator, in italics if the accelerator has less."""
     for model in MODELS:
         for devices in ACCELERATORS:
             for placement in PLACEMENTS:
@@ -118,13 +118,13 @@ def gigabytes() -> Iterator[Sequence[str]]:
 
 
 def traffic() -> Iterator[Sequence[str]]:
-    """Yield what a step moves through memory, and what a training step sends."""
+    """Yield the bytes that a step moves through memory, and the bytes that a training step sends."""
     for c in CONFIGURATIONS:
         yield c.name, str(c.moved()), *(str(sent) for sent in c.sent().values())
 
 
 def shares() -> Iterator[Sequence[str]]:
-    """Yield the time of a step beside that of forward and backward passes, and its share; in italics what cannot be."""
+    """Yield the times of the passes and of a step, and the step's share; in italics if the memory is too small."""
     for model in MODELS:
         for devices in ACCELERATORS:
             passes = training_time(model, devices)
@@ -139,7 +139,7 @@ def shares() -> Iterator[Sequence[str]]:
 
 
 def network() -> Iterator[Sequence[str]]:
-    """Yield how long the network needs for what is sent, if nothing hides it."""
+    """Yield how long the network needs, if nothing hides it."""
     for model in MODELS:
         for c in CONFIGURATIONS[:3]:
             yield model.name, c.name, *(f"{sent * model.parameters / NETWORK:.3g} s" for sent in c.sent().values())
@@ -157,7 +157,7 @@ def main() -> None:
     head = ["model", "accelerators", "forward and backward", "placement", *names]
     print(table("Time of a step of the optimizer, and its share of the whole", head, shares()))
     head = ["model", "", *CONFIGURATIONS[0].sent()]
-    print(table("Time on the network, were nothing of it hidden", head, network()))
+    print(table("Time on the network, if nothing hides it", head, network()))
 
 
 if __name__ == "__main__":
