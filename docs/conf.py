@@ -21,7 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "benchmarks", "examples", "figures"]  # what pages include, and no pages
+exclude_patterns = ["_build", "benchmarks", "examples", "figures"]  # included by pages, but not pages
 nitpicky = True
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -52,7 +52,7 @@ def _mathml(translator: HTML5Translator, node: nodes.math | nodes.math_block, di
     """Write a formula as MathML: browsers show it without a script, and without a network."""
     tex = node.astext()
     if displaystyle and "\\\\" in tex and "\\begin" not in tex:
-        tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"  # what Sphinx's own renderers do with several lines
+        tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"  # as in the renderers of Sphinx
     try:
         mathml = _tex.convert_with_local_state(tex, displaystyle=displaystyle)
     except math_core.LatexError:

@@ -1,15 +1,15 @@
-"""Train one network on handwritten digits with one optimizer in three frameworks, and hand a run from one to the next.
+"""Train one network on handwritten digits with one optimizer in three frameworks, and in one run through all of them.
 
     python docs/examples/digits.py [--steps 660] [--seed 1] [--out out]
 
 The same two-layer network (64-64-10, ReLU) starts from the same weights and sees the same batches of scikit-learn's
-digits: in NumPy with gradients written by hand, in JAX with optax, in PyTorch, and once more begun in NumPy, continued
-in JAX and finished in PyTorch, optimizer state included, through files. All of it runs in float64, so that nothing but
-rounding separates the runs. A table and a picture show how far apart they end; the exit code is 1 if that is further
+digits: in NumPy with gradients written by hand, in JAX with optax, and in PyTorch. A fourth run begins in NumPy,
+continues in JAX and ends in PyTorch; its optimizer state moves through files. All runs are in float64, so only
+rounding makes them differ. A table and a picture show how far apart they end. The exit code is 1 if that is further
 than rounding explains. JAX and PyTorch are used if they are installed.
 
-A fifth run leaves out the clip. Pixels in the digits' margins are 0 for a while and then are not, which makes plain
-ACProp explode; this is why every example of ours sets clip_exponent=0.25.
+A fifth run has no clip. Pixels in the digits' margins are 0 for some steps and then are not, so plain ACProp explodes.
+Therefore every example of ours sets clip_exponent=0.25.
 """
 
 import argparse
@@ -157,7 +157,7 @@ class Torch:
 
 @dataclass
 class Run:
-    """What one training run left behind."""
+    """The results of one training run."""
 
     name: str
     losses: list[float] = field(default_factory=list)
@@ -168,7 +168,7 @@ class Run:
 
 
 class Digits:
-    """scikit-learn's digits, the initial weights and the batches: what all runs share."""
+    """scikit-learn's digits, the initial weights and the batches, which all runs share."""
 
     def __init__(self, steps: int, seed: int) -> None:
         x, y = load_digits(return_X_y=True)
@@ -263,9 +263,9 @@ def main() -> int:
 def _allowed(data: Digits, first: Run) -> float:
     """Return how far two runs may end apart if every step of both keeps the published bound.
 
-    A parameter's error in one step is at most PARAM_BOUND epsilons of parameter and update, and the clip holds updates
-    to lr t^p; two runs have one each. Training then amplifies what happened early. By how much is measured: the same
-    run, from weights that are off by 1e-9, far above rounding.
+    A parameter's error in one step is at most PARAM_BOUND epsilons of parameter and update, and the clip bounds updates
+    by lr t^p. Each of the two runs has such an error. Training then amplifies early errors. To measure by how much, the
+    same run is repeated from weights that are off by 1e-9, far above rounding.
     """
     rng = np.random.default_rng(0)
     weights = {name: x + 1e-9 * rng.choice([-1.0, 1.0], size=x.shape) for name, x in data.weights.items()}

@@ -2,9 +2,9 @@
 
     python docs/examples/language_model.py [--steps 600] [--out out]
 
-The text is what ships with every Python: the docstrings of its standard library. The same model starts from the same
-weights, sees the same batches and follows the same schedule (warm-up, then a cosine); each optimizer uses the learning
-rate that was best for it in short runs. Printed and drawn is the loss on text that was held out, in nats a character.
+The text is in every Python: the docstrings of its standard library. The same model starts from the same weights, sees
+the same batches and follows the same schedule (warm-up, then a cosine). Each optimizer uses the learning rate that was
+best for it in short runs. The program prints and draws the loss on text that was held out, in nats a character.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Work out on paper what a step of ACProp costs at scale: the tables of docs/scale.md.
+"""Compute the cost of a step of ACProp at scale on paper: the tables of docs/scale.md.
 
     python docs/examples/scale_budget.py
 

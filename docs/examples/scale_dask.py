@@ -2,10 +2,10 @@
 
     python docs/examples/scale_dask.py [--steps 30] [--features 1024]
 
-Softmax regression on random cosine features of scikit-learn's digits: the weights are one dask.array, chunk by chunk in
-the memory of two worker processes. Every five steps a checkpoint is written and read again, which also frees Dask from
-remembering how every chunk came about since the first step. A second run has its workers killed between two
-checkpoints, and goes on in a new cluster. The exit code is 1 if the two runs end apart.
+Softmax regression on random cosine features of scikit-learn's digits. The weights are one dask.array, chunk by chunk
+in the memory of two worker processes. Every five steps a checkpoint is written and read again. After that, Dask need
+not remember how every chunk was made since the first step. In a second run the workers are killed between two
+checkpoints, and the run continues in a new cluster. The exit code is 1 if the two runs end with different bits.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from sklearn.model_selection import train_test_split
 
 from acprop_core import ACProp, State, load, save
 
-# the clip: an element whose gradient is 0 for a while and then is not would make plain ACProp explode
+# with the clip, because gradients that are 0 for some steps and then are not would make plain ACProp explode
 OPTIMIZER = ACProp(1e-2, clip_exponent=0.25)
 EVERY = 5  # steps between two checkpoints
 
@@ -58,7 +58,7 @@ def two_workers() -> Iterator[Client]:
 
 
 def train(problem: Problem, start: int, stop: int, folder: pathlib.Path) -> np.ndarray:
-    """Train from the checkpoint of step `start` to step `stop`, writing checkpoints on the way; return the weights."""
+    """Train from the checkpoint of step `start` to step `stop`, and write checkpoints; return the weights."""
     x = da.from_array(problem.train_x, chunks=(-1, problem.chunk)).persist()
     for count in range(start, stop):
         if count == start or count % EVERY == 0:
@@ -68,7 +68,7 @@ def train(problem: Problem, start: int, stop: int, folder: pathlib.Path) -> np.n
         errors = exponentials / exponentials.sum(axis=1, keepdims=True) - problem.one_hot
         grads = {"weight": x.T @ errors / len(problem.one_hot)}
         updates, state = OPTIMIZER.update(grads, state, params)
-        params, state = dask.persist(OPTIMIZER.apply(params, updates), state)  # or the graph grows from step to step
+        params, state = dask.persist(OPTIMIZER.apply(params, updates), state)  # otherwise the graph grows
         if state.count % EVERY == 0:
             save(folder / f"{state.count}.safetensors", OPTIMIZER, state)
             np.save(folder / f"{state.count}.npy", params["weight"].compute())
@@ -77,7 +77,7 @@ def train(problem: Problem, start: int, stop: int, folder: pathlib.Path) -> np.n
 
 
 def restored(problem: Problem, folder: pathlib.Path, count: int) -> tuple[dict[str, da.Array], State]:
-    """Return parameters and state of a checkpoint, in chunks; of step 0, new ones."""
+    """Return parameters and state of a checkpoint, in chunks; new ones for step 0."""
 
     def chunked(array: np.ndarray) -> dict[str, da.Array]:
         return {"weight": da.from_array(array, chunks=(problem.chunk, -1))}

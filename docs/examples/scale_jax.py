@@ -1,11 +1,11 @@
-"""Train a network on handwritten digits on eight devices, save it, and go on with it on four.
+"""Train a network on handwritten digits on eight devices, save it, and continue on four.
 
     python docs/examples/scale_jax.py [--steps 660] [--seed 1]
 
-Eight virtual CPU devices stand for accelerators: with real ones, leave out the line that makes them. The network, the
-weights and the batches are those of digits.py. Parameters are divided among two devices ("model"), batches among four
-("data"), and the moments among all eight, in the way of ZeRO. After half of the steps orbax saves the run, and a mesh
-of 2 x 2 devices goes on with it. The exit code is 1 if that ends elsewhere than the run that stayed where it was.
+The accelerators are eight virtual CPU devices; if you have real ones, delete the line that makes these. The network,
+the weights and the batches are the same as in digits.py. Parameters are divided among two devices ("model"), batches
+among four ("data"), and the moments among all eight, as ZeRO does. After half of the steps orbax saves the run, and a
+mesh of 2 x 2 devices continues it. The exit code is 1 if it ends elsewhere than the run that stayed on eight devices.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from acprop_optax import acprop
 from digits import Digits
 
-# the clip: pixels that are 0 for a while and then are not would make plain ACProp explode
+# with the clip, because pixels that are 0 for some steps and then are not would make plain ACProp explode
 OPTIMIZER = acprop(1e-3, weight_decay=1e-4, clip_exponent=0.25)
 PARAMS = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model", None), "b2": P()}
 MOMENTS = {"w1": P("data", "model"), "b1": P(("model", "data")), "w2": P(("model", "data"), None), "b2": P()}
@@ -87,7 +87,7 @@ class Run:
             self.params, self.state = checkpointer.restore(path, here)
 
     def report(self, name: str, data: Digits) -> dict[str, np.ndarray]:
-        """Print where the run has come to; return its parameters."""
+        """Print step, accuracy and memory of the run; return its parameters."""
         params = jax.tree.map(np.asarray, self.params)
         leaves = jax.tree.leaves((self.state[0].mu, self.state[0].nu))
         there = sum(x.addressable_shards[0].data.nbytes for x in leaves)

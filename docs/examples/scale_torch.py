@@ -2,13 +2,13 @@
 
     torchrun --standalone --nproc-per-node 2 docs/examples/scale_torch.py [--steps 200] [--every 50] [--out out]
 
-Parameters, gradients and moments are each spread over the processes, which talk to each other by gloo, on CPUs. Every
-50 steps torch.distributed.checkpoint saves model and optimizer. A run that finds a checkpoint in the folder goes on
-from the last: after a process was killed (`torchrun --max-restarts 1` starts all of them again), to do more steps, or
-on another number of processes. In the end the whole state of the optimizer is gathered and exported to one file, from
-which any framework can go on.
+Parameters, gradients and moments are each spread over the processes, which communicate by gloo, on CPUs. Every 50
+steps torch.distributed.checkpoint saves model and optimizer. A run that finds a checkpoint in the folder continues
+from the last one: after a process was killed (`torchrun --max-restarts 1` starts all of them again), to do more steps,
+or on another number of processes. In the end the whole state of the optimizer is gathered and exported to one file,
+which any framework can load.
 
-clip_exponent=0.25, because pixels in the digits' margins are 0 for a while and then are not: plain ACProp explodes.
+clip_exponent=0.25, because pixels in the digits' margins are 0 for some steps and then are not: plain ACProp explodes.
 """
 
 import argparse
@@ -31,12 +31,12 @@ BATCH = 64
 
 
 def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return those that were finished, the last one last: a rename makes them so."""
+    """Return the finished checkpoints in order; the rename in `write` finishes one."""
     return sorted(folder.glob("step-[0-9]*"), key=lambda path: int(path.name[5:]))
 
 
 def write(folder: pathlib.Path, step: int, model: torch.nn.Module, optimizer: ACProp) -> None:
-    """Save what each rank has under a name of its own, which no run that was killed meanwhile will take for whole."""
+    """Save the parts of all ranks, and name the checkpoint at the end, so that none resumes from an unfinished one."""
     weights, state = get_state_dict(model, optimizer)
     unfinished = folder / "unfinished"
     if dist.get_rank() == 0:
@@ -49,7 +49,7 @@ def write(folder: pathlib.Path, step: int, model: torch.nn.Module, optimizer: AC
 
 
 def read(path: pathlib.Path, model: torch.nn.Module, optimizer: ACProp) -> int:
-    """Load into the shards that there are here, and return the step."""
+    """Load into the shards of this rank, and return the step."""
     weights, state = get_state_dict(model, optimizer)
     parts = {"model": weights, "optimizer": state}
     dcp.load(parts, checkpoint_id=path)
@@ -91,7 +91,7 @@ def main() -> None:
         done = read(finished[-1], model, optimizer)
         say(f"resumed from {finished[-1]}")
     for step in range(done, args.steps):
-        # a batch depends on the step alone, so that a run that resumes sees what it would have seen
+        # a batch depends on the step alone, so that a resumed run sees the same batches
         batch = torch.randint(len(x), (BATCH,), generator=torch.Generator().manual_seed(step))[rank::ranks]
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x[batch]), y[batch])
@@ -106,7 +106,7 @@ def main() -> None:
     if rank == 0:
         save(args.out / "acprop.safetensors", *exported)
     say(f"accuracy {accuracy:.3f} on held-out digits; optimizer exported to {args.out / 'acprop.safetensors'}")
-    # in it gloo's threads let go of the last tensors; at the interpreter's end that may abort (pytorch/pytorch#179291)
+    # Here gloo's threads release the last tensors. At the interpreter's end that may abort (pytorch/pytorch#179291).
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,12 +1,13 @@
-"""Train a small transformer whose parameters have 16 bits, with and without compensation, and one of 32 bits.
+"""Train a small transformer with parameters of 16 bits, with and without compensation, and one with 32 bits.
 
     python docs/examples/sixteen_bit.py [--steps 500] [--out out]
 
-The model and the text of language_model.py, the model smaller. All three runs start from the same weights, which
-bfloat16 can hold, see the same batches and follow the same schedule: warm-up, then a cosine to zero. They differ in
-nothing but the dtype in which parameters and gradients are stored: the passes through the model widen the parameters
-to float32, because processors without units for bfloat16 are slow in it. Printed and drawn is the loss on text that was
-held out, in nats a character, at a learning rate that suits the model and at a small one, such as fine-tuning has.
+The text is the same as in language_model.py, and the model is smaller. All three runs start from the same weights,
+which bfloat16 can hold. They see the same batches and follow the same schedule: warm-up, then a cosine to zero. They
+only differ in the dtype in which parameters and gradients are stored. The passes through the model widen the
+parameters to float32, because processors without units for bfloat16 are slow in it. The program prints and draws the
+loss on text that was held out, in nats a character. One learning rate suits the model, the other is small, as in
+fine-tuning.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def draw(curves: dict[float, dict[str, dict[int, float]]], file: pathlib.Path) -
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss on held-out text (nats a character)")
     panels[-1].legend()
-    figure.suptitle("A transformer whose parameters are stored in 16 bits or 32")
+    figure.suptitle("A transformer with parameters stored in 16 bits or 32")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 

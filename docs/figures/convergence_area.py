@@ -3,10 +3,10 @@
     python docs/figures/convergence_area.py [--quick] [--out out]
 
 A point of the grid converges if, for the best of the learning rates from 1e-5 to 1, x is nearer than 0.01 to the
-optimum on average over the last 1,000 of 10,000 steps. The area is the share of points that converge. Written are
-convergence_area.png, for beta1 = 0.9; and convergence_area.json and .md with the areas for every beta1, for fewer
-learning rates and for more steps. `--quick` takes a coarse grid of short periods, in which every optimizer has the
-steps that it needs.
+optimum on average over the last 1,000 of 10,000 steps. The area is the share of points that converge.
+convergence_area.png is for beta1 = 0.9. convergence_area.json and .md have the areas for every beta1, for fewer
+learning rates and for more steps. `--quick` takes a coarse grid of short periods, in which every optimizer has enough
+steps.
 """
 
 from typing import Any

@@ -1,11 +1,11 @@
-"""Show the start-up explosion of plain ACProp and what clip_exponent=0.25 does to it, beside Adam.
+"""Show the start-up explosion of plain ACProp, its cure by clip_exponent=0.25, and Adam.
 
     python docs/figures/explosion.py [--quick] [--out out]
 
-Two runs. The Rosenbrock function from (0, 0), learning rate 1e-4, 1,000 steps: the setting of optax issue #1132. And
-the network of docs/examples/digits.py on scikit-learn's digits, learning rate 1e-3, 30 epochs; `--quick` trains for 3.
-Drawn are the loss and the largest element of each update. Written are explosion.png, and explosion.json and .md with
-the largest and the last of them. All in float64.
+There are two runs, in float64. The first is the Rosenbrock function from (0, 0), learning rate 1e-4, 1,000 steps: the
+setting of optax issue #1132. The second is the network of docs/examples/digits.py on scikit-learn's digits, learning
+rate 1e-3, 30 epochs; `--quick` trains for 3. explosion.png shows the loss and the largest element of each update;
+explosion.json and .md have the largest and the last of them.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""What the scripts that draw the figures of docs/paper.md have in common: their options and what they write."""
+"""The common parts of the scripts that draw the figures of docs/paper.md: their options and their output."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ def options(doc: str | None) -> Options:
     """Read ``--quick`` and ``--out`` from the command line."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small version, in seconds")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for what is written")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the output")
     given = parser.parse_args()
     return Options(given.quick, given.out)
 
@@ -35,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(out: pathlib.Path, name: str, figure: Any, numbers: Any = None, text: str = "") -> None:
-    """Write the picture, and where there are numbers these as JSON and as the Markdown that the page includes."""
+    """Write the picture, and numbers, if there are any, as JSON and as the Markdown that the page includes."""
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / f"{name}.png")
     if numbers is not None:

@@ -2,10 +2,9 @@
 
     python docs/figures/trajectories.py [--quick] [--out out]
 
-All have one learning rate, 0.02 / sqrt(t); convergence_area.py shows where none of many rates helps. Drawn is the
-mean of x over each period, and between which values x moves within it. Written are trajectories.png, and
-trajectories.json and .md with the mean distance from the optimum over the last 1,000 of 10,000 steps. `--quick` takes
-5,000 steps.
+All have one learning rate, 0.02 / sqrt(t); convergence_area.py shows where all of many rates fail. trajectories.png
+shows the mean of x over each period, and the range of x within it. trajectories.json and .md have the mean distance
+from the optimum over the last 1,000 of 10,000 steps. `--quick` takes 5,000 steps.
 """
 
 from typing import NamedTuple
