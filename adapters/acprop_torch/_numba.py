@@ -2,10 +2,8 @@
 
 import functools
 import importlib.util
-import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, cycle
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from acprop_core.adapt import Row
-from acprop_torch._private import is_zerotensor
+from acprop_torch._private import is_zerotensor, likeness_of
 from acprop_torch._rows import PLAIN, Batch, check_shapes, count_steps, step_of
 
 _MIN_PER_THREAD = 2**21  # elements: fewer are not worth a thread
@@ -22,9 +20,8 @@ _MIN_PER_THREAD = 2**21  # elements: fewer are not worth a thread
 class Memory(NamedTuple):
     """Where rows are in memory. It keeps no tensor alive."""
 
-    # Not even weak references to tensors: torch.utils.swap_tensors refuses a tensor that has one.
-    ids: list[int]  # of everything except the gradients
-    shapes: list[torch.Size]
+    number: int  # of tensors
+    are_alike: Callable[..., bool]  # whether tensors have the types, devices, dtypes, shapes and strides of these
     dtypes: tuple[str, str]  # of parameters and moments
     table: Any  # (5, n) int64 array of addresses, in the order of Row
     sizes: Any  # (n,) int64 array of numbers of elements
@@ -39,58 +36,39 @@ def has_numba() -> bool:
 def memory_of(columns: Row, known: Memory | None) -> Memory | None:
     """Return where plain rows alike in dtypes are, or None; `known` is the result of the step before.
 
-    With many small parameters these questions cost more than the step. So of parameters, moments and carries that have
-    the identities, addresses, shapes and dtypes of the last step, and are contiguous, the rest is not asked again. An
-    identity alone would not do: a new tensor may have the one of a tensor that is gone, and `x.data = y` keeps it.
+    Whether they are plain takes longer than the step if there are many small ones. So it is asked again only if some
+    tensor has become another one in anything but its address and its values. The addresses are new at every step.
     """
     import numpy as np
 
     param, grad, mu, nu, carry = columns
-    if not are_plain(columns, whole=known is None):
-        return None
-    lasting = [*param, *mu, *nu, *(carry if carry[0] is not None else [])]
-    dtypes = _name(grad[0].dtype), _name(mu[0].dtype)
-    addresses = np.fromiter(map(Tensor.data_ptr, chain(grad, lasting)), np.int64).reshape(-1, len(grad))
-    table = addresses[[1, 0, 2, 3, -1]]  # without carries the last row is not read
-    if known is not None and table.all() and _is_same(known, columns, lasting, dtypes, table):
-        return known._replace(table=table)
-    if not are_plain(columns):
-        return None
-    check_shapes(columns)
-    sizes = np.fromiter(map(Tensor.numel, grad), np.int64)
-    return Memory(list(map(id, lasting)), list(map(attrgetter("shape"), grad)), dtypes, table, sizes)
+    tensors = [*param, *grad, *mu, *nu, *(x for x in carry if x is not None)]
+    if known is None or len(tensors) != known.number or not known.are_alike(*tensors):
+        if not are_plain(columns):
+            return None
+        check_shapes(columns)
+        dtypes = _name(grad[0].dtype), _name(mu[0].dtype)
+        sizes = np.fromiter(map(Tensor.numel, grad), np.int64)
+        known = Memory(len(tensors), likeness_of(tensors), dtypes, None, sizes)
+    addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64).reshape(-1, len(grad))
+    return known._replace(table=addresses[[0, 1, 2, 3, -1]])  # without carries the last row is not read
 
 
-def _is_same(known: Memory, columns: Row, lasting: list[Tensor], dtypes: tuple[str, str], table: Any) -> bool:
-    """Return whether everything except the gradients has stayed where it was, and everything has the same shapes."""
-    shape, dtype = attrgetter("shape"), attrgetter("dtype")
-    # The shapes are compared one by one: a list of them would be work for the garbage collector.
-    return (
-        known.ids == list(map(id, lasting))
-        and known.dtypes == dtypes
-        and all(map(operator.eq, map(shape, chain(columns.grad, lasting)), cycle(known.shapes)))
-        and {*map(dtype, [*columns.param, *lasting[3 * len(columns.param) :]])} == {columns.grad[0].dtype}
-        and {*map(dtype, [*columns.mu, *columns.nu])} == {columns.mu[0].dtype}
-        and bool((table[[0, 2, 3, 4]] == known.table[[0, 2, 3, 4]]).all())
-        and all(map(Tensor.is_contiguous, lasting))
-    )
-
-
-def are_plain(columns: Row, whole: bool = True) -> bool:
-    """Return whether all tensors, or the gradients alone, are contiguous CPU memory that holds their very values."""
+def are_plain(columns: Row) -> bool:
+    """Return whether all tensors are contiguous CPU memory that holds their very values."""
     param, grad, mu, nu, carry = columns
     carries = [x for x in carry if x is not None]
     if len(carries) not in (0, len(carry)):
         return False
-    own, moments = ([*param, *grad, *carries], [*mu, *nu]) if whole else (list(grad), [])
+    own, moments = [*param, *grad, *carries], [*mu, *nu]
     tensors = [*own, *moments]
     return (
         PLAIN.issuperset(map(type, tensors))
         and all(map(attrgetter("is_cpu"), tensors))
-        and _are_compiled({*map(attrgetter("dtype"), own)}, {*map(attrgetter("dtype"), moments or mu[:1])})
+        and _are_compiled({*map(attrgetter("dtype"), own)}, {*map(attrgetter("dtype"), moments)})
         and all(map(Tensor.is_contiguous, tensors))
         and not any(map(Tensor.is_neg, tensors))
-        and not (whole and any(map(is_zerotensor, tensors)))  # gradients without memory have no address either
+        and not any(map(is_zerotensor, tensors))
     )
 
 
