@@ -17,13 +17,13 @@ import torch
 import acprop_torch
 from acprop_core import ACProp
 from acprop_core.adapt import Row, step_at
-from acprop_core.kernels.sixteen_bits import Memory, memory_of
+from acprop_core.kernels.sixteen_bits import Memory, is_readable, memory_of
 from acprop_stepper import Stepper
 from cases import DTYPES
 from hosts import engines_of, from_torch, no_torch_tiles, to_torch, torch_threads
 
 # on a processor without conversions of its own float16 goes through tiles
-SIXTEEN_BITS = [name for name in ("bfloat16", "float16") if memory_of(name, name)]
+SIXTEEN_BITS = [name for name in ("bfloat16", "float16") if is_readable(name, name)]
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -3e-40, 6e-8, -6e-8, 2.0**-126, 65504, 65520, 3.3e38, -3.4e38]
 
 

@@ -221,3 +221,37 @@ def test_no_combination_of_options_is_left_uncompiled() -> None:
             x.grad = torch.ones(5)
             optimizer.step()
     assert counters["stats"]["unique_graphs"] == 12  # without decay, its form does not matter
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_an_optimizer_may_be_made_inside_a_compiled_function(flags: dict[str, bool]) -> None:
+    """Dynamo drops attributes that are set before those of the base class, and warns of caches (here an error)."""
+
+    def run(cls: type[torch.optim.Optimizer], x: torch.Tensor) -> torch.optim.Optimizer:
+        optimizer = cls([x], lr=0.1, **flags)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (x * x).sum().backward()
+            optimizer.step()
+        return optimizer
+
+    for cls in (ACProp, torch.optim.AdamW):
+        torch._dynamo.reset()
+        inside, outside = (torch.full((3,), 2.0, requires_grad=True) for _ in range(2))
+        made = torch.compile(run, backend="eager", fullgraph=False)(cls, inside)
+        twin = run(cls, outside)
+        torch.testing.assert_close(inside, outside, rtol=1e-5, atol=0.0)
+        assert made.state[inside]["step"] == 3
+        made.step()  # and goes on outside
+        twin.step()
+        torch.testing.assert_close(inside, outside, rtol=1e-5, atol=0.0)
+        assert {*vars(made)} == {*vars(twin)} or cls is not ACProp
+
+
+def test_options_are_refused_inside_a_compiled_function_too() -> None:
+    @torch.compile(backend="eager", fullgraph=False)
+    def make(x: torch.Tensor) -> ACProp:
+        return ACProp([x], clip_exponent=-1.0)
+
+    with pytest.raises(ValueError, match="clip_exponent is -1.0"):
+        make(torch.ones(3, requires_grad=True))

@@ -6,8 +6,11 @@ pytest.importorskip("torch")
 
 import contextlib
 import copy
+import gc
 import itertools
-from collections.abc import Iterator
+import math
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -383,25 +386,299 @@ def loaded(x: torch.Tensor, optimizer: ACProp) -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+def another_parameter(x: torch.Tensor, optimizer: ACProp) -> None:
+    """A new object in the same memory."""
+    group = optimizer.param_groups[0]
+    group["params"][0] = torch.nn.Parameter(x.data)
+    group["params"][0].grad = x.grad
+    optimizer.state[group["params"][0]] = optimizer.state.pop(x)
+
+
+def swapped(x: torch.Tensor, optimizer: ACProp) -> None:
+    other = torch.full_like(x, 2.0).requires_grad_()
+    other.grad = torch.ones_like(x)
+    torch.utils.swap_tensors(x, other)
+
+
+def swapped_moments(x: torch.Tensor, optimizer: ACProp) -> None:
+    state = optimizer.state[x]
+    torch.utils.swap_tensors(state["exp_avg"], state["exp_avg_var"])
+
+
+def exchanged_parameters(x: torch.Tensor, optimizer: ACProp) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def another_gradient_dtype(x: torch.Tensor, optimizer: ACProp) -> None:
+    grad, x.grad = x.grad.float(), None
+    x.grad_dtype = None
+    x.grad = grad
+
+
+def fewer_parameters(x: torch.Tensor, optimizer: ACProp) -> None:
+    optimizer.param_groups[0]["params"].pop()
+
+
+def frozen(x: torch.Tensor, optimizer: ACProp) -> None:
+    x.grad = None
+
+
 CHANGES = (other_gradient, other_memory, other_order, fewer, other_dtype, other_moments, moments_changed_behind)
+CHANGES += (another_parameter, swapped, swapped_moments, exchanged_parameters, another_gradient_dtype)
+CHANGES += (fewer_parameters, frozen, no_state, loaded)
+
+def narrowed_in_place(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 numbers in the memory of float64 ones."""
+    narrow = x.view(-1).view(torch.float32)[: x.numel()]
+    return narrow.copy_(x.float().view(-1)).view(x.shape)
 
 
-@pytest.mark.parametrize("change", [*CHANGES, no_state, loaded], ids=lambda change: change.__name__)
-def test_a_fused_step_sees_what_has_changed_since_the_last(change: Any) -> None:
-    """It does not ask again what it knows of tensors that are the same."""
-    results = []
-    for flags in ({"fused": True}, {"foreach": False}):
-        xs = [x.requires_grad_() for x in tensors((3, 3), (4,))]
-        optimizer = ACProp(xs, **OPTIONS, **flags)
-        for g in tensors((3, 3), (3, 3), (3, 3), seed=1):
-            xs[0].grad, xs[1].grad = g, torch.ones(4, dtype=torch.float64)
-            optimizer.step()
+# What may become of a (3, 3) float64 tensor that stays the same object, most of it at the same address.
+IN_PLACE: dict[str, Callable[[torch.Tensor], Any]] = {
+    "t_": lambda x: x.t_(),
+    "transpose_": lambda x: x.transpose_(0, 1),
+    "unsqueeze_": lambda x: x.unsqueeze_(0),
+    "resize_ to fewer": lambda x: x.resize_(2, 3),
+    "resize_ to more": lambda x: x.resize_(4, 4).fill_(0.5),
+    "resize_ to another shape": lambda x: x.resize_(9, 1),
+    "as_strided_ transposed": lambda x: x.as_strided_((3, 3), (1, 3)),
+    "as_strided_ expanded": lambda x: x.as_strided_((3, 3), (0, 1)),
+    "as_strided_ to fewer": lambda x: x.as_strided_((2, 3), (3, 1)),
+    "set_ to other memory": lambda x: x.set_(torch.full((3, 3), 0.5, dtype=x.dtype)),
+    "set_ to a part": lambda x: x.set_(x.untyped_storage(), 0, (2, 3), (3, 1)),
+    "set_ transposed": lambda x: x.set_(x.untyped_storage(), 0, (3, 3), (1, 3)),
+    "set_ to nothing": lambda x: x.set_(),
+    "data transposed": lambda x: setattr(x, "data", x.data.t()),
+    "data of fewer": lambda x: setattr(x, "data", x.data[:2]),
+    "data of another shape": lambda x: setattr(x, "data", x.data.view(9)),
+    "data of a part in the same shape": lambda x: setattr(x, "data", torch.zeros(30, dtype=x.dtype)[3:12].view(3, 3)),
+    "data expanded": lambda x: setattr(x, "data", x.data[:1].expand(3, 3)),
+    "data in columns": lambda x: setattr(x, "data", torch.stack([x.data, x.data], dim=2)[..., 1]),
+    "data of another dtype": lambda x: setattr(x, "data", x.data.float()),
+    "another dtype at the same address": lambda x: setattr(x, "data", narrowed_in_place(x.data)),
+    "data negated lazily": lambda x: setattr(x, "data", torch._neg_view(x.data)),
+    "data of zeros without memory": lambda x: setattr(x, "data", torch._efficientzerotensor(3, 3, dtype=x.dtype)),
+    "data twice elsewhere": lambda x: [setattr(x, "data", x.data.clone()) for _ in range(2)],
+    "values": lambda x: x.mul_(0.5),
+}
+
+
+def continued(change: Callable[..., Any], flags: dict[str, bool], forgetful: bool) -> Any:
+    """Return everything after three steps, a change and two steps, or the type of an exception.
+
+    A forgetful optimizer has been made after the change.
+    """
+    xs = [x.requires_grad_() for x in tensors((3, 3), (4,))]
+    optimizer = ACProp(xs, **OPTIONS, **flags)
+    for g in tensors((3, 3), (3, 3), (3, 3), seed=1):
+        xs[0].grad, xs[1].grad = g, torch.ones(4, dtype=torch.float64)
+        optimizer.step()
+    with torch.no_grad():
         change(xs[0], optimizer)
-        optimizer.param_groups[0].update(foreach=flags.get("foreach"), fused=flags.get("fused"))
+    xs = optimizer.param_groups[0]["params"]
+    if forgetful:
+        again = ACProp(xs, **OPTIONS, **flags)
+        again.state = optimizer.state
+        optimizer = again
+    optimizer.param_groups[0].update(foreach=flags.get("foreach"), fused=flags.get("fused"))
+
+    try:
         for _ in range(2):
             optimizer.step()
-        results.append([x.detach() for x in xs] + [s for x in xs for s in optimizer.state[x].values()])
-    assert_close(*results)
+    except (RuntimeError, TypeError) as error:
+        return type(error)
+    return [x.detach() for x in xs] + [s for x in xs for s in optimizer.state.get(x, {}).values()]
+
+
+def check_that_it_is_seen(change: Callable[..., Any]) -> None:
+    """Assert that a fused step does what it does if the optimizer is new, and what a loop does."""
+    fused, anew = (continued(change, {"fused": True}, forgetful) for forgetful in (False, True))
+    if isinstance(fused, type) or isinstance(anew, type):
+        assert fused is anew
+        return
+    torch.testing.assert_close(fused, anew, rtol=0, atol=0, equal_nan=True)
+    loop = continued(change, {"foreach": False}, forgetful=True)
+    if not isinstance(loop, type):  # there fused steps may take more
+        for x, y in zip(fused, loop, strict=True):
+            assert x.dtype == y.dtype
+            torch.testing.assert_close(x, y, rtol=16 * torch.finfo(y.dtype).eps, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_fused_step_sees_what_has_changed_since_the_last(change: Any) -> None:
+    """It does not ask again what it knows of tensors that are the same."""
+    check_that_it_is_seen(change)
+
+
+@pytest.mark.parametrize("key", ["param", "grad", "exp_avg", "exp_avg_var"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_fused_step_sees_what_has_become_of_the_same_object(name: str, key: str) -> None:
+    def change(x: torch.Tensor, optimizer: ACProp) -> None:
+        x.requires_grad_(False)  # or torch refuses some of it
+        IN_PLACE[name]({"param": x, "grad": x.grad, **optimizer.state[x]}[key])
+        x.requires_grad_(True)
+
+    check_that_it_is_seen(change)
+
+
+@ways
+def test_parameters_may_be_swapped_after_a_step(way: dict[str, bool]) -> None:
+    """As torch.nn.Module.to and load_state_dict do if asked; torch refuses it if there is a weak reference."""
+    x, y = (t.requires_grad_() for t in tensors((3,), (3,)))
+    x.grad = torch.ones_like(x)
+    optimizer = ACProp([x], **OPTIONS, **way)
+    optimizer.step()
+    torch.utils.swap_tensors(x, y)
+    torch.utils.swap_tensors(optimizer.state[x]["exp_avg"], torch.zeros_like(x))
+
+
+@ways
+def test_removed_parameters_are_not_kept_alive(way: dict[str, bool]) -> None:
+    (stays,) = tensors((3,))
+    optimizer = ACProp([stays.requires_grad_()], **OPTIONS, **way)
+    stays.grad = torch.ones_like(stays)
+    gone = []
+    for i in range(20):
+        x = torch.ones(4 + i % 3, dtype=torch.float64, requires_grad=True)
+        x.grad = torch.ones_like(x)
+        optimizer.add_param_group({"params": [x]})
+        optimizer.step()
+        gone += map(weakref.ref, (x, *optimizer.state[x].values()))
+        optimizer.param_groups.pop()
+        del optimizer.state[x], x
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 80
+
+
+BAD_STEPS: dict[str, tuple[Any, type[Exception], str]] = {
+    "an int": (2, TypeError, "is 2, not a floating-point tensor of one number"),
+    "a float": (2.0, TypeError, "is 2.0, not a floating-point tensor of one number"),
+    "None": (None, TypeError, "is None, not a floating-point tensor of one number"),
+    "an integer tensor": (torch.tensor(2), TypeError, "is tensor(2), not a floating-point tensor of one number"),
+    "a bool tensor": (torch.tensor(True), TypeError, "is tensor(True), not a floating-point tensor of one number"),
+    "a complex tensor": (torch.tensor(2j), TypeError, "not a floating-point tensor of one number"),
+    "two elements": (torch.tensor([2.0, 2.0]), TypeError, "not a floating-point tensor of one number"),
+    "no element": (torch.tensor([]), TypeError, "not a floating-point tensor of one number"),
+    "NaN": (torch.tensor(math.nan), ValueError, "is tensor(nan), not a whole number that is at least 0"),
+    "infinity": (torch.tensor(math.inf), ValueError, "is tensor(inf), not a whole number that is at least 0"),
+    "a half": (torch.tensor(1.5), ValueError, "is tensor(1.5000), not a whole number that is at least 0"),
+    "negative": (torch.tensor(-1.0), ValueError, "is tensor(-1.), not a whole number that is at least 0"),
+}
+
+
+def two_groups(names: tuple[str, ...], **options: Any) -> tuple[ACProp, list[torch.Tensor]]:
+    """Return an optimizer that has taken two steps: a parameter in its first group, two in its second."""
+    xs = [x.requires_grad_() for x in tensors((3,), (2, 2), (4,))]
+    params: list[Any] = list(zip(names, xs, strict=True)) if names else xs
+    optimizer = ACProp([{"params": params[:1]}, {"params": params[1:]}], **OPTIONS, weight_decay=0.1, **options)
+    for x in xs:
+        x.grad = torch.ones_like(x)
+    for _ in range(2):
+        optimizer.step()
+    return optimizer, xs
+
+
+def assert_refused(optimizer: ACProp, xs: list[torch.Tensor], error: type[Exception], *words: str) -> None:
+    """Assert that a step raises this, and that parameters, moments and counts have the bits that they had."""
+
+    def everything() -> dict[str, Any]:
+        kept = {f"{key} {i}": value for i, x in enumerate(xs) for key, value in optimizer.state[x].items()}
+        return copy.deepcopy(kept | {f"param {i}": x.detach() for i, x in enumerate(xs)})
+
+    before = everything()
+    with pytest.raises(error) as raised:
+        optimizer.step()
+    for word in words:
+        assert word in str(raised.value)
+    after = everything()
+    assert after.keys() == before.keys()
+    for name, x in before.items():
+        if name != "step 2":  # the one that is bad
+            assert torch.equal(after[name], x), name
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+@pytest.mark.parametrize(("names", "called"), [((), "parameter 1 of its group"), (("a", "b", "c"), "parameter 'c'")])
+@ways
+def test_a_bad_step_count_is_refused_before_any_group_has_stepped(
+    way: dict[str, bool], name: str, names: tuple[str, ...], called: str
+) -> None:
+    bad, error, words = BAD_STEPS[name]
+    optimizer, xs = two_groups(names, **way)
+    optimizer.state[xs[2]]["step"] = bad
+    assert_refused(optimizer, xs, error, f"the step count in the state of {called} ", words)
+
+
+@pytest.mark.parametrize("bad", [2, None, torch.tensor(math.nan)], ids=str)
+def test_a_bad_step_count_is_refused_in_differentiable_mode_too(bad: Any) -> None:
+    x, y = tensors((3,), (3,))
+    optimizer = ACProp([{"params": [("x", x)]}, {"params": [("y", y)]}], **OPTIONS, differentiable=True)
+    x.grad, y.grad = tensors((3,), (3,))
+    optimizer.step()
+    optimizer.state[y]["step"] = bad
+    before = x.clone()
+    with pytest.raises((TypeError, ValueError), match="the step count in the state of parameter 'y' is"):
+        optimizer.step()
+    assert torch.equal(x, before)
+
+
+@ways
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_step_count_may_have_axes(way: dict[str, bool], shape: tuple[int, ...]) -> None:
+    results = []
+    for axes in ((), shape):
+        xs = [x.requires_grad_() for x in tensors((), (2,))]
+        optimizer = ACProp(xs, **OPTIONS, **way)
+        for t in range(3):
+            for x in xs:
+                x.grad = torch.ones_like(x)
+            optimizer.step()
+            if t == 0:
+                optimizer.state[xs[0]]["step"] = optimizer.state[xs[0]]["step"].reshape(axes)
+        results.append([x.detach() for x in xs] + [optimizer.state[x]["step"].reshape(()) for x in xs])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+@ways
+def test_capturable_where_no_graph_is_captured_is_refused_before_any_group_has_stepped(way: dict[str, bool]) -> None:
+    optimizer, xs = two_groups(("a", "b", "c"), **way)
+    optimizer.param_groups[1].update(capturable=True, foreach=False, fused=False)
+    optimizer.state[xs[2]]["step"] = optimizer.state[xs[2]]["step"].to("meta")
+    words = "If capturable=True, params and state_steps must be on supported devices: ['cpu']. "
+    assert_refused(optimizer, xs, AssertionError, words, "parameter 'c' is on cpu, its step count on meta")
+
+
+@pytest.mark.parametrize("flags", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("foreach", [False, True])
+def test_capturable_on_a_cpu_is_refused_before_any_group_has_stepped(flags: dict[str, bool], foreach: bool) -> None:
+    optimizer, xs = two_groups(("a", "b", "c"), **flags)
+    optimizer.param_groups[1].update(capturable=True, foreach=foreach, fused=False)
+    words = "If capturable=True, params and state_steps must be on supported devices: "
+    assert_refused(optimizer, xs, AssertionError, words, "parameter 'b' is on cpu, its step count on cpu")
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("first", [name for name in WAYS if "fused" in name])
+@ways
+def test_scales_for_a_step_that_is_not_fused_are_refused_before_any_group_has_stepped(
+    way: dict[str, bool], first: str, name: str
+) -> None:
+    if way.get("fused"):
+        pytest.skip("it takes them")
+    with without_numba() if "inductor" in first else contextlib.nullcontext():
+        optimizer, xs = two_groups((), **way)
+        optimizer.param_groups[0].update({"foreach": False, "capturable": False, **WAYS[first]})
+        optimizer.step()
+        setattr(optimizer, name, torch.tensor(1.0))
+        assert_refused(optimizer, xs, AssertionError, "Expected grad_scale and found_inf to be None")
+
+
+@ways
+def test_lists_with_derivatives_are_refused_before_any_group_has_stepped(way: dict[str, bool]) -> None:
+    optimizer, xs = two_groups((), **way)
+    optimizer.param_groups[1].update(foreach=True, differentiable=True, fused=False)
+    assert_refused(optimizer, xs, AssertionError, "_foreach ops don't support autograd")
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0, 2.0])  # the scaler adds up what it found on several devices
