@@ -1,8 +1,8 @@
 """ACProp, written once against the Python array API standard: `ACProp`, its `State`, and `save` and `load` of a run.
 
 The functions are pure, and take arrays of any library that follows the standard. Importing this package imports no
-array library. The adapters acprop_optax, acprop_torch and acprop_stepper give the same steps in the habits of their
-frameworks.
+array library. The adapters acprop_optax, acprop_torch and acprop_stepper take the same steps through the interfaces of
+their frameworks.
 """
 
 import importlib
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # files need NumPy and safetensors, which nothing else here does
+    # Imported when it is used, because files need NumPy and safetensors and nothing else here does.
     if name in ("load", "save"):
         return getattr(importlib.import_module("acprop_core.checkpoint"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What is refused, and how it is said: every error names the leaf or option, the value, the reason and the remedy."""
+"""Checks of arguments. Every error names the leaf or option, the value, the reason and the remedy."""
 
 import math
 import numbers
@@ -41,7 +41,9 @@ def check_count(count: Any) -> Any:
     if isinstance(count, numbers.Integral) and not isinstance(count, bool):
         value = int(count)
         if value < 0:
-            raise ValueError(f"the step count (state.count) is {value}; it cannot be negative")
+            raise ValueError(
+                f"the step count (state.count) is {value}, which is negative; pass an integer that is at least 0"
+            )
         return value
     if getattr(count, "shape", None) == () and hasattr(count, "dtype") and "int" in dtype_name(count.dtype):
         return count
@@ -49,7 +51,7 @@ def check_count(count: Any) -> Any:
 
 
 def check_library(name: str, value: Any, xp: Any) -> None:
-    """Refuse an array of another library than the parameters; numbers belong to none."""
+    """Refuse an array of another library than the parameters'; numbers are accepted."""
     if hasattr(value, "dtype") and library(own := array_namespace(value)) != library(xp):
         raise TypeError(
             f"{name} is an array of {library(own)}, the parameters are arrays of {library(xp)}; "
@@ -86,7 +88,7 @@ def common_namespace(leaves: Iterable[tuple[str, str, Any]]) -> Any:
 
 
 def check_arithmetic(what: str, name: str, x: Any) -> None:
-    """Refuse arrays whose arithmetic differs from that of arrays: NumPy's matrices and masked arrays."""
+    """Refuse NumPy's matrices and masked arrays, because their arithmetic differs from an array's."""
     if differs_from_arrays(x):
         raise TypeError(
             f"{called(what, name)} is a {type(x).__name__}, whose arithmetic differs from an array's; "
@@ -134,7 +136,7 @@ def check_leaf(what: str, name: str, x: Any, owner: str = "", own: Any = None) -
 
 
 def check_carry(name: str, carry: Any, param: Any) -> None:
-    """Refuse a carry that does not match: each 16-bit parameter has one, in its shape and dtype, and no other has."""
+    """Refuse a carry that does not match: each 16-bit parameter has one, in its shape and dtype; others have None."""
     wanted = is_compensated(param)
     if wanted == (carry is None):
         have = "None" if carry is None else "an array"
@@ -162,6 +164,6 @@ def check_compensation(compensate: bool, carry: Any) -> None:
         )
     if not compensate and carry is not None:
         raise ValueError(
-            "compensate is False, but the state has a carry; set compensate=True, or give up the carry with "
+            "compensate is False, but the state has a carry; set compensate=True, or drop the carry with "
             "state._replace(carry=None)"
         )

@@ -1,7 +1,7 @@
 """Containers of arrays: an array, or nested dicts, lists, tuples and namedtuples of arrays and None.
 
-Anything else is a leaf; None stands where there is no array. The name of a leaf is its
-dotted path, ``layers.0.weight``, the form that PyTorch gives to the names of parameters.
+Anything else is a leaf; None means that there is no array. The name of a leaf is its dotted path,
+``layers.0.weight``, as PyTorch names parameters.
 """
 
 import copy
@@ -20,15 +20,15 @@ def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def names_and_leaves(tree: Any) -> tuple[list[str], list[Any]]:
-    """Return the names and the leaves of `tree`, in one order."""
+    """Return the names and the leaves of `tree`, in the same order."""
     pairs = list(flatten(tree))
     return [name for name, _ in pairs], [leaf for _, leaf in pairs]
 
 
 def align(tree: Any, like: Any, what: str, prefix: bool = False, path: str = "") -> Iterator[Any]:
-    """Yield the leaves of `tree` in the order of those of `like`, whose structure it must have.
+    """Yield the leaves of `tree` in the order of `like`, whose structure it must have.
 
-    With `prefix`, a leaf of `tree` may stand for all that `like` has in its place.
+    With `prefix`, a leaf of `tree` may stand for a whole sub-container of `like`.
 
     Raises
     ------

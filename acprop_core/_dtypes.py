@@ -1,4 +1,4 @@
-"""Everything about dtypes: their names, which dtypes the moments have, and the casts around `rule.step`."""
+"""Dtypes: their names, the dtypes of the moments, and the casts around `rule.step`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ def step_dtypes(mu: str, param: str) -> tuple[str, bool]:
 
 
 def is_compensated(param: Any) -> bool:
-    """Return whether `compensate` keeps a carry for this parameter: one of 16 bits."""
+    """Return whether this parameter has 16 bits, so that `compensate` keeps a carry for it."""
     return param is not None and dtype_name(param.dtype) in SIXTEEN_BITS
 
 
@@ -50,8 +50,8 @@ def restore(x: Array, other: Array, xp: Any) -> Array:
 class Step:
     """One step of an optimizer, for one row at a time: `rule.step` with the casts around it.
 
-    It is computed in float32, or in float64 where parameter or moments have that. Each result has the dtype of what it
-    replaces, and the update the dtype of the parameter.
+    It is computed in float32, or in float64 where parameter or moments have that. Each result has the dtype of the
+    array that it replaces, and the update the dtype of the parameter.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ class Step:
         return Step(rule.Numbers(*map(f, self.numbers)), self.flags, self._xp)
 
     def without_rate(self) -> "Step":
-        """Return this step without its learning rate: the update is d_t, for hosts that bring their own rate."""
+        """Return this step without its learning rate: the update is d_t, for hosts that apply their own rate."""
         return Step(self.numbers._replace(rate=1.0), self.flags, self._xp)
 
     def with_grad_scale(self, scale: Any) -> "Step":
@@ -134,7 +134,7 @@ class Step:
     def cast_for(
         self, mu_dtype: Any, param_dtype: Any, decays: bool = True, has_carry: bool = False
     ) -> tuple[rule.Numbers, rule.Flags, Any, Any]:
-        """Return numbers and flags for such arrays, and the dtype and real dtype in which to compute."""
+        """Return numbers and flags for arrays of these dtypes, and the dtype and real dtype in which to compute."""
         param = dtype_name(param_dtype)
         real, is_complex = key = step_dtypes(dtype_name(mu_dtype), param)
         if key not in self._cast:

@@ -1,4 +1,4 @@
-"""The optimizer: hyperparameters, and the pure functions that carry the rule over containers of arrays."""
+"""The optimizer: hyperparameters, and the pure functions that apply the rule to containers of arrays."""
 
 import numbers
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of a
 
 
 class State(NamedTuple):
-    """What ACProp remembers between steps.
+    """The state of ACProp between steps.
 
     Attributes
     ----------
@@ -34,8 +34,8 @@ class State(NamedTuple):
     nu : container of real arrays
         Second central moment s of every parameter; zeros at the start.
     carry : container of arrays and None, or None
-        With ``compensate=True``, what rounding has taken from every 16-bit parameter, in its dtype; zeros at the start.
-        None for other parameters, and without it.
+        With ``compensate=True``, the amount that each 16-bit parameter has lost to rounding, in its dtype; zeros at the
+        start. None for other parameters, and without `compensate`.
 
     Examples
     --------
@@ -64,12 +64,12 @@ class ACProp:
         d_t &= \mathrm{clip}(g_t / (\sqrt{\hat s_{t-1}} + \varepsilon),\ -t^p,\ t^p) \\
         u_t &= -\alpha_t (d_t + \lambda x_{t-1})
 
-    and :math:`u_t` is what is added to the parameter :math:`x_{t-1}`.
+    and the update :math:`u_t` is added to the parameter :math:`x_{t-1}`.
 
     Parameters
     ----------
     learning_rate : float, 0-d array, or callable
-        :math:`\alpha`, at least 0. A callable (a schedule) is given the count of updates done, 0 at the first step.
+        :math:`\alpha`, at least 0. A callable is a schedule; it is called with the count of updates done, 0 at first.
     b1, b2 : float or 0-d array
         :math:`\beta_1, \beta_2`, decay rates of the two moments, in [0, 1).
     eps : float or 0-d array
@@ -83,35 +83,35 @@ class ACProp:
         Which parameters decay. A bool may stand for a whole sub-container. A callable makes it from the parameters.
     clip_exponent : float, optional
         :math:`p`, at least 0; None for no clip. With a clip no element moves by more than :math:`\alpha_t t^p`.
-        Use 0.25 unless you must follow the published recurrence to the letter: without a clip an element whose
-        gradient was 0 and then is not takes a step millions of times too large.
+        Use 0.25 unless you must follow the published recurrence to the letter: without a clip, an element takes a
+        step millions of times too large at its first nonzero gradient after zeros.
     centering : {"current", "previous"}
         "current" centres the second moment on :math:`m_t`, as the paper and its authors' code do; "previous" on
         :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` does.
     moment_dtype : dtype or its name, optional
-        Real dtype in which the moments are kept. By default that of the parameter, and float32 for 16-bit
-        parameters. It must be one that the array library itself has.
+        Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters. The array library
+        itself must have it.
     compensate : bool
-        Keep what rounding takes from float16 and bfloat16 parameters, and give it back as soon as it is enough to
-        change them: an array of the parameter's dtype in the state. Updates smaller than half the last place of a
-        parameter are otherwise lost. Parameter and carry together step as the equations say. No effect on other
-        parameters.
+        Keep the amount that float16 and bfloat16 parameters lose to rounding, and add it to them as soon as it is
+        large enough. It is an array of the parameter's dtype in the state, the carry. Otherwise updates smaller than
+        half the last place of a parameter are lost. Parameter and carry together step as the equations say. No
+        effect on other parameters.
 
     Raises
     ------
     TypeError
         If a hyperparameter is of a wrong type.
     ValueError
-        If a hyperparameter is out of its range or not finite. Arrays are not looked into: they may be traced.
+        If a hyperparameter is out of its range or not finite. Arrays are not read, because they may be traced.
 
     Notes
     -----
     Zhuang, Ding, Tang, Dvornek, Tatikonda, Duncan: "Momentum Centering and Asynchronous Update for Adaptive Gradient
     Methods", NeurIPS 2021, arXiv:2110.05454, algorithm 2. The clip is ours, not the paper's; optax issue #1132
-    describes what it cures.
+    describes the problem.
 
-    With PyTorch, call `update` and `apply` under ``torch.no_grad()``, unless you want to differentiate through them:
-    PyTorch records what is done with parameters that require gradients.
+    With PyTorch, call `update` and `apply` under ``torch.no_grad()`` unless you want to differentiate through them,
+    because PyTorch records all operations on parameters that require gradients.
 
     Optimizers with equal hyperparameters are equal. They can be hashed if their hyperparameters can (an array or a
     dict cannot) and pickled if these can.
@@ -202,7 +202,7 @@ class ACProp:
         return State(0, mu, nu, carry if self.compensate else None)
 
     def update(self, grads: Container, state: State, params: Container | None = None) -> tuple[Container, State]:
-        """Return what to add to the parameters, and the state after the step. Nothing is written to.
+        """Return the updates to add to the parameters, and the state after the step. No argument is written to.
 
         Parameters
         ----------
@@ -219,7 +219,7 @@ class ACProp:
         -------
         updates : container of arrays
             In the dtypes of the parameters (of the gradients, where `params` is None). With `compensate` they are to be
-            added in these dtypes, as `apply` does: the carry is what that addition leaves over.
+            added in these dtypes, as `apply` does, because the carry is its rounding error.
         state : State
             The moments keep their dtypes, and `count` its kind: an int, or a 0-d array, which stops at the largest
             value of its dtype.
@@ -228,8 +228,8 @@ class ACProp:
         ------
         TypeError
             If a leaf is not a dense floating-point array, array libraries or devices are mixed, a gradient is complex
-            and its parameter is not, the count is no integer, a leaf of the mask no bool, or the schedule's value no
-            number.
+            and its parameter is not, the count is not an integer, a leaf of the mask is not a bool, or the schedule's
+            value is not a number.
         ValueError
             If structures or shapes differ, there is weight decay or `compensate` and no `params`, the state was made
             with another `compensate`, or the count or the schedule's value is out of range.
@@ -263,7 +263,7 @@ class ACProp:
         for row, marked in zip(rows, decays_of(self, like), strict=True):
             if row.grad is None:
                 results.append((None, row.mu, row.nu, row.carry))
-            else:  # without parameters the gradients stand in for them: only their dtypes matter then
+            else:  # use the gradient as a missing parameter, because only its dtype matters
                 results.append(step(row if params is not None else row._replace(param=row.grad), marked))
         updates, mu, nu, carry = (unflatten(like, [result[i] for result in results]) for i in range(4))
         return updates, State(_next(state.count), mu, nu, carry if self.compensate else None)
@@ -274,7 +274,7 @@ class ACProp:
         Parameters
         ----------
         params, updates : container of arrays
-            The parameters before the step, and what `update` returned. An update of None leaves its parameter.
+            The parameters before the step, and the updates. An update of None leaves its parameter.
 
         Returns
         -------

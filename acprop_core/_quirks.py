@@ -2,9 +2,9 @@
 
 - Dask: `clip` is not elementwise; `zeros_like` of a complex array as a real one warns.
 - The standard 2022.12 (array-api-strict can be set to it): no `clip`.
-- NumPy: operators make scalars of 0-d arrays; masked arrays and matrices are arrays whose arithmetic differs; scalars
+- NumPy: operators turn 0-d arrays into scalars; masked arrays and matrices are arrays whose arithmetic differs; scalars
   have not always had a device; arrays are never traced.
-- JAX: tracers have no device, and uncommitted arrays go where they are needed.
+- JAX: tracers have no device, and uncommitted arrays move to the device where they are needed.
 - PyTorch: NumPy cannot read its bfloat16, or tensors that require gradients, are conjugated lazily or on a device.
 - CuPy: NumPy cannot read its arrays.
 - PyTorch and sparse libraries: arrays that are not dense.
@@ -26,8 +26,8 @@ def library(xp: Any) -> str:
 def standard_namespace(xp: Any) -> Any:
     """Return the namespace with a `clip` that is elementwise."""
     # Dask's clip, as array_api_compat has it, makes an array of each limit, as large as the parameter and in chunks of
-    # its own, which then travel between the workers.
-    is_dask = getattr(xp, "__name__", "").endswith("dask.array")  # in a way that torch's compiler can follow
+    # its own, which the workers then exchange.
+    is_dask = getattr(xp, "__name__", "").endswith("dask.array")  # written so that torch's compiler can trace it
     lacks_clip = getattr(xp, "__array_api_version__", "2025") < "2023.12"
     return _OwnClip(xp) if is_dask or lacks_clip else xp
 
@@ -57,7 +57,7 @@ class Rounding(_Extended):
 
 
 def as_array(x: Array, xp: Any) -> Array:
-    """Return `x` as an array: operators of NumPy make scalars of 0-d arrays."""
+    """Return `x` as an array, because operators of NumPy turn 0-d arrays into scalars."""
     return x if x.shape else xp.asarray(x)
 
 
@@ -96,7 +96,7 @@ def add_one(count: Array, largest: int, xp: Any) -> Array:
 
 
 def readable_by_numpy(x: Array, is_bfloat16: bool) -> Any:
-    """Return what `numpy.asarray` can read, for bfloat16 of PyTorch as int16."""
+    """Return an array that `numpy.asarray` can read; of PyTorch's bfloat16 the bits, as int16."""
     if is_torch_array(x):
         x = x.detach().cpu().resolve_conj()
         return x.contiguous().view(array_namespace(x).int16).numpy() if is_bfloat16 else x

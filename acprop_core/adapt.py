@@ -1,4 +1,4 @@
-"""For those who write an adapter: rows of leaves, their checks, and the step with its casts.
+"""For authors of adapters: rows of leaves, their checks, and the step with its casts.
 
 An adapter walks its framework's containers, makes a `Row` of the leaves of each parameter, checks it with `check_row`,
 and calls the `Step` that `step_at` returns. docs/howto-backend.md shows one.
@@ -55,7 +55,7 @@ __all__ = [
 
 
 class Row(NamedTuple):
-    """One parameter with everything that its step needs, or None where there is nothing.
+    """One parameter with all arrays that its step needs; None where there is no array.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ _WHAT = Row("parameter", "gradient", "first moment", "second moment", "carry")
 
 
 def leaves_of(names: Sequence[str], rows: Sequence[Row]) -> Iterator[tuple[str, str, Any]]:
-    """Yield each leaf of the rows as `common_namespace` takes it: (what, name, array)."""
+    """Yield each leaf of the rows as an argument of `common_namespace`: (what, name, array)."""
     for i, what in enumerate(_WHAT):
         for name, row in zip(names, rows, strict=True):
             yield what, name, row[i]
@@ -92,7 +92,7 @@ def check_row(name: str, row: Row, compensate: bool = False, owner: str = "param
     compensate : bool
         Whether a 16-bit parameter must have a carry.
     owner : {"parameter", "first moment"}
-        The leaf with which the others are compared. With "first moment" the parameter is not looked at.
+        The leaf with which the others are compared. With "first moment" the parameter is not read.
 
     Raises
     ------

@@ -4,7 +4,7 @@ Written once. Every host runs these very functions: eagerly on the arrays of any
 or compiled by Numba. So they use operators and a few functions of a namespace ``xp``, write to no argument, and do no
 arithmetic between two numbers inside `step`: `numbers_of` has computed all of them before.
 
-What a namespace must have, beside the operators of its arrays:
+A namespace must have, in addition to the operators of its arrays:
 
 - for real arrays: ``sqrt``, and ``clip`` with a clip;
 - for complex arrays: ``abs``, ``real``, ``conj``;
@@ -15,8 +15,8 @@ What a namespace must have, beside the operators of its arrays:
 
 This file depends on the standard library alone, so that it can be copied into other projects.
 
-Read from the top: what a step is told (`Numbers`, `Flags`), `step` and its parts, then the numbers of a step.
-Equations are those of Zhuang et al. 2021, arXiv:2110.05454, algorithm 2, with g the gradient, m = mu and s = nu.
+Read from the top: the arguments of a step (`Numbers`, `Flags`), `step` and its parts, then the numbers of a step.
+The equations are from Zhuang et al. 2021, arXiv:2110.05454, algorithm 2, with g the gradient, m = mu and s = nu.
 """
 
 import math
@@ -37,7 +37,7 @@ class Decay(IntEnum):
     """Where weight decay is added."""
 
     NONE = 0
-    DECOUPLED = 1  # to the direction, beside the gradient's share
+    DECOUPLED = 1  # to the direction, next to the gradient's share
     L2 = 2  # to the gradient: the authors' training script
 
 
@@ -49,11 +49,11 @@ class Format(NamedTuple):
     unit : float
         2**-p for p significant bits.
     above : float
-        Times this, rounded, any number becomes the next larger one.
+        Any number times this, rounded, is the next larger number.
     floor : float
-        Keeps the last place of a carry above what the format can hold, or what is flushed to zero.
+        Keeps the last place of a carry so large that the format can hold it and it is not flushed to zero.
     half : float
-        1/2. Beside a float32 scalar some compilers take a Python number for a float64.
+        1/2. Next to a float32 scalar some compilers take a Python number for a float64.
     """
 
     unit: float
@@ -73,7 +73,7 @@ FORMATS = {"float16": _format(11, floor=2.0**-3), "bfloat16": _format(8, floor=2
 
 
 class Numbers(NamedTuple):
-    """What changes from step to step: Python floats, or 0-d arrays where they are traced; made by `numbers_of`.
+    """Numbers that change from step to step, made by `numbers_of`: Python floats, or 0-d arrays where they are traced.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ class Numbers(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """What stays from step to step, and what a program is specialised for; made by `flags_of`. It can be hashed.
+    """The options that stay from step to step: a program is specialised for them. Made by `flags_of`; hashable.
 
     Attributes
     ----------
@@ -158,12 +158,12 @@ def step(
     nu : real array
         s_{t-1}, in their shape and real dtype.
     carry : array or None
-        c_{t-1}, what rounding has taken from a 16-bit parameter so far, in the dtype of `param`; None without
+        c_{t-1}, the amount that a 16-bit parameter has lost to rounding so far, in the dtype of `param`; None without
         compensation.
     numbers : Numbers
         The numbers of the step, `cast` to this dtype.
     flags : Flags
-        What the step does.
+        The options of the step.
     xp : namespace
         The array library; see the top of this file.
 
@@ -172,7 +172,7 @@ def step(
     update : array
         u_t, to be added to `param`, in the dtype of `grad`.
     mu : array
-        m_t, in the shape and dtype of the one before.
+        m_t, in the shape and dtype of m_{t-1}.
     nu : real array
         s_t, likewise.
     carry : array or None
@@ -243,13 +243,13 @@ def _average(old: Array, new: Array, old_weight: Any, new_weight: Any, old_is_li
 
 
 def _compensated(update: Array, param: Array, carry: Array, numbers: Numbers, low: Any, xp: Any) -> tuple[Array, Array]:
-    """Return v_t and c_t: what to add to a 16-bit parameter x_{t-1} for an update u_t, and what is then missing.
+    """Return v_t and c_t: the number to add to a 16-bit parameter x_{t-1} for an update u_t, and its rounding error.
 
     x_t, the sum of x_{t-1} and v_t in 16 bits, is next to x_{t-1} + c_{t-1} + u_t; the carry c_t is the difference.
-    This is the compensated summation of Kahan 1965 (doi:10.1145/363707.363723), with one thing added. An update below
-    half the last place of the *carry* would be lost in its turn, at every step alike. So the carry is rounded up as
-    often as down: to whole multiples of the last place that it has where it is largest, after `dither` of such a place
-    is added.
+    This is the compensated summation of Kahan 1965 (doi:10.1145/363707.363723), with one addition. An update below
+    half the last place of the *carry* would be lost too, at every step. So the carry is rounded up as often as down:
+    `dither` of a last place is added, then the sum is rounded to a whole multiple of it. This last place is the one
+    that the carry has where it is largest.
     """
     wanted = carry + update
     v = xp.rounded(xp.rounded(param + wanted) - param)
@@ -347,7 +347,7 @@ def numbers_of(hyper: Hyperparameters, count: Any, xp: Any) -> Numbers:
     scale, offset = _bias_correction(hyper.b2, count, xp)
     rate, weight_decay = -hyper.learning_rate, hyper.weight_decay
     if hyper.maximize:
-        # The moments of -g are those of g, the first negated. So only the direction differs, and g is not copied.
+        # The moments of -g are the moments of g with mu negated. So only the direction differs, and g is not copied.
         rate, weight_decay = -rate, -weight_decay
     return Numbers(
         scale=scale,
@@ -375,8 +375,8 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
     real_dtype : dtype
         Dtype of the second moment, float32 or float64, as `xp` has it.
     smallest_normal : float
-        The smallest normal number of `real_dtype`, which replaces a smaller eps. It is invisible beside the square root
-        of any nonzero number, and makes 0 / (sqrt(0) + eps) be 0.
+        The smallest normal number of `real_dtype`, which replaces a smaller eps. Rounding removes it from the sum
+        with the square root of any nonzero number, and 0 / (sqrt(0) + eps) is 0.
     xp : namespace
         The array library; used for 0-d arrays only.
 
@@ -387,7 +387,7 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
     """
 
     def fit(x: Any) -> Any:
-        # By exclusion: inside torch.compile a float may be a symbol, which cannot be asked whether it has a dtype.
+        # Ask for the type first: inside torch.compile a float may be a symbol, which cannot be asked for a dtype.
         return x if type(x) in (float, int) or x.dtype == real_dtype else xp.astype(x, real_dtype)
 
     numbers = Numbers(*map(fit, numbers))
@@ -398,8 +398,8 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
 
 
 def _bias_correction(b2: Any, count: Any, xp: Any) -> tuple[Any, Any]:
-    # 1 - b2^count as -expm1(count log b2): the plain form cancels, by 1.4e-3 in float32 at b2 = 0.99999.
-    # Count 0 takes n = 1 and a numerator of 0, so that neither value nor derivative sees 1/0.
+    # 1 - b2^count as -expm1(count log b2), because the plain form cancels: by 1.4e-3 in float32 at b2 = 0.99999.
+    # For count 0 use n = 1 and a numerator of 0, so that value and derivative stay free of 1/0.
     if isinstance(count, int):
         first = float(count == 0)
         n = count + first
@@ -415,21 +415,21 @@ def _log(b2: Any, xp: Any) -> Any:
     if isinstance(b2, float):
         return math.log(b2) if b2 > 0.0 else -math.inf
     b2 = xp.astype(b2, _widest_float(xp))
-    zero = b2 == 0  # log must not see it, and neither must its derivative
+    zero = b2 == 0  # kept out of the logarithm and its derivative
     return xp.where(zero, xp.full_like(b2, -math.inf), xp.log(xp.where(zero, xp.ones_like(b2), b2)))
 
 
 def _limit(exponent: Any, count: Any, xp: Any) -> Any:
     if isinstance(count, int):
-        # more than float32 can hold is no limit any more
+        # a limit larger than float32's range has no effect
         return float(count + 1) ** exponent if exponent * math.log2(count + 1) < 127.0 else 2.0**127
     return (xp.astype(count, _widest_float(xp)) + 1.0) ** exponent
 
 
 def _dither(count: Any, xp: Any) -> Any:
-    # Multiples of the golden ratio, because any few consecutive ones are spread evenly: 4096 of them, and between these
-    # 256, a new one each time round. Both start in the middle, so that a count that stops at 2**24, as one in float32
-    # does, stops at nearly 0. In integers, and in no more bits than float32 has: the same on any device.
+    # Multiples of the golden ratio, because any few consecutive ones are spread evenly. There are 4096 of them, and 256
+    # between each two, a new one each time round. Both start in the middle, so that a count that stops at 2**24, as in
+    # float32, stops at nearly 0. Computed in integers of no more bits than float32 has: the same on any device.
     if not isinstance(count, int):
         count = xp.astype(count, xp.int32)
     coarse = (count % 4096 * 2531 + 2048) % 4096
@@ -440,5 +440,5 @@ def _dither(count: Any, xp: Any) -> Any:
 
 
 def _widest_float(xp: Any) -> Any:
-    """Return float64, or what the library makes of it (float32 in JAX without 64-bit mode)."""
+    """Return float64, or the dtype that the library has instead (float32 in JAX without 64-bit mode)."""
     return xp.result_type(xp.float64)

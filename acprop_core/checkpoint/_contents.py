@@ -1,4 +1,4 @@
-"""What a file holds, and every reason to refuse one.
+"""The contents of a file, and every reason to refuse one.
 
 The file is a safetensors file, which every framework can read:
 
@@ -75,7 +75,7 @@ def to_tensors(optimizer: ACProp, state: State) -> tuple[dict[str, Any], dict[st
     carry = [None] * len(mu) if state.carry is None else align(state.carry, state.mu, "the container of carries")
     count = check_count(state.count if isinstance(state.count, int) else to_numpy("step count", "", state.count))
     if count >= 2**63:
-        raise ValueError(f"the step count (state.count) is {count}; a file holds counts below 2**63")
+        raise ValueError(f"the step count (state.count) is {count}, which no int64 can hold; pass a count below 2**63")
     tensors = {"count": np.asarray(count, dtype=np.int64)}
     kinds = {}
     for name, *leaves in zip(mu, mu.values(), nu, carry, strict=True):
@@ -101,7 +101,7 @@ def to_tensors(optimizer: ACProp, state: State) -> tuple[dict[str, Any], dict[st
 
 
 def read(path: str, verify: bool) -> tuple[ACProp, State, list[str]]:
-    """Return what a file holds.
+    """Return the contents of a file.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def read(path: str, verify: bool) -> tuple[ACProp, State, list[str]]:
     Raises
     ------
     ValueError
-        If `save` did not write this file, or not with this content.
+        If `save` did not write this file, or did not write it with this content.
     OSError
         If it cannot be read.
     """

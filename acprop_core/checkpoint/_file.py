@@ -20,8 +20,8 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
     path : path
         The file. An existing file is replaced only when all of the new one is on disk.
     optimizer : ACProp
-        Its hyperparameters are recorded: numbers as they are, the mask by name, and for a callable only that it was
-        one.
+        Its hyperparameters are recorded: numbers as they are, the mask by name. Of a callable only the fact that it was
+        one is recorded.
     state : State
         Moments in any container of arrays of any library, or as `export_state` of an adapter returned them.
 
@@ -68,7 +68,7 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
         raise
     if os.name == "posix":  # the rename is an entry in the directory, which must be on disk too
         directory = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some file systems cannot; the new file is complete and in its place
+        with contextlib.suppress(OSError):  # some file systems cannot; the new file is already in place
             os.fsync(directory)
         os.close(directory)
 
@@ -131,7 +131,7 @@ def load(
 
     Notes
     -----
-    A file is data: reading it runs nothing that it holds.
+    A file is data: reading it runs no code from it.
 
     Examples
     --------

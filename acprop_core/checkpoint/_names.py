@@ -59,7 +59,7 @@ def match_names(saved: State, names: Sequence[str], like: State) -> list[tuple[A
     rows = [(saved.mu.get(name), saved.nu.get(name), kept.get(name)) for name in names]
     for name, row, own in zip(names, rows, here.values(), strict=True):
         if (row[0] is None) != (row[1] is None):
-            raise ValueError(f"of the moments of {name!r} one is None and the other is not; pass both or neither")
+            raise ValueError(f"one moment of {name!r} is None and the other is not; pass both or neither")
         for what, x, mine in zip(("first moment", "second moment", "carry"), row, own, strict=True):
             if x is not None:
                 _check_match(what, name, x, mine, own[0])

@@ -154,7 +154,7 @@ def check_portable(saved: ACProp, state: State) -> ACProp:
     Raises
     ------
     TypeError, ValueError
-        If the two are not what `load` or `export_state` returns.
+        If `load` or `export_state` could not have returned the two.
 
     Examples
     --------
@@ -164,8 +164,8 @@ def check_portable(saved: ACProp, state: State) -> ACProp:
     """
     if not (isinstance(saved, ACProp) and isinstance(state, State)):
         raise TypeError(
-            f"to import are a {type(saved).__name__} and a {type(state).__name__}; pass the acprop_core.ACProp and the "
-            "State that load or export_state returned"
+            f"import_state got a {type(saved).__name__} and a {type(state).__name__}; pass the acprop_core.ACProp and "
+            "the State that load or export_state returned"
         )
     trees = {"first moment": state.mu, "second moment": state.nu, "carry": {} if state.carry is None else state.carry}
     for what, tree in trees.items():

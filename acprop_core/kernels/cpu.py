@@ -13,9 +13,9 @@ from numba.extending import intrinsic, register_jitable
 from acprop_core import rule
 from acprop_core.kernels.sixteen_bits import memory_of
 
-# A call would keep the loop around it from being vectorised: 13 ms instead of 0.8 for a million float32 numbers.
+# Inlined, because a call stops vectorisation of the loop around it: 13 ms, not 0.8, for a million float32 numbers.
 _inlined = register_jitable(forceinline=True)
-# Numba compiles the very functions of the rule, called on scalars; only the namespace that they get is its own.
+# Numba compiles the functions of the rule themselves, called on scalars; only their namespace is Numba's.
 for _function in (rule.step, rule._direction, rule._moments, rule._average, rule._compensated):
     _inlined(_function)
 
@@ -43,7 +43,7 @@ _FUNCTIONS = {
 
 
 def numbers_for(numbers: rule.Numbers, moment_dtype: str) -> Any:
-    """Return numbers, already `cast`, as the array that a kernel takes: of its dtype, so that nothing is wider."""
+    """Return numbers, already `cast`, as the array that a kernel takes, in its dtype so that no operation is wider."""
     return np.array(numbers, np.float64 if moment_dtype == "float64" else np.float32)
 
 

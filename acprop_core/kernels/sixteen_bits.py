@@ -1,4 +1,4 @@
-"""16-bit numbers for Numba, which has none: their memory is read as integers, which become float32, and back.
+"""16-bit numbers for Numba, which has none: memory is read as integers, which are converted to float32 and back.
 
 The results are those of ml_dtypes and NumPy (except the payload of a NaN): to nearest even, with denormals. Everything
 is inlined and without branches, so that loops over it are vectorised.
@@ -24,7 +24,7 @@ class Memory(NamedTuple):
 
 
 def _operation(takes: Any, gives: Any, build: Any) -> Any:
-    """Return a compiled function that is what `build` appends to a program in LLVM's language."""
+    """Return a compiled function with the LLVM instructions that `build` appends."""
 
     @intrinsic
     def operation(typing_context: Any, x: Any) -> Any:
