@@ -1,6 +1,6 @@
 """ACProp as an optax gradient transformation: the rule of acprop_core, walked over pytrees.
 
-The states are optax's own classes, so whatever reads the state of ``optax.contrib.acprop`` reads these.
+The states are optax's own classes, so any code that reads the state of ``optax.contrib.acprop`` reads these.
 """
 
 from acprop_optax._portable import export_state, import_state

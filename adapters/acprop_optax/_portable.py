@@ -1,7 +1,7 @@
-"""Portable state: what `acprop_core.save` takes from an optax state, and what `acprop_core.load` gives to one.
+"""Portable state: from an optax state to `acprop_core.save`, and from `acprop_core.load` to an optax state.
 
-The state of ACProp may be anywhere inside that of a whole optimizer: a chain, MultiSteps, inject_hyperparams. Optax
-keeps other counts of the same updates beside it, a schedule's for example; these go along.
+The state of ACProp may be anywhere in the state of a whole optimizer: a chain, MultiSteps, inject_hyperparams. Optax
+keeps other counts of the same updates next to it, a schedule's for example; they are set with it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from acprop_core.adapt import check_count
 from acprop_optax._transform import CarryState
 from acprop_optax._trees import name_of
 
-# States that count updates, by name because optax exports not all of them, and their field that does.
+# States that count updates, and the field with the count. By name, because optax does not export all of them.
 _COUNTS = {
     "ScaleByScheduleState": "count",
     "WrappedScheduleState": "count",
@@ -36,8 +36,8 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     state : optax.OptState
         Holds the state of one `acprop` or `scale_by_acprop`, at any depth.
     optimizer : acprop_core.ACProp
-        The hyperparameters that the transformation was made with: a transformation does not tell them. Numbers of
-        ``optax.inject_hyperparams`` are read from the state.
+        The hyperparameters that the transformation was made with, because a transformation does not tell them. Numbers
+        of ``optax.inject_hyperparams`` are read from the state.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     Raises
     ------
     ValueError
-        If there is no such state or more than one, `compensate` of the hyperparameters is not that of the state,
+        If there is no such state or more than one, `compensate` differs between hyperparameters and state,
         MultiSteps is between two updates, or schedules have counted other updates than ACProp.
     TypeError
         If the arrays are traced or abstract.
@@ -91,15 +91,15 @@ def import_state(
     saved : acprop_core.ACProp
         The hyperparameters of the saved state.
     saved_state : acprop_core.State
-        Moments by name, in the shapes and dtypes of those in `state`; zeros in the place of None.
+        Moments by name, in the shapes and dtypes of the moments in `state`; None becomes zeros.
     prefer : {"own", "saved"}, optional
-        Whose hyperparameters to go on with where they differ. By default that is refused. "saved" sets the numbers of
-        ``optax.inject_hyperparams``; a transformation cannot be given others, so make it from the saved ones.
+        Whose hyperparameters to continue with if they differ; by default, differences are refused. "saved" sets the
+        numbers of ``optax.inject_hyperparams``. Others cannot be set: make the transformation from the saved ones.
 
     Returns
     -------
     optax.OptState
-        A new state; a count beyond that of optax is its largest, where optax itself stops.
+        A new state. A count beyond the largest of optax becomes the largest, at which optax itself stops.
 
     Raises
     ------
@@ -127,8 +127,8 @@ def import_state(
         state = _rewritten(state, lambda x: _injected(x, saved))
         if lines := checkpoint.differences(_hyperparameters(state, optimizer), saved):
             raise ValueError(
-                f"{'; '.join(lines)}. The transformation was made with its own: make it from the saved ones, "
-                "or take prefer='own'"
+                f"{'; '.join(lines)}. The transformation keeps its own; make it from the saved ones, "
+                "or pass prefer='own'"
             )
     trees = [tree for tree in (moments.mu, moments.nu, _carry(state)) if tree is not None]
     names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in trees))
@@ -151,7 +151,7 @@ def _is_known(x: Any) -> bool:
 
 
 def _rewritten(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """Return `tree` with `change` done to every state that counts, those within others too."""
+    """Return `tree` with `change` applied to every state that counts, also within others."""
 
     def visit(x: Any) -> Any:
         if not _is_known(x):
@@ -179,8 +179,8 @@ def _only(tree: Any) -> optax.ScaleByBeliefState:
     found = [x for x in _known(tree) if isinstance(x, optax.ScaleByBeliefState)]
     if len(found) != 1:
         raise ValueError(
-            f"the optax state holds {len(found)} states of ACProp; pass a state with one: what init of acprop or "
-            "scale_by_acprop returned, or an optimizer that contains it"
+            f"the optax state holds {len(found)} states of ACProp; pass a state with one, from init of acprop, of "
+            "scale_by_acprop, or of an optimizer that contains one of them"
         )
     return found[0]
 
@@ -190,14 +190,14 @@ def _carry(tree: Any) -> Any:
 
 
 def _counts(tree: Any) -> list[tuple[str, int]]:
-    """Return how many updates each other state has counted; refuse accumulated gradients, which nothing can carry."""
+    """Return how many updates each other state has counted; refuse accumulated gradients."""
     counts = []
     for x in _known(tree):
         name = type(x).__name__
         if name == "MultiStepsState" and (mini_step := int(_value(x.mini_step))):
             raise ValueError(
-                f"MultiSteps has accumulated the gradients of {mini_step} mini-steps, which are no part of a portable "
-                "state; do it after an update"
+                f"MultiSteps has accumulated the gradients of {mini_step} mini-steps, which a portable state cannot "
+                "hold; call this after an update"
             )
         if name in _COUNTS:
             counts.append((name, int(_value(getattr(x, _COUNTS[name])))))
@@ -211,13 +211,13 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if optimizer.compensate != (_carry(state) is not None):
         raise ValueError(
             f"the hyperparameters have compensate={optimizer.compensate}, the optax state has "
-            f"{'no' if optimizer.compensate else 'a'} carry; pass the hyperparameters that the transformation was made with"
+            f"{'no' if optimizer.compensate else 'a'} carry; pass the hyperparameters of the transformation"
         )
     values: dict[str, Any] = {}
     for x in _known(state):
         for name in _numbers_in(x):
             given, now = getattr(optimizer, name), _value(x.hyperparams[name])
-            # inject_hyperparams rounds to its own dtype; the number meant is then the one that was given
+            # inject_hyperparams rounds to its own dtype; the number that was passed is then the one that is meant
             if callable(given) or given is None or jnp.asarray(given, now.dtype) != now:
                 values[name] = float(now)
     present = {name: x for name, x in _named(mu).items() if x is not None}
@@ -228,7 +228,7 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
 
 
 def _numbers_in(x: Any) -> list[str]:
-    """Return which of ACProp's numbers inject_hyperparams keeps in this state; not those that follow a schedule."""
+    """Return the names of ACProp's numbers that inject_hyperparams keeps in this state, except scheduled ones."""
     if not type(x).__name__.startswith("Inject") or not any(
         isinstance(inner, optax.ScaleByBeliefState) for inner in _known(x.inner_state)
     ):
@@ -248,7 +248,7 @@ def _injected(x: Any, saved: ACProp) -> Any:
 
 
 def _is_leaf(x: Any) -> bool:
-    # a Variable of flax.nnx is a node around one array; its name is that of the Variable
+    # a Variable of flax.nnx is a node around one array, which has the Variable's name
     return x is None or any(c.__name__ == "Variable" and c.__module__.startswith("flax.nnx") for c in type(x).__mro__)
 
 

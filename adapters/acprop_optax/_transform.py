@@ -15,12 +15,12 @@ from acprop_optax._xla import in_order
 
 
 class CarryState(NamedTuple):
-    """What `acprop` with `compensate` keeps beside the moments.
+    """The state that `acprop` with `compensate` keeps in addition to the moments.
 
     Attributes
     ----------
     carry : pytree
-        What rounding has taken from every 16-bit parameter, in its dtype; None for other parameters.
+        The amount that each 16-bit parameter has lost to rounding, in its dtype; None for other parameters.
 
     Examples
     --------
@@ -46,7 +46,7 @@ def acprop(
     moment_dtype: Any = None,
     compensate: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the ACProp optimizer, in the place of ``optax.contrib.acprop``.
+    """Return the ACProp optimizer, a replacement of ``optax.contrib.acprop``.
 
     Parameters
     ----------
@@ -68,13 +68,13 @@ def acprop(
     moment_dtype : dtype or its name, optional
         Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
     compensate : bool
-        Keep what rounding takes from 16-bit parameters, and give it back as soon as it is enough to change them; as in
-        `acprop_core.ACProp`. What comes behind this in a chain must leave the updates as they are.
+        Keep the amount that 16-bit parameters lose to rounding, and add it to them as soon as it is large enough; as in
+        `acprop_core.ACProp`. Transformations after this one in a chain must not change the updates.
 
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        Its state is that of the chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and
+        Its state is the state of the chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and
         ``optax.scale_by_learning_rate``, with `compensate` followed by a `CarryState`. Its updates have the dtypes of
         the parameters; with 16-bit parameters they are rounded once, after the learning rate. Extra arguments of
         `update` are accepted and not used.
@@ -82,13 +82,13 @@ def acprop(
     Raises
     ------
     TypeError, ValueError
-        As in `scale_by_acprop`; from `init` and `update`, for a mask of another structure, or whose leaves are no
-        bools; for a learning rate or weight decay that is no number, negative or not finite (arrays are not looked
-        into); from `update`, if there is weight decay or `compensate` and no `params`.
+        As in `scale_by_acprop`; from `init` and `update`, for a mask of another structure, or with leaves that are
+        not bools; for a learning rate or weight decay that is not a number, negative or not finite (arrays are not
+        read); from `update`, if there is weight decay or `compensate` and no `params`.
 
     Notes
     -----
-    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the equations stand at `acprop_core.ACProp`.
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the equations are in `acprop_core.ACProp`.
 
     Examples
     --------
@@ -113,12 +113,12 @@ def acprop(
         compensate=compensate,
     )
     decays = isinstance(optimizer.weight_decay, jax.core.Tracer) or bool(optimizer.weight_decay != 0.0)
-    # Which parameters decay is read from optax's own `masked`: it marks those with True, and leaves the others alone.
+    # Which parameters decay is read from optax's own `masked`: it marks them with True, and leaves the others alone.
     marked = optax.stateless(lambda params, _: jax.tree.map(lambda _: True, params))
     if mask is not None:
         marked = optax.masked(marked, lambda params: marks(mask, params))
-    # The states are those of the three transformations. The rule itself applies the last two, in its own dtypes: then
-    # an array of another dtype widens nothing, and 16-bit updates are rounded once, after the learning rate.
+    # The states come from the three transformations. The rule itself applies the last two, in its own dtypes, so that
+    # an array of another dtype widens no other, and 16-bit updates are rounded once, after the learning rate.
     chain = optax.chain(_scale_by(optimizer), marked, optax.scale_by_learning_rate(optimizer.learning_rate))
 
     def init(params: optax.Params) -> optax.OptState:
@@ -140,8 +140,8 @@ def acprop(
         parts = 4 if compensate else 3
         if isinstance(state, optax.ScaleByBeliefState) or not isinstance(state, tuple | list) or len(state) != parts:
             raise TypeError(
-                f"the state does not belong to acprop with compensate={compensate}; pass the one that its init or "
-                "update returned"
+                f"the state is a {type(state).__name__} that does not belong to acprop with compensate={compensate}; "
+                "pass the one that its init or update returned"
             )
         moments, decay_state, rate_state, *carry_state = state
         rows, tree = side_by_side(grads, moments, params, compensate, *(x.carry for x in carry_state))
@@ -160,7 +160,7 @@ def acprop(
         ]
 
         def written(row: Row, update: Any) -> Any:
-            # what the caller will compute: XLA sees that it is the same, and computes it once
+            # the caller will compute the same; XLA sees that, and computes it once
             return update if params is None else optax.apply_updates(row.param, update)
 
         results = in_order(rows, results, written, moments.count, optimizer.centering == "previous")
@@ -186,8 +186,8 @@ def scale_by_acprop(
     Parameters
     ----------
     b1, b2 : float or 0-d array
-        Decay rates of the two moments, in [0, 1). A 16-bit array of 1 stands for the numbers that round to it:
-        ``optax.inject_hyperparams`` rounds to the dtype of the parameters, and 0.999 is 1 in bfloat16.
+        Decay rates of the two moments, in [0, 1). A 16-bit array of 1 stands for the numbers that round to it,
+        because ``optax.inject_hyperparams`` rounds to the dtype of the parameters, and 0.999 is 1 in bfloat16.
     eps, eps_root : float or 0-d array
         Added to the root of the second moment, and to the second moment at every step; at least 0.
     clip_exponent : float, optional
@@ -206,10 +206,10 @@ def scale_by_acprop(
     Raises
     ------
     TypeError
-        If a hyperparameter is no number; from `init` and `update`, if a leaf is of a dtype that does not fit, or the
-        step count no integer.
+        If a hyperparameter is not a number; from `init` and `update`, if the dtype of a leaf does not match, or the
+        step count is not an integer.
     ValueError
-        If a hyperparameter is out of its range or not finite (arrays are not looked into); from `update`, if
+        If a hyperparameter is out of its range or not finite (arrays are not read); from `update`, if
         structures or shapes differ.
 
     Notes
@@ -274,7 +274,7 @@ def _optimizer(**hyperparameters: Any) -> ACProp:
 def _number(name: str, value: Any) -> Any:
     """Return a hyperparameter as the rule can use it: a number as it is, an array in JAX's own width of float.
 
-    inject_hyperparams makes arrays of all numbers, int32 of 0, and of others the dtype of the parameters: in bfloat16
+    inject_hyperparams turns numbers into arrays: 0 into an int32, others into the dtype of the parameters. In bfloat16
     0.999 is 1.
     """
     if not isinstance(value, jax.Array) or value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
@@ -286,4 +286,4 @@ def _number(name: str, value: Any) -> Any:
     return value if below_one is None else jnp.where(value == 1.0, below_one, value)
 
 
-_BELOW_ONE = {"float16": 1.0 - 2.0**-13, "bfloat16": 1.0 - 2.0**-10}  # the middle of what rounds to 1
+_BELOW_ONE = {"float16": 1.0 - 2.0**-13, "bfloat16": 1.0 - 2.0**-10}  # the middle of the numbers that round to 1

@@ -36,7 +36,7 @@ def side_by_side(
 
 
 def with_stand_in(row: Row) -> Row:
-    """Return the row with the gradient in the place of a missing parameter: only its dtype matters then."""
+    """Return the row with the gradient as a missing parameter, because only its dtype matters then."""
     return row if row.param is not None else row._replace(param=row.grad)
 
 
@@ -49,10 +49,10 @@ def join(tree: Any, results: list[Any], state: optax.ScaleByBeliefState) -> tupl
 def marks(mask: Any, params: Any) -> Any:
     """Return a mask as a tree, made from the parameters if it is callable; refuse leaves that are not bools.
 
-    Optax would take every leaf for its truth: "no" for True.
+    Optax would take any leaf for its truth, "no" for True.
     """
     leaves = jax.tree.leaves(mask)
-    if leaves and all(map(callable, leaves)):  # optax's own question: a module that is a mask may be callable too
+    if leaves and all(map(callable, leaves)):  # asked as in optax, because a module that is a mask may be callable too
         mask = mask(params)
     for path, mark in jax.tree_util.tree_flatten_with_path(mask)[0]:
         if str(getattr(mark, "dtype", type(mark).__name__)) != "bool" or getattr(mark, "shape", ()) != ():

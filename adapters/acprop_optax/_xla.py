@@ -18,18 +18,18 @@ def in_order(
     count: Any,
     reads_old_mean: bool,
 ) -> list[Result]:
-    """Return the results as they are, but so that XLA computes what is `written` from an update before the moments.
+    """Return the same results, so ordered that XLA computes the `written` value of an update before the moments.
 
     Both are made from s_{t-1}, whose memory s_t takes over where the state is donated. XLA orders only values that
     depend on each other. Without an order it copies s_{t-1} on the CPU: a parameter-sized temporary, and three times
-    the time. With `reads_old_mean`, m_{t-1} is in the same danger: s_t is made from it.
+    the time. With `reads_old_mean`, m_{t-1} is in the same danger, because s_t is made from it.
     """
     if not isinstance(count, jax.core.Tracer):
         return list(results)
     ordered = []
     for row, (update, mu, nu, carry) in zip(rows, results, strict=True):
         if carry is not None and update is not None:
-            # both are made from the old carry; either order costs a copy of one, this one the fewest
+            # both are made from the old carry; either order costs copies, this one the fewest
             carry = _after(update, carry, count)
             update = _after(carry, update, count)
         if update is not None:
