@@ -24,7 +24,7 @@ class Buffer:
         decays: bool,
         xp: Any,
     ) -> None:
-        self.leaves = leaves  # which of all the parameters these are
+        self.leaves = leaves  # the places of these parameters among all
         self.xp = xp
         self.params = params
         self.ends = list(itertools.accumulate(x.size for x in params))
@@ -32,14 +32,14 @@ class Buffer:
         self.nu = nu
         self.carry = carry
         self.decays = decays
-        # Those that can share a tile, as contiguous views of one dimension. NumPy computes complex 0-d arrays by other
-        # code, to other last bits: as in the functional core, they stay by themselves.
+        # Parameters that can share a tile, as contiguous views of one dimension. Complex 0-d arrays stay by themselves,
+        # as in the functional core, because NumPy computes them by other code, to other last bits.
         self.flat: list[Any] = [
             x.reshape(-1) if x.flags.c_contiguous and (x.shape or x.dtype.kind != "c") else None for x in params
         ]
 
     def place(self) -> Callable[[], Any]:
-        """Return what makes contexts, for any thread: of the arrays' device, and the stream current here and now."""
+        """Return a function that makes contexts, for any thread, of the arrays' device and the stream current now."""
         return contextlib.nullcontext if self.xp is np else _place(self.mu.device, self.xp)
 
     def kept(self, i: int) -> tuple[Array, Array, Array | None]:
@@ -57,14 +57,14 @@ class Buffer:
 
 
 def on_device_of(x: Array) -> Any:
-    """Return a context of the device of an array, on which CuPy's functions put what they make."""
+    """Return a context of the device of an array, on which CuPy's functions then make arrays."""
     return contextlib.nullcontext() if isinstance(x, np.ndarray) else x.device
 
 
 def _place(device: Any, xp: Any) -> Callable[[], Any]:
     stream = xp.cuda.get_current_stream(device.id)
     if stream.ptr == xp.cuda.Stream.ptds.ptr:
-        stream = xp.cuda.Stream.null  # the thread's own stream would be another thread's there; this one waits for all
+        stream = xp.cuda.Stream.null  # in another thread, ptds is another stream; the null stream waits for all
 
     @contextlib.contextmanager
     def place() -> Iterator[None]:
@@ -142,7 +142,7 @@ def blocks_of(shape: tuple[int, ...], size: int) -> Iterator[tuple[tuple[Any, ..
 
 
 def with_gradients(tiles: list[Tile], buffer: Buffer, grads: Sequence[Array | None]) -> list[Tile]:
-    """Return the tiles whose gradients are there; a tile of which some are missing comes as one for each parameter."""
+    """Return the tiles that have gradients; a tile that lacks some of them becomes one tile for each parameter."""
     if not any(g is None for g in grads):
         return tiles
     result = []

@@ -15,7 +15,7 @@ from acprop_stepper._tiles import Tiles
 
 
 def native(xp: Any) -> Any:
-    """Return the library itself for array_api_compat's namespace of it."""
+    """Return NumPy or CuPy itself for array_api_compat's namespace of it."""
     return importlib.import_module(library(xp)) if library(xp) in ("numpy", "cupy") else xp
 
 

@@ -1,4 +1,4 @@
-"""Norm and finiteness of all gradients, read block by block so that nothing parameter-sized is made."""
+"""Norm and finiteness of all gradients, read block by block so that no parameter-sized array is made."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +16,9 @@ _BLOCK = 2**15
 def find_nonfinite(
     buffers: Sequence[Buffer], names: Sequence[str], leaves: Sequence[Array | None], step: Step, tame: bool
 ) -> tuple[str | None, bool]:
-    """Return what is not finite, or would not be after this step, or None; and whether the moments stay tame.
+    """Name a value that is not finite, or would not be after this step, or None; and whether the moments stay tame.
 
-    They are tame if none exceeds what `safe_magnitude` allows. Otherwise the step is computed before it is judged.
+    They are tame if none exceeds `safe_magnitude`. Otherwise the step is computed before it is judged.
     """
     exact = not tame
     parts = [(buffer, [leaves[i] for i in buffer.leaves]) for buffer in buffers]
@@ -37,9 +37,9 @@ def find_nonfinite(
 
 
 def safe_magnitude(buffer: Buffer, step: Step) -> float:
-    """Return up to which magnitude finite gradients lead to finite results, if moments are no larger.
+    """Return the magnitude up to which gradients lead to finite results, if moments are not larger.
 
-    0.0 if that is not known.
+    0.0 if it is not known.
     """
     numbers, _, _, real_dtype = step.cast_for(buffer.mu.dtype, buffer.params[0].dtype)
     info = np.finfo(real_dtype)

@@ -1,4 +1,4 @@
-"""Which arrays a stepper can step, and whether gradients match them."""
+"""Checks: whether a stepper can step its parameters, and whether gradients match them."""
 
 import operator
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _layout = operator.attrgetter("__class__", "dtype", "shape", "flags.c_contiguous
 
 
 class Matching:
-    """The parameters of a stepper, and what their gradients must be.
+    """The parameters of a stepper, and the checks of their gradients.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class Matching:
                 "array, or make another stepper"
             )
         if self._xp is np and not all(map(_writeable, self._present)):
-            self.check_parameters()  # which says which
+            self.check_parameters()  # which names the parameter
         leaves = self._leaves_of(grads, "the container of gradients")
         if self._are_plain(leaves):
             return leaves
@@ -89,8 +89,8 @@ class Matching:
         """Refuse parameters that a stepper cannot write into."""
         if self._xp.__name__ not in ("numpy", "cupy"):
             raise TypeError(
-                f"the parameters are arrays of {adapt.library(self._xp)}; a Stepper takes NumPy or CuPy arrays, "
-                "and acprop_torch and acprop_optax take the others"
+                f"the parameters are arrays of {adapt.library(self._xp)}; a Stepper takes NumPy or CuPy arrays; "
+                "use acprop_torch or acprop_optax for others"
             )
         for name, x in zip(self.names, self.leaves, strict=True):
             if x is None:
@@ -122,7 +122,7 @@ class Matching:
             )
 
     def _leaves_of(self, tree: Any, what: str) -> list[Any]:
-        # a flat container is read at C speed: a thousand small arrays should not wait for the interpreter
+        # a flat container is read at C speed, because the interpreter is slow for a thousand small arrays
         if self._is_flat and type(tree) is type(self.containers):
             if isinstance(tree, dict):
                 if tree.keys() == self.containers.keys():

@@ -1,4 +1,4 @@
-"""Where arrays are in memory, and which share it: writing into one of two that do would change the other."""
+"""Where arrays are in memory, and which of them share it, because writing into one would change the other."""
 
 import ctypes
 import operator
@@ -18,7 +18,7 @@ def first_overlap(named: Iterable[tuple[str, Array, bool]], xp: Any) -> tuple[st
     bounds = np.lib.array_utils.byte_bounds if xp is np else xp.byte_bounds
     extents = [(*bounds(x), name, x, written) for name, x, written in named if x.size]
     extents.sort(key=operator.itemgetter(0, 1))
-    open_: list[Any] = []  # those whose extent is not over where the next begins
+    open_: list[Any] = []  # arrays whose extent reaches beyond the start of the next
     for low, high, name, x, written in extents:
         open_ = [other for other in open_ if other[0] > low]
         for _, other_name, other, other_written in open_:
@@ -37,8 +37,8 @@ def _overlaps_itself(x: Array, xp: Any) -> bool:
             break
         extent += stride * (n - 1)
     else:
-        return False  # along each axis, a step leads beyond all that the shorter steps can reach: the usual case
-    # Of two elements in one place, one has index 0 along the first axis where they differ: else shift both to there.
+        return False  # the usual case: along each axis, a step leads beyond the reach of the shorter steps
+    # Of two elements in one place, one has index 0 along the first axis where they differ; otherwise shift both.
     first = (slice(1),)
     return any(_share(x[first * (i + 1)], x[(*first * i, slice(1, None))], xp) for i in range(x.ndim) if x.shape[i] > 1)
 

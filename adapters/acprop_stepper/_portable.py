@@ -1,4 +1,4 @@
-"""Portable state: what `acprop_core.save` takes from a stepper, and what `acprop_core.load` gives to one."""
+"""Portable state: from a stepper to `acprop_core.save`, and from `acprop_core.load` to a stepper."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
     Parameters
     ----------
     stepper : Stepper
-        Its `clip_norm`, `nonfinite`, `engine` and `threads` are its own and go with no state.
+        Its `clip_norm`, `nonfinite`, `engine` and `threads` are its own and are not exported.
 
     Returns
     -------
@@ -28,7 +28,7 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
     ValueError
         If two parameters have one dotted name.
     TypeError
-        If it is no stepper.
+        If it is not a stepper.
 
     Examples
     --------
@@ -57,10 +57,9 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     saved : ACProp
         The hyperparameters of the state.
     state : State
-        Moments by name, in the shapes of the parameters and the dtypes that the stepper keeps; zeros in the place of
-        None.
+        Moments by name, in the shapes of the parameters and the dtypes that the stepper keeps; None becomes zeros.
     prefer : {"own", "saved"}, optional
-        Whose hyperparameters to go on with where they differ. By default that is refused.
+        Whose hyperparameters to continue with if they differ; by default, differences are refused.
 
     Raises
     ------
@@ -104,6 +103,6 @@ def _check(stepper: Stepper) -> None:
 
 def _hyperparameters(stepper: Stepper) -> ACProp:
     optimizer = stepper.functional
-    if callable(optimizer.mask):  # the parameters are at hand, so what it says can be recorded
+    if callable(optimizer.mask):  # the parameters are known, so its bools can be recorded
         optimizer = dataclasses.replace(optimizer, mask=optimizer.mask(stepper.params))
     return to_portable(optimizer, stepper.params)

@@ -21,7 +21,7 @@ Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of a
 
 
 class StepRecord(NamedTuple):
-    """What a step did.
+    """The record of a step.
 
     Attributes
     ----------
@@ -30,9 +30,9 @@ class StepRecord(NamedTuple):
     learning_rate : float
         The learning rate of this step.
     grad_norm : float or None
-        Global norm of the gradients as they were given; None if nothing asked for it.
+        Global norm of the gradients, before it is clipped; None without `clip_norm`.
     skipped : bool
-        Whether nothing was changed, because something was not finite.
+        Whether nothing was changed, because a value was not finite.
 
     Examples
     --------
@@ -56,7 +56,7 @@ class Stepper:
         Writeable NumPy or CuPy arrays of a floating-point dtype in native byte order, of any shape and layout. They
         stay the caller's; every step changes them in place. They must not overlap.
     learning_rate : float or callable
-        At least 0. A callable (a schedule) is given the count of updates done, 0 at the first step.
+        At least 0. A callable (a schedule) is called with the count of updates done, 0 at the first step.
     b1, b2 : float
         Decay rates of the two moments, in [0, 1).
     eps, eps_root : float
@@ -64,7 +64,7 @@ class Stepper:
     weight_decay : float
         Decoupled weight decay, at least 0; it is multiplied by the learning rate.
     mask : container of bool, prefix of one, or callable, optional
-        Which parameters decay; as in `acprop_core.ACProp`, but read once, here.
+        Which parameters decay; as in `acprop_core.ACProp`, but read only once, by the constructor.
     clip_exponent : float, optional
         No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
         clip. 0.25 is recommended.
@@ -73,11 +73,11 @@ class Stepper:
     moment_dtype : dtype or its name, optional
         Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
     compensate : bool
-        Keep what rounding takes from 16-bit parameters, and give it back as soon as it is enough to change them.
+        Keep the amount that 16-bit parameters lose to rounding, and add it to them as soon as it is large enough.
     clip_norm : float, optional
         Gradients whose global norm exceeds this are scaled down to it; positive.
     nonfinite : {"allow", "skip", "raise"}
-        What to do if a gradient, or a moment that it would lead to, is not finite: go on as the rule does, skip the
+        What to do if a gradient, or a moment that it would lead to, is not finite: continue as the rule does, skip the
         step, or raise FloatingPointError. "skip" and "raise" read the gradients once more.
     engine : {"numba", "tiles", "cupy"}, optional
         By default the best that is installed and fits: for NumPy "numba" (contiguous and real; the rest goes through
@@ -90,7 +90,7 @@ class Stepper:
     functional : acprop_core.ACProp
         The same optimizer as pure functions.
     params : container of arrays
-        What was given.
+        The parameters that were passed.
 
     Raises
     ------
@@ -103,10 +103,10 @@ class Stepper:
 
     Notes
     -----
-    A step that has begun is completed whatever interrupts it; the interruption (KeyboardInterrupt, say) is raised when
-    parameters, moments and count are those after the step. A step refused or skipped has changed nothing. Threads that
+    A step that has begun is completed even if it is interrupted; the interruption (KeyboardInterrupt, say) is raised
+    after parameters, moments and count are written. A step that is refused or skipped changes nothing. Threads that
     step one stepper wait for each other. A pickled or deep-copied stepper steps the parameters copied along with it;
-    let no thread step it meanwhile.
+    do not step one in another thread while it is copied.
 
     Examples
     --------
@@ -177,13 +177,13 @@ class Stepper:
         self._xp = native(self._namespace)
         self._matching = Matching(params, self._xp)
         check_engine(engine, self._xp)
-        self._count = np.zeros(1, np.int64)  # an array, because a compiled step counts itself
+        self._count = np.zeros(1, np.int64)  # an array, because a compiled step increments it
         self._buffers = buffers_of(leaves, adapt.decays_of(self.functional, params), state, self._xp)
         self._engines = engines_of(self._buffers, engine, self._xp)
-        self._tame = True  # whether no moment exceeds what `safe_magnitude` allows
+        self._tame = True  # whether no moment exceeds `safe_magnitude`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a copy steps copies of the parameters: those that are pickled or deep-copied along with it
+        # a copy steps copies of the parameters, which are pickled or deep-copied along with it
         return _restored, (type(self), self.params, self._options(self.functional), self.state)
 
     def _options(self, functional: ACProp) -> dict[str, Any]:
@@ -230,20 +230,20 @@ class Stepper:
             return State(int(self._count[0]), *columns[: 3 if self.functional.compensate else 2])
 
     def load_state(self, state: State) -> None:
-        """Take up a run from this state, of a stepper or of the functional optimizer; it is copied.
+        """Continue a run from the state of a stepper or of the functional optimizer; it is copied.
 
         Parameters
         ----------
         state : State
             Moments and carry must be arrays of the parameters' library and shapes, in the dtypes that this stepper
-            keeps; there must be a carry if it has `compensate`, and none otherwise.
+            keeps; there must be a carry if it has `compensate`, and None otherwise.
 
         Raises
         ------
         TypeError, ValueError
-            If it does not fit; nothing has changed then.
+            If the state does not match; nothing has changed then.
         RuntimeError
-            If called from within a step, as by `step`.
+            If called from within a step; as in `step`.
 
         Examples
         --------
@@ -314,9 +314,9 @@ class Stepper:
         Raises
         ------
         TypeError, ValueError
-            If a gradient does not fit its parameter, or shares memory with one; nothing has changed then.
+            If a gradient does not match its parameter, or shares memory with one; nothing has changed then.
         FloatingPointError
-            If something is not finite and `nonfinite` is "raise"; nothing has changed then.
+            If a value is not finite and `nonfinite` is "raise"; nothing has changed then.
         RuntimeError
             If called from within a step of this stepper: by a schedule, or a signal's handler that interrupts one.
 
@@ -334,12 +334,12 @@ class Stepper:
         return self._alone(self._step, grads)
 
     def _alone(self, write: Callable[[Any], Any], argument: Any) -> Any:
-        """Write while other threads wait, and a handler that interrupts this one may not."""
+        """Write while other threads wait; refuse a handler that interrupts this thread and would write too."""
         with self._lock:
             if self._busy:
                 raise RuntimeError(
                     "step or load_state was called from within one of them, by a schedule or a signal's handler; "
-                    "do it later"
+                    "call it later"
                 )
             self._busy = True
             try:
@@ -363,13 +363,13 @@ class Stepper:
         if self._nonfinite != "allow":
             culprit, self._tame = find_nonfinite(self._buffers, self._matching.names, leaves, step, self._tame)
             if culprit is not None and self._nonfinite == "raise":
-                raise FloatingPointError(f"{culprit}; nothing was changed. Mend it, or set nonfinite='skip'")
+                raise FloatingPointError(f"{culprit}; nothing was changed. Correct it, or use nonfinite='skip'")
             if culprit is not None:
                 return StepRecord(count, learning_rate, norm, skipped=True)
         parts = [(engine, [leaves[i] for i in engine.leaves]) for engine in self._engines]
         engine, own = parts[0] if len(parts) == 1 and self._threads == 1 else (None, [])
         if engine is not None and engine.is_one_call(own):
-            # Python looks for no signal in it: it steps and counts, or does neither
+            # Python handles no signal within it, so that it steps and counts, or does nothing
             engine.run(own, step, self._count)
         else:
             self._finish([task for engine, own in parts for task in engine.tasks(own, step)], count + 1)
@@ -378,11 +378,11 @@ class Stepper:
     def _finish(self, tasks: Sequence[Task], count: int) -> None:
         self._work = Work(tasks, lambda: self._count.fill(count), self._threads)
         self._work.finish()
-        self._work = None  # and the gradients with it
+        self._work = None  # frees the gradients too
 
     def _settle(self) -> None:
-        # A handler may look in the middle of a step, and one that failed may be half done: finish it before anything
-        # else is done or seen. Work that has not begun is left to the caller that is about to begin it.
+        # A handler may look in the middle of a step, and a step that failed may be half done. So finish it before
+        # anything else is done or seen. Work that has not begun is left to the caller that is about to begin it.
         if self._work is not None and self._work.begun:
             self._work.finish()
             self._work = None

@@ -11,8 +11,8 @@ from acprop_core.kernels.calls import Operations, Program, program_of
 from acprop_stepper._buffers import Buffer, Tile, tiles_of, with_gradients
 from acprop_stepper._work import Task
 
-# Bytes of one operand of a tile that a program runs on, and of one whose operands are allocated or gathered. Smaller
-# tiles pay for the interpreter, larger ones for memory: the latter kind should stay in the second-level cache.
+# Bytes of one operand of a tile for a program, and of one whose operands are allocated or gathered. Smaller tiles cost
+# time in the interpreter, larger ones in memory. Gathered tiles should stay in the second-level cache.
 TILE = 2**19
 GATHERED = 2**18
 
@@ -59,7 +59,7 @@ class Tiles:
         return [functools.partial(self._run_rule, step, tile, grads, place) for tile in tiles]
 
     def nonfinite_in(self, grads: Sequence[Array | None], step: Step) -> list[int]:
-        """Return which parameters a step could make infinite or NaN, them or their moments; nothing is written."""
+        """Return which parameters a step could make infinite or NaN, or their moments; nothing is written."""
         buffer = self._buffer
         for tile in with_gradients(self._tiles, buffer, grads):
             with buffer.place()(), np.errstate(all="ignore"):
@@ -70,7 +70,7 @@ class Tiles:
         return []
 
     def _computed(self, step: Step, tile: Tile, grads: Sequence[Any]) -> tuple[Array, Array, Array, Array, Any]:
-        """Return the parameter of a tile, its update, and what moments and carry become."""
+        """Return the parameter of a tile, its update, and the new moments and carry."""
         buffer, part = self._buffer, slice(tile.start, tile.stop)
         param, grad = tile.gather(buffer.params, buffer.xp), tile.gather(grads, buffer.xp)
         mu, nu, carry = (
@@ -80,7 +80,7 @@ class Tiles:
 
     def _run_rule(self, step: Step, tile: Tile, grads: Sequence[Any], place: Any) -> None:
         buffer, part = self._buffer, slice(tile.start, tile.stop)
-        # overflow is a matter for `nonfinite`, not for warnings
+        # `nonfinite` is for overflow, so no warnings
         with place(), np.errstate(all="ignore"):
             _, update, mu, nu, carry = self._computed(step, tile, grads)
             tile.add(update, buffer)

@@ -1,4 +1,4 @@
-"""A step that is always finished once it has begun, whatever interrupts it.
+"""A step that is always finished once it has begun, even if it is interrupted.
 
 Signal handlers, Ctrl-C's above all, run between any two instructions of the main thread and may raise there. So the
 main thread only waits, and another thread, where no handler runs, does the writing.
@@ -15,7 +15,7 @@ Task = Callable[[], None]  # writes memory that no other task touches, or raises
 
 
 class Work:
-    """All tasks of a step, and what makes it count when they are done."""
+    """All tasks of a step, and the task that counts it when they are done."""
 
     def __init__(self, tasks: Sequence[Task], count: Task, threads: int = 1) -> None:
         self.begun = self.finished = False
@@ -72,7 +72,7 @@ class Work:
 
 
 class _Worker:
-    """One thread for all steppers of a process: to hand over to it takes 15 microseconds, a new thread 100."""
+    """One thread for all steppers of a process, because passing a job takes 15 microseconds, a new thread 100."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[tuple[Task, Any]] = SimpleQueue()
@@ -85,7 +85,7 @@ class _Worker:
         if not self._thread.is_alive():
             self._thread = threading.Thread(target=self._loop, name="acprop_stepper", daemon=True)
             if not _start(self._thread):
-                self._do(job, ended)  # here, then
+                self._do(job, ended)  # in this thread instead
                 return ended
         self._jobs.put((job, ended))
         return ended
@@ -105,7 +105,7 @@ class _Worker:
 def _start(thread: threading.Thread) -> bool:
     try:
         thread.start()
-    except RuntimeError:  # no more threads can be had, or the interpreter is about to end
+    except RuntimeError:  # too many threads, or the interpreter is about to end
         return False
     return True
 
