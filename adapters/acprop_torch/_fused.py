@@ -1,4 +1,4 @@
-"""The way to step of fused=True: each device by its compiler, and the rest by the rule as it is."""
+"""The way to step of fused=True: each device by its compiler, and the rest by the rule uncompiled."""
 
 from collections.abc import Callable
 from operator import attrgetter
@@ -47,8 +47,8 @@ def _prepare_on_cpu(batch: Batch, known: dict[int, Memory], group: int) -> list[
 
 def _prepare_kind(batch: Batch, count: int) -> list[Callable[[], None]]:
     """Return the steps of rows alike in dtypes: compiled where they are plain memory."""
-    # Other rows keep to the rule as it is, operation by operation. So do 16-bit tensors without Numba: the rule rounds
-    # in between, and torch's compiler would leave that out.
+    # Other rows take the rule uncompiled, operation by operation. So do 16-bit tensors without Numba, because the rule
+    # rounds in between and torch's compiler would leave that out.
     plain = list(map(_as_plain, batch.rows))
     runs = []
     compiled = batch.choose([i for i, row in enumerate(plain) if row is not None])

@@ -19,7 +19,7 @@ from acprop_torch._traced import step_in_place
 def prepare(batch: Batch, count: int) -> Callable[[], None]:
     """Return the step of a batch of plain rows on a CPU that are alike in dtypes and have taken `count` steps."""
     step = step_of(batch, count)
-    # Arguments of the compiled function: it would build in Python numbers, and convert them anew for every few elements
+    # Tensors, because the compiled function would contain Python numbers, and convert them anew for every few elements
     dtype = batch.columns.mu[0].dtype
     numbers = Numbers(*(_rows.as_tensor(x, dtype) for x in step.numbers))
 
@@ -35,7 +35,7 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
 
 
 def prepare_on_accelerator(batch: Batch) -> Callable[[], None]:
-    """Return the step of a batch on one accelerator, which reads no value: that would synchronize with the device."""
+    """Return the step of a batch on one accelerator. Read no value here: it would synchronize with the device."""
     _rows.check_shapes(batch.columns)
     device = batch.columns.param[0].device
     scale, found = (None if x is None else x.to(device, non_blocking=True) for x in (batch.grad_scale, batch.found_inf))
@@ -61,7 +61,7 @@ def _as_memory(row: Row) -> Row:
 
 
 def _memory(x: Tensor) -> Tensor:
-    """Return a contiguous tensor as a 1-D one that knows nothing of it, so that the compiler sees one shape only."""
+    """Return a contiguous tensor as a 1-D one that is not a view of it, so that the compiler sees one shape only."""
     flat = torch.empty(0, dtype=x.dtype, device=x.device)
     return flat.set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
 

@@ -49,7 +49,7 @@ def prepare_traced(batch: Batch) -> Callable[[], None]:
 
 
 def _own(part: slice) -> Callable[[Any], Any]:
-    """Return what takes the part of numbers that differ from tensor to tensor."""
+    """Return a function that takes the part of numbers that differ from tensor to tensor."""
     return lambda x: TensorList(x[part].unbind()) if isinstance(x, Tensor) and x.ndim == 1 else x
 
 
@@ -76,7 +76,7 @@ def _chunks(blocks: Iterable[Block]) -> Iterable[list[Block]]:
 
 
 class TensorList:
-    """Tensors of one dtype and device, treated as one array; a number or a 0-d tensor beside it holds for all."""
+    """Tensors of one dtype and device, treated as one array; a number or a 0-d tensor holds for all."""
 
     def __init__(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> None:
         self.tensors = tensors

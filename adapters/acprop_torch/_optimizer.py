@@ -19,7 +19,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.co
 
 
 class ACProp(torch.optim.Optimizer):
-    """ACProp (Zhuang et al. 2021, arXiv:2110.05454); the equations stand at `acprop_core.ACProp`.
+    """ACProp (Zhuang et al. 2021, arXiv:2110.05454); the equations are in `acprop_core.ACProp`.
 
     Parameters
     ----------
@@ -36,9 +36,9 @@ class ACProp(torch.optim.Optimizer):
     decoupled_weight_decay : bool
         If False, weight_decay times the parameter is added to the gradient instead, the L2 form.
     maximize : bool
-        Climb instead of descending. The moments stay those of the gradient as it is.
+        Climb instead of descending. The moments are the same as without it.
     foreach : bool, optional
-        Run on lists of tensors. By default so where all are on an accelerator, as in torch.optim.AdamW.
+        Run on lists of tensors. By default if all are on an accelerator, as in torch.optim.AdamW.
     capturable : bool
         Read no number on the host, so that a CUDA graph can capture the step; for accelerators only.
     differentiable : bool
@@ -53,13 +53,13 @@ class ACProp(torch.optim.Optimizer):
     moment_dtype : torch.dtype, optional
         Dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
     compensate : bool
-        Keep what rounding takes from 16-bit parameters ("carry" in the state, of their dtype), and give it back as soon
-        as it is enough to change them.
+        Keep the amount that 16-bit parameters lose to rounding ("carry" in the state, of their dtype), and add it to
+        them as soon as it is large enough.
 
     Raises
     ------
     ValueError
-        If an option is out of its range or not finite, or does not go with another.
+        If an option is out of its range or not finite, or conflicts with another.
     TypeError
         If an option is of a wrong type.
     RuntimeError
@@ -67,7 +67,7 @@ class ACProp(torch.optim.Optimizer):
 
     Notes
     -----
-    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip is ours. As of the optimizers of torch, one belongs to
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip is ours. As with all optimizers of torch, use one in
     one thread at a time; several may step in several threads.
 
     Examples
@@ -124,7 +124,7 @@ class ACProp(torch.optim.Optimizer):
         super().__setstate__(state)
         self._known = {}
         for group in self.param_groups:
-            for name, value in self.defaults.items():  # options that came after the state was saved
+            for name, value in self.defaults.items():  # options that are newer than the saved state
                 group.setdefault(name, value)
             for p in group["params"]:
                 if (own := self.state.get(p)) and not torch.is_tensor(own["step"]):
@@ -158,7 +158,7 @@ class ACProp(torch.optim.Optimizer):
         self._say_who_unscales()
 
     def _say_who_unscales(self) -> None:
-        # GradScaler asks for this; if so, it leaves it to `step` to unscale, and to skip where it found an infinity
+        # GradScaler reads this. If true, it lets `step` unscale, and skip where GradScaler has found an infinity.
         self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
 
     @private.use_grad_for_differentiable
@@ -173,7 +173,7 @@ class ACProp(torch.optim.Optimizer):
         Returns
         -------
         tensor or None
-            What the closure returned.
+            The loss that the closure returned.
 
         Raises
         ------
@@ -236,7 +236,7 @@ class ACProp(torch.optim.Optimizer):
         if traced or counts is None:  # a count of shape (1,) would widen its parameter, or not be stacked with others
             steps = [step.squeeze() if step.ndim else step for step in steps]
         batch = Batch(columns, steps, counts, hyperparameters_of(group, traced), grad_scale, found_inf)
-        if not compiling and not fused:  # the fused step asks when its tensors have changed
+        if not compiling and not fused:  # the fused step checks when its tensors have changed
             check_shapes(columns)
         match fused or False, traced, foreach or False:
             case True, False, _:
@@ -308,7 +308,7 @@ class ACProp(torch.optim.Optimizer):
                     private.device_dtype_check_for_fused(p)
                 state.update(begin(group, p))
             carry = state.get("carry")
-            # not as wanted at first, and where someone changed option or dtype
+            # not as wanted at the first step, and after a change of option or dtype
             if compensates or carry is not None:
                 if not has_carry(group, p):
                     carry = None
@@ -329,11 +329,11 @@ class ACProp(torch.optim.Optimizer):
         return has_complex
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of what `state_dict` returned; moments get the dtype that this optimizer gives them.
+        """Load a copy of a state_dict; moments get the dtype that this optimizer gives them.
 
         Also continues a run of the authors' own optimizer (state "step", "exp_avg" and "exp_avg_var"), with
-        ``eps_root = eps`` as their code has it. Of `decoupled_weight_decay` their file says nothing: it and what else
-        it lacks stay as this optimizer was made.
+        ``eps_root = eps`` as their code has it. Their file lacks `decoupled_weight_decay`; it and other missing
+        options stay as this optimizer was made.
 
         Parameters
         ----------
@@ -344,9 +344,9 @@ class ACProp(torch.optim.Optimizer):
         ------
         ValueError
             If it is of another optimizer, is of a run of the authors' with ``amsgrad`` or ``rectify``, its parameter
-            groups differ in size, or something in it is out of range; nothing has changed then.
+            groups differ in size, or a value in it is out of range; nothing has changed then.
         TypeError
-            If something in it is of a wrong type; nothing has changed then.
+            If a value in it is of a wrong type; nothing has changed then.
 
         Examples
         --------
@@ -361,7 +361,7 @@ class ACProp(torch.optim.Optimizer):
         """
         if not isinstance(state_dict, dict):
             raise TypeError(
-                f"the state_dict is a {type(state_dict).__name__}; pass what state_dict() of ACProp returned"
+                f"the state_dict is a {type(state_dict).__name__}; pass the dict that state_dict() of ACProp returned"
             )
         saved: dict[str, Any] = {}
 

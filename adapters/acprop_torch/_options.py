@@ -1,4 +1,4 @@
-"""The options of a parameter group: what is refused, and what becomes of them in the rule."""
+"""The options of a parameter group: their checks, and their translation into the rule's."""
 
 import functools
 import math
@@ -51,7 +51,7 @@ def check_options(options: dict[str, Any], step: bool = False) -> None:
 
 
 def check_flags(options: dict[str, Any]) -> None:
-    """Refuse flags that are not bools: "no" would count as yes."""
+    """Refuse flags that are not bools, because "no" would count as true."""
     for name in _FLAGS:
         if not isinstance(options[name], bool | None):
             raise TypeError(f"{name} is {options[name]!r}; use True or False")
@@ -88,7 +88,7 @@ def hyperparameters_of(group: dict[str, Any], traced: bool) -> Hyperparameters:
 
 
 def called(group: dict[str, Any], p: Tensor) -> str:
-    """Return what to call a parameter of a group in an error."""
+    """Return the name of a parameter of a group for an error."""
     i = next(i for i, x in enumerate(group["params"]) if x is p)
     return f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter {i} of its group"
 
@@ -98,7 +98,7 @@ def _check_value(name: str, what: str, x: Any, below: float, step: bool) -> None
         if x.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
         if x.is_complex() or x.dtype is torch.bool or x.is_meta:
-            raise TypeError(f"Invalid {what}: {x}; use a number, or a tensor of a real one, for {name}")
+            raise TypeError(f"Invalid {what}: {x}; use a number, or a tensor of one real number, for {name}")
         value = 0.0 if step else x.item()
     elif is_number(x):
         try:

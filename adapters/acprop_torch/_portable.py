@@ -1,4 +1,4 @@
-"""Portable state: what `acprop_core.save` takes from a torch optimizer, and what `acprop_core.load` gives to one."""
+"""Portable state: from a torch optimizer to `acprop_core.save`, and from `acprop_core.load` to a torch optimizer."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # slow to import; where there are sharded tensors, it has bee
     from torch.distributed.tensor import DTensor
 
 Model = torch.nn.Module | Mapping[str, Tensor]
-# The options of a group in the words of the core; weight decay, its mask and what the core lacks are seen to apart.
+# Options of a group that the core has by the same name. Weight decay, its mask and other options are handled apart.
 _OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype", "compensate")
 
 
@@ -35,31 +35,31 @@ def export_state(
     model : Module, or mapping of names to parameters
         Gives every parameter its name, as ``named_parameters`` does.
     hyperparameters : acprop_core.ACProp, optional
-        What to record in the place of the optimizer's own, where these are more than the core can express.
+        To record instead of the optimizer's own, if the core cannot express these.
 
     Returns
     -------
     acprop_core.ACProp
-        The learning rate is that of now, even if a scheduler set it.
+        The learning rate is the current one, even if a scheduler set it.
     acprop_core.State
         Copies, as NumPy arrays by name. The moments of a parameter that has taken no step yet (frozen, without a
         gradient so far, or not in the optimizer) are None. A complex parameter counts as two real ones, as in the
-        optimizer: its moments are real with a last axis of two, those of its ``torch.view_as_real``.
+        optimizer: its moments are real with a last axis of two, as in ``torch.view_as_real``.
 
-        If parameters are sharded, only the first rank has the arrays. On the others tensors of torch's "meta" device,
-        which have a shape and no content, stand in their place: neither `save` nor `import_state` takes them.
+        If parameters are sharded, only the first rank has the arrays. The others have tensors of torch's "meta" device,
+        with a shape and no content, which `save` and `import_state` refuse.
 
     Raises
     ------
     ValueError
-        If parameters have taken different numbers of steps, the optimizer has one that the model has not, or groups
+        If parameters have taken different numbers of steps, the model lacks one of the optimizer's, or groups
         differ, maximize, or decay in the L2 form, which the core cannot express.
     TypeError
-        If the optimizer is no ACProp.
+        If the optimizer is not an ACProp.
 
     Notes
     -----
-    All of this is refused before anything is gathered, so that no rank waits for one that has refused.
+    Errors are raised before anything is gathered, so that no rank waits for one that has failed.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def export_state(
     compensates = any(group["compensate"] for group in optimizer.param_groups)
     keys = (*MOMENTS, "carry") if compensates else MOMENTS
     keep = _keeps([p for p, _ in named.values()])
-    # All of them before the first becomes an array of NumPy, which may fail on this rank while others wait for it.
+    # Gather all of them before the first conversion to NumPy, which may fail on this rank while others wait for it.
     whole = {key: {name: _whole(state[key], keep) for name, state in states.items() if key in state} for key in keys}
 
     def kept(key: str) -> dict[str, Any]:
@@ -116,9 +116,9 @@ def import_state(
         The hyperparameters of the state.
     state : acprop_core.State
         Moments by name, in the shapes of the parameters and the dtypes that the optimizer keeps. A parameter whose
-        moments are None has yet to take its first step.
+        moments are None has not taken a step yet.
     prefer : {"own", "saved"}, optional
-        Whose hyperparameters to go on with where they differ. By default that is refused.
+        Whose hyperparameters to continue with if they differ; by default, differences are refused.
 
     Raises
     ------
@@ -126,11 +126,11 @@ def import_state(
         If hyperparameters differ, names are missing or surplus, shapes differ, or the optimizer cannot have the saved
         hyperparameters; nothing has changed then.
     TypeError
-        If dtypes differ, a moment has no content, or the optimizer is no ACProp; nothing has changed then.
+        If dtypes differ, a moment has no content, or the optimizer is not an ACProp; nothing has changed then.
 
     Notes
     -----
-    The step counts of torch.optim are float32: one beyond 2**24 is rounded to it.
+    The step counts of torch.optim are float32, so that one beyond 2**24 is rounded.
 
     Examples
     --------
@@ -147,7 +147,7 @@ def import_state(
     options: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
     if prefer == "saved":
         options = list(_options(optimizer, named, saved))
-    elif prefer != "own":  # whose options need not be any that the core can express
+    elif prefer != "own":  # the core need not be able to express the options then
         choose(_hyperparameters(optimizer, named), saved, prefer)
     groups = [{**group, **new} for group, new in zip(optimizer.param_groups, options, strict=True)]
     owners = [(p, None if i is None else groups[i]) for p, i in named.values()]
@@ -195,7 +195,7 @@ def _named(optimizer: ACProp, model: Model) -> _Named:
 
 def _hyperparameters(optimizer: ACProp, named: _Named) -> acprop_core.ACProp:
     """Return the options of all groups as one optimizer of the core, or say why that is not possible."""
-    remedy = "pass export_state the hyperparameters to record, or import_state prefer='own'"
+    remedy = "pass the hyperparameters to record to export_state, or prefer='own' to import_state"
     records: list[dict[str, Any]] = []
     decays = [float(group["weight_decay"]) for group in optimizer.param_groups]
     for i, (group, decay) in enumerate(zip(optimizer.param_groups, decays, strict=True)):
@@ -226,12 +226,12 @@ def _hyperparameters(optimizer: ACProp, named: _Named) -> acprop_core.ACProp:
 
 
 def _options(optimizer: ACProp, named: _Named, saved: acprop_core.ACProp) -> Iterator[dict[str, Any]]:
-    """Yield what the saved hyperparameters make of the options of each group."""
+    """Yield the options of each group that correspond to the saved hyperparameters."""
     for name in ("learning_rate", "mask"):
         if callable(getattr(saved, name)):
             raise ValueError(
-                f"the saved {name} is a callable, which a torch optimizer cannot have; pass load another, or take "
-                "prefer='own'"
+                f"the saved {name} is a callable, which a torch optimizer cannot have; pass another to load, or "
+                "prefer='own' to import_state"
             )
     mask: Any = saved.mask or {}
     for i in range(len(optimizer.param_groups)):
@@ -254,7 +254,7 @@ def _options(optimizer: ACProp, named: _Named, saved: acprop_core.ACProp) -> Ite
 
 
 def _set(group: dict[str, Any], key: str, value: Any) -> None:
-    # numbers that are tensors stay those tensors: a captured or compiled step reads them
+    # fill tensors in place, because a captured or compiled step reads the same tensors
     own = group[key]
     if isinstance(own, Tensor):
         own.fill_(value)
@@ -298,19 +298,19 @@ def _keeps(params: Iterable[Tensor]) -> bool:
 def _whole(x: Tensor, keep: bool) -> Tensor:
     """Return a copy of a tensor on the CPU, whole if it is sharded; only its shape on a rank that does not keep it."""
     if _is_sharded(x):
-        there: Any = x.to(x.device_mesh.device_type)  # from where FSDP2 may have offloaded it
+        there: Any = x.to(x.device_mesh.device_type)  # FSDP2 may have offloaded it
         x = there.full_tensor()
     x = _real(x.detach().resolve_conj())
     return x.to("cpu", copy=True) if keep else x.to("meta")
 
 
 def _part(x: Tensor, p: Tensor) -> Tensor:
-    """Return of a whole tensor what this rank has of `p`; a last axis that `p` lacks stays whole."""
+    """Return the part of a whole tensor that this rank has of `p`; a last axis that `p` lacks stays whole."""
     if not _is_sharded(p):
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    # src_data_rank=None: each rank has the whole and cuts its own part, where else rank 0 would send one to each
+    # src_data_rank=None: each rank has the whole and cuts its own part; otherwise rank 0 would send one to each
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).to_local()
 
 

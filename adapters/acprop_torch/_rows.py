@@ -1,4 +1,4 @@
-"""Rows of tensors: what a step gets, how rows are sorted, cut and gathered, and what of them is refused."""
+"""Rows of tensors, the input of a step: how they are checked, sorted, cut and gathered."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
@@ -13,7 +13,7 @@ from acprop_core.adapt import Row, Step
 from acprop_core.rule import Hyperparameters, flags_of, numbers_of
 from acprop_torch._private import flatten_dense, foreach_add_, foreach_copy_, unflatten_dense
 
-# What one operation sees at once, in bytes. On a CPU, what its cache holds: temporaries of whole large tensors are new
+# Bytes that one operation sees at once. On a CPU they fit its cache, because temporaries of whole large tensors are new
 # memory at every operation, and their page faults cost more than the arithmetic.
 _CPU_TILE, _TILE = 3 * 2**17, 2**23
 _SMALL = 2**17  # bytes: on a CPU, starting the operations on fewer costs more than gathering them into a tile
@@ -22,9 +22,9 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class Batch(NamedTuple):
-    """The rows of a parameter group, real tensors of equal shapes in a row, and what their step needs.
+    """The rows of a parameter group, real tensors of equal shapes in a row, and the inputs of their step.
 
-    They are kept as a row of lists: with a thousand tuples more a step, the garbage collector doubles its time.
+    They are kept as a row of lists, because with a thousand tuples more the garbage collector doubles a step's time.
     """
 
     columns: Row
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What the rule sees at once: a row, a part of one, or copies of the `members`, back to back."""
+    """The input of one call of the rule: a row, a part of one, or copies of the `members`, back to back."""
 
     row: Row
     members: Sequence[Row] = ()
@@ -63,7 +63,7 @@ def step_of(batch: Batch, count: Any, namespace: Any = xp) -> Step:
 
 
 def as_tensor(x: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """Return a number as a 0-d tensor: on the CPU, from where it goes with tensors of any device."""
+    """Return a number as a 0-d tensor on the CPU, which can be used with tensors of any device."""
     return torch.tensor(x, dtype=dtype, device="cpu") if isinstance(x, float) else x
 
 
@@ -73,7 +73,7 @@ def map_row(f: Callable[[Any], Any], row: Row) -> Row:
 
 
 def local_columns(columns: Row, has_complex: bool) -> Row:
-    """Return what the rule works on: of sharded tensors the local shard, and complex tensors as real ones."""
+    """Return the tensors that the rule works on: local shards of sharded ones, and complex ones as real."""
     is_plain = PLAIN.issuperset(map(type, columns.param))
     if is_plain and not has_complex:
         return columns
@@ -103,7 +103,7 @@ def _local_row(row: Row) -> Row:
 
 
 def check_shapes(columns: Row) -> None:
-    """Refuse tensors of different shapes, which torch would broadcast, or find out in the middle of a step."""
+    """Refuse tensors of different shapes, which torch would broadcast, or refuse in the middle of a step."""
     shape = attrgetter("shape")
     shapes = list(map(shape, columns.param))
     for others in columns[1:4]:
@@ -216,7 +216,7 @@ def bring(values: Sequence[Any], i: int, blocks: Sequence[Block], operation: Cal
 def count_steps(steps: list[Tensor]) -> None:
     """Add one to the step counts."""
     if steps[0].is_cpu:
-        one = torch.tensor(1.0, device="cpu")  # a Python number would be made a tensor for every step
+        one = torch.tensor(1.0, device="cpu")  # a Python number would become a tensor for every count
         foreach_add_(steps, one, alpha=1.0)
     else:
         foreach_add_(steps, 1)

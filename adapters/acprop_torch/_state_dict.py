@@ -1,4 +1,4 @@
-"""The state of a parameter: how it begins, what is loaded, and the translation of the authors' own state."""
+"""The state of a parameter: how it begins, checks of a loaded one, and the translation of the authors' own."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -96,12 +96,12 @@ def check_state(key: Any, own: Any, p: Tensor) -> None:
 
 
 def translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a state_dict as one of this class, the authors' made so; refuse those of other optimizers."""
+    """Return a state_dict of this class, translated if it is the authors'; refuse other optimizers'."""
     saved, states = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(states, dict) or not isinstance(saved, list) or not all(isinstance(x, dict) for x in saved):
         raise ValueError(
-            "the state_dict lacks a dict 'state' or a list of dicts 'param_groups'; pass what state_dict() of ACProp "
-            "returned, not a model's"
+            "the state_dict lacks a dict 'state' or a list of dicts 'param_groups'; pass the dict that state_dict() "
+            "of ACProp returned, not a model's"
         )
     for key in (key for group in saved for key in group.get("params", ())):
         if not isinstance(states.get(key, {}), dict):
@@ -119,7 +119,7 @@ def translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict
                 f"{name} lacks {', '.join(map(repr, missing))}: it belongs to another optimizer; "
                 "load one that ACProp saved"
             )
-    if not any(theirs) or len(saved) != len(groups):  # the base class says so if the groups do not fit
+    if not any(theirs) or len(saved) != len(groups):  # the base class refuses another number of groups
         return state_dict
     return {
         **state_dict,
@@ -150,7 +150,7 @@ def _group_of_authors(i: int, saved: dict[str, Any], group: dict[str, Any]) -> d
 
 
 def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return a state_dict, the authors' translated; refuse one that this optimizer could not go on from."""
+    """Return a state_dict, translated if it is the authors'; refuse one that this optimizer cannot continue."""
     saved = translated(state_dict, optimizer.param_groups)
     for group in saved["param_groups"]:
         options = {**optimizer.defaults, **group}
@@ -160,7 +160,7 @@ def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dic
     if strays := [key for key in saved["state"] if isinstance(key, int) and key not in keys]:
         raise ValueError(
             f"the state_dict has the state of parameter {strays[0]}, which none of its parameter groups has; "
-            "load what state_dict() of ACProp returned"
+            "load the dict that state_dict() of ACProp returned"
         )
     for key, _, p in owners(saved, optimizer):
         if own := saved["state"].get(key):
@@ -175,10 +175,10 @@ def owners(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[
 
 
 def restore_dtypes(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Give the loaded moments their own dtypes: the base class has cast them to their parameter's."""
+    """Give the loaded moments their own dtypes, because the base class has cast them to their parameter's."""
     for key, group, p in owners(saved, optimizer):
         for name in MOMENTS if saved["state"].get(key) else ():
             moment = saved["state"][key][name]
             optimizer.state[p][name] = moment.to(p.device, dtype_of_moments(group, p), copy=True)
-        for name in {"step", "carry"} & optimizer.state.get(p, {}).keys():  # which the base class may share with it
+        for name in {"step", "carry"} & optimizer.state.get(p, {}).keys():  # the base class may share them with `saved`
             optimizer.state[p][name] = optimizer.state[p][name].clone()

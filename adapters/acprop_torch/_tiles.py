@@ -45,7 +45,7 @@ def _takes_outputs(rows: list[Row]) -> bool:
 
 
 def _by_program(rows: list[Row], step: Step) -> None:
-    # The operations write into a few registers that stay in the cache, where operators would make a tensor each.
+    # The operations write into a few registers that stay in the cache, because operators would make a tensor each.
     dtype = rows[0].mu.dtype
     numbers, flags, *_ = step.cast_for(dtype, dtype)
     program = program_of(flags, numbers, functools.partial(_operand, dtype), _OPERATIONS)
@@ -59,11 +59,11 @@ def _by_program(rows: list[Row], step: Step) -> None:
                 memory = memory.new_empty((program.registers, shape.numel()))
             registers = [x[: shape.numel()].view(shape) for x in memory]
         update = program.run([*block.row[:4], *program.numbers, *registers])
-        # added where it belongs, not to a copy that is brought back: another parameter may share the memory
+        # added in place, not to a copy that is written later, because another parameter may share the memory
         bring([update], 0, [block], foreach_add_)
         for i in (2, 3) if block.members else ():  # copies, which the program has written
             bring([block.row[i]], i, [block], foreach_copy_)
-        del block  # what was gathered is freed before more is
+        del block  # free the gathered tensors before more are gathered
 
 
 def _operand(dtype: torch.dtype, name: str, value: float) -> Any:

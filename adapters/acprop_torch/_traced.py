@@ -18,7 +18,7 @@ def prepare(batch: Batch, differentiable: bool) -> Callable[[], None]:
     def run() -> None:
         for row, done in zip(batch.rows, batch.steps, strict=True):
             step = step_of(batch, done, namespace_for(row))
-            # derivatives need the old values of what is overwritten
+            # derivatives need the old values, which are overwritten
             update, *kept = step(map_row(Tensor.clone, row) if differentiable else row)
             row.param.add_(update)
             _replace(row, kept, None)
@@ -68,7 +68,7 @@ _narrowed.register_fake(lambda x, dtype: torch.empty_like(x, dtype=dtype))
 class _KeepingCasts:
     """The namespace for torch's compiler, which leaves out a rounding to 16 bits that is widened again.
 
-    Nothing of what rounding takes would then be left to carry. The compiler does not look into a custom operator.
+    No rounding error would then be left to carry. The compiler does not look into a custom operator.
     """
 
     def __getattr__(self, name: str) -> Any:
