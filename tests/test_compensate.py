@@ -328,7 +328,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(error, match=message):
             optimizer.update(params, state._replace(carry=other), params)
     with pytest.raises(
-        ValueError, match="compensate is False, but the state has a carry; set compensate=True, or give"
+        ValueError, match="compensate is False, but the state has a carry; set compensate=True, or drop"
     ):
         ACProp().update(params, state, params)
 
@@ -353,7 +353,7 @@ def test_optax_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="compensate is True, which needs the parameters"):
         compensating.update(params, state)
     for transform, other in ((plain, state), (compensating, plain.init(params))):
-        with pytest.raises(TypeError, match=f"the state does not belong to acprop with compensate={transform is compensating}"):
+        with pytest.raises(TypeError, match=f"does not belong to acprop with compensate={transform is compensating}"):
             transform.update(params, other, params)
     with pytest.raises(TypeError, match="carry of 'w' has dtype float32, its parameter bfloat16"):
         compensating.update(params, (*state[:3], acprop_optax.CarryState({"w": jnp.ones(3)})), params)

@@ -124,7 +124,7 @@ def test_hyperparameters_that_differ_are_listed() -> None:
         "learning_rate is 0.2 here and 0.1 in the saved state",
         "b1 is 0.8 here and 0.9 in the saved state",
         "moment_dtype is 'float64' here and None in the saved state",
-        "mask is False here and True in the saved state for 'b'",
+        "mask of 'b' is False here and True in the saved state",
         "prefer='own' or prefer='saved'",
     ):
         assert part in str(caught.value)
@@ -144,7 +144,7 @@ def test_a_mask_matters_only_where_something_decays() -> None:
 def test_what_to_import_must_be_a_pair() -> None:
     a, b = steppers()
     optimizer, state = acprop_stepper.export_state(a)
-    with pytest.raises(TypeError, match="to import are a State and a ACProp"):
+    with pytest.raises(TypeError, match="import_state got a State and a ACProp"):
         acprop_stepper.import_state(b, state, optimizer)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="are not dicts by name"):
         acprop_stepper.import_state(b, optimizer, State(0, [np.ones(3)], [np.ones(3)]))
@@ -382,7 +382,7 @@ def test_torch_refuses_what_does_not_fit_and_changes_nothing() -> None:
         (state._replace(mu=state.mu | {"x": state.mu[w]}, nu=state.nu | {"x": state.mu[w]}), ValueError, "has 'x'"),
         (state._replace(mu=state.mu | {w: state.mu[w].T}), ValueError, "first moment of '0.weight' has shape (3, 4)"),
         (state._replace(nu=state.nu | {w: state.nu[w].astype(float)}), TypeError, "has dtype float64, here"),
-        (state._replace(nu=state.nu | {w: None}), ValueError, "one is None"),
+        (state._replace(nu=state.nu | {w: None}), ValueError, "one moment of '0.weight' is None"),
         (state._replace(count=-3), ValueError, "-3"),
     ]
     for new, error, message in wrong:
@@ -391,7 +391,9 @@ def test_torch_refuses_what_does_not_fit_and_changes_nothing() -> None:
         assert message in str(caught.value)
         for p, own in before.items():
             assert all(torch.equal(x, optimizer.state[p][key]) for key, x in own.items())
-    with pytest.raises(ValueError, match=r"parameter group 0 has a parameter of shape \(4, 3\) that the model has not"):
+    with pytest.raises(
+        ValueError, match=r"parameter group 0 has a parameter of shape \(4, 3\) that the model does not have"
+    ):
         acprop_torch.export_state(optimizer, model[2])
     with pytest.raises(TypeError, match="the optimizer is a AdamW"):
         acprop_torch.export_state(torch.optim.AdamW(model.parameters()), model)

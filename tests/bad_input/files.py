@@ -18,6 +18,7 @@ from bad_input.rows import (
     INTEGER,
     KINDS,
     MAPPING_OR_CALLABLE,
+    MINUS_ONE,
     NAME_OR_NONE,
     NUMBER,
     OWN_ERROR,
@@ -86,7 +87,7 @@ def save_traced(x: Any) -> Any:
 
 
 NOT_A_PATH = "expected str, bytes or os.PathLike object, not"
-NO_PARAMETER = "for which there is no parameter here"
+NO_PARAMETER = "but there is no parameter here"
 UNKNOWN = "'q', which the saved state lacks; it has 'w', 'b'"
 FIRST = "first moment of 'a'"
 
@@ -101,7 +102,7 @@ OPTIONS = [
     ("transform a string", {"transform": "T"}, TypeError, f"transform is 'T'; {MAPPING_OR_CALLABLE}"),
     ("transform of an unknown name", {"transform": {"q": abs}}, ValueError, f"transform names {UNKNOWN}"),
     ("transform by what is no function", {"transform": {"w": 3}}, TypeError,
-     "transform of 'w' is 3; give a function from array to array"),
+     "transform of 'w' is 3; pass a function from array to array"),
     ("transform without return", {"transform": {"w": lambda x: None}}, TypeError,
      "first moment of 'w' has dtype object", KINDS),
     ("transform to strings", {"transform": {"w": lambda x: "x"}}, TypeError,
@@ -111,7 +112,7 @@ OPTIONS = [
     ("parameters of a dtype", {"params": {"w": np.ones((2, 3), "f4"), "b": np.ones(2)}}, TypeError,
      "first moment of 'w' has dtype float64, here it is float32"),
     ("parameters that lack one", {"params": {"w": np.ones((2, 3))}}, ValueError,
-     f"the saved state has 'b', {NO_PARAMETER}; use rename="),
+     "the saved state has 'b', but there is no such parameter here; use rename="),
     ("parameters with one more", {"params": {"w": np.ones((2, 3)), "b": np.ones(2), "c": np.ones(1)}}, ValueError,
      "the saved state lacks 'c'; it has 'w', 'b'. Use rename="),
     ("parameters with a None", {"params": {"w": np.ones((2, 3)), "b": None}}, ValueError,
@@ -130,14 +131,14 @@ FILES: list[Bad] = [
     bad("save: the stepper as the optimizer", "save", {"saved": From(lambda w: w.stepper)}, TypeError,
         f"the optimizer is a Stepper; {CORE_ACPROP}"),
     bad("save: the stepper as the state", "save", {"state": From(lambda w: w.stepper)}, TypeError,
-        f"the state is a Stepper; {A_STATE}, or what export_state returned"),
+        f"the state is a Stepper; {A_STATE}, or the one that export_state returned"),
     bad("save: second moments None", "save_replaced", {"nu": None}, ValueError,
         "the container of second moments is one value (NoneType)"),
     bad("save: a missing moment", "save_replaced", {"nu": From(lambda w: {"w": w.grads["w"]})}, ValueError,
         "the container of second moments lacks 'b'"),
     *table("save: ", "save_replaced", "count", [
-        ("a negative count", -1, ValueError, "is -1; it cannot be negative"),
-        ("a count beyond the file", 2**63, ValueError, "a file holds counts below 2**63"),
+        ("a negative count", -1, ValueError, MINUS_ONE),
+        ("a count beyond the file", 2**63, ValueError, "which no int64 can hold; pass a count below 2**63"),
         ("a count of 1.5", 1.5, TypeError, INTEGER),
     ], COUNT),
     *table("save: ", "save_leaf", "leaf", [
@@ -167,7 +168,7 @@ FILES: list[Bad] = [
         ("a string", "0.1", TypeError, "learning_rate is '0.1'", NUMBER),
     ]),
     bad("load: a schedule not given again", "load_file", {}, ValueError,
-        "learning_rate was a callable", "give it again: load(path, learning_rate=...)"),
+        "learning_rate was a callable", "pass it again: load(path, learning_rate=...)"),
     *(bad(f"load: {name}", "load_file", {"learning_rate": 0.1, **options}, error, *words)
       for name, options, error, *words in OPTIONS),
 ]

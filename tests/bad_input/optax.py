@@ -23,6 +23,7 @@ from bad_input.rows import (
     INTEGER,
     INTEGER_OR_ARRAY,
     KINDS,
+    MINUS_ONE,
     NUMBER,
     OWN_ERROR,
     REAL,
@@ -105,7 +106,7 @@ class Optax:
 
 IN_STRUCTURE = "are not in the structure of the first moments"
 MASK_STRUCTURE = "the mask is not in the structure of the parameters"
-ONE_THAT = "give the one that"
+ONE_THAT = "pass the one that"
 
 # A row a line
 # fmt: off
@@ -176,8 +177,8 @@ OPTAX: list[Bad] = [
         ("a floating-point array", jnp.float32(2), TypeError, INTEGER_OR_ARRAY),
         ("a bool array", jnp.asarray(True), TypeError, INTEGER_OR_ARRAY),
         ("an array with an axis", jnp.zeros(3, int), TypeError, INTEGER_OR_ARRAY),
-        ("negative", -1, ValueError, "is -1; it cannot be negative"),
-        ("a negative array of NumPy", np.int32(-1), ValueError, "is -1; it cannot be negative"),
+        ("negative", -1, ValueError, MINUS_ONE),
+        ("a negative array of NumPy", np.int32(-1), ValueError, MINUS_ONE),
     ], COUNT),
     bad("count: a float, traced", "traced_count", {"count": jnp.float32(2)}, TypeError, COUNT, INTEGER),
     *table("init: ", "init", "params", [

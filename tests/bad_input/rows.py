@@ -38,6 +38,7 @@ NAME_OR_NONE = "return a name, or None to leave it out"
 MAPPING_OR_CALLABLE = "pass a mapping by name, or a callable"
 
 COUNT = "the step count (state.count)"
+MINUS_ONE = "is -1, which is negative; pass an integer that is at least 0"
 OWN_ERROR = "the caller's own"
 
 

@@ -21,6 +21,7 @@ from bad_input.rows import (
     INTEGER,
     INTEGER_OR_ARRAY,
     KINDS,
+    MINUS_ONE,
     NUMBER,
     OWN_ERROR,
     OWN_OR_SAVED,
@@ -164,12 +165,12 @@ def in_one_memory(name: str) -> Any:
 
 
 WITHIN = "step or load_state was called from within one of them"
-ENGINES = "for NumPy arrays give 'tiles' or 'numba'"
-GUARDS = "give 'allow', 'skip' or 'raise'"
-ABOVE_0 = "give a number above 0, or None"
-AT_LEAST_0 = "give a number that is at least 0"
-THREADS = "give a whole number of at least 1"
-A_STEPPER = "give an acprop_stepper.Stepper"
+ENGINES = "for NumPy arrays use 'tiles' or 'numba'"
+GUARDS = "use 'allow', 'skip' or 'raise'"
+ABOVE_0 = "use a number above 0, or None"
+AT_LEAST_0 = "use a number that is at least 0"
+THREADS = "use a whole number of at least 1"
+A_STEPPER = "pass an acprop_stepper.Stepper"
 NUMBERS_ONLY = "a stepper takes numbers: convert it with float()"
 NOT_MADE_FOR = "parameter 'w' is not the array that the stepper was made for"
 
@@ -243,7 +244,7 @@ STEPPER: list[Bad] = [
     bad("schedule: raises", "schedule", {"rate": boom}, KeyError, OWN_ERROR),
     bad("schedule: of JAX", "schedule", {"rate": jnp.float32(0.1)}, TypeError,
         "learning_rate is an array of jax.numpy", "convert it"),
-    bad("schedule: steps the stepper", "schedule_that_steps", {}, RuntimeError, WITHIN, "do it later"),
+    bad("schedule: steps the stepper", "schedule_that_steps", {}, RuntimeError, WITHIN, "call it later"),
     bad("schedule: loads a state", "schedule_that_loads", {}, RuntimeError, WITHIN),
     bad("a parameter taken away", "remove", {"name": "w"}, ValueError, "params lacks 'w'"),
     bad("a parameter added", "exchange", {"c": np.ones(1)}, ValueError, "params has 'c'", "leave that out"),
@@ -256,7 +257,7 @@ STEPPER: list[Bad] = [
     bad("load_state: a tuple", "load_state", {"state": From(lambda w: tuple(w.stepper.state))}, TypeError,
         f"the state is a tuple; {A_STATE}"),
     *table("load_state: count ", "load", "count", [
-        ("negative", -1, ValueError, "is -1; it cannot be negative"),
+        ("negative", -1, ValueError, MINUS_ONE),
         ("a float", 1.5, TypeError, f"is 1.5; {INTEGER}"),
         ("NaN", math.nan, TypeError, f"is nan; {INTEGER}"),
         ("a bool", True, TypeError, f"is True; {INTEGER}"),
@@ -322,7 +323,7 @@ PARAMETERS = [
      "the parameters are arrays of array_api_strict", "a Stepper takes NumPy or CuPy arrays"),
     ("of JAX", jnp.ones(2), TypeError, "the parameters are arrays of jax.numpy", "acprop_optax"),
     ("of two libraries", [np.ones(2), jnp.ones(2)], TypeError,
-     "parameter '1' is an array of jax.numpy, parameter '0' one of numpy; convert one"),
+     "parameter '1' is an array of jax.numpy, parameter '0' is an array of numpy; convert one"),
     ("read-only", {"a": readonly(np.ones(2))}, ValueError, "parameter 'a' is read-only", "copy it"),
     ("a bare read-only array", readonly(np.ones(2)), ValueError, "parameter is read-only", "copy it"),
     ("a scalar", {"a": np.float64(1.0)}, ValueError, "parameter 'a' is read-only", "copy it"),
@@ -330,7 +331,7 @@ PARAMETERS = [
     ("of another byte order", {"a": np.ones(2, ">f8")}, ValueError,
      "parameter 'a' has dtype >f8, not in native byte order; convert it"),
     ("overlapping itself with a stride of 0", {"a": np.lib.stride_tricks.as_strided(np.ones(6), (3, 2), (0, 8))},
-     ValueError, "several elements of parameter 'a' lie in the same memory", "copy it"),
+     ValueError, "several elements of parameter 'a' are in the same memory", "copy it"),
     ("overlapping itself as a window", [WINDOWS(np.ones(6), 3, writeable=True)], ValueError,
      "several elements of parameter '0'", "copy it"),
 ]
@@ -345,7 +346,7 @@ MASKS = [
 STEPPER_OPTIONS: list[Bad] = [
     *(bad(f"{name}: {x!r}", "new", {name: x}, error, f"{name} is {x!r}", words) for name, x, error, words in OPTIONS),
     bad("moment_dtype: one that NumPy lacks", "new", {"moment_dtype": "bfloat16"}, TypeError,
-        "moment_dtype is 'bfloat16', in which numpy cannot keep", "choose a wider one"),
+        "moment_dtype is 'bfloat16', in which numpy cannot keep", "use a wider one"),
     bad("an option that is none", "new", {"amsgrad": True}, TypeError, "unexpected keyword argument 'amsgrad'"),
     *table("mask: ", "new", "mask", MASKS, weight_decay=0.1),
     *table("parameters: ", "new", "params", PARAMETERS),
@@ -358,7 +359,7 @@ STEPPER_OPTIONS: list[Bad] = [
     bad("import_state: into no stepper", "import_into", {"stepper": {}}, TypeError,
         f"the stepper is a dict; {A_STEPPER}"),
     bad("import_state: swapped", "import_swapped", {}, TypeError,
-        "to import are a State and a ACProp; give the acprop_core.ACProp and the State"),
+        "import_state got a State and a ACProp; pass the acprop_core.ACProp and the State"),
     bad("import_state: prefer", "import_state", {"prefer": "theirs"}, ValueError,
         f"prefer is 'theirs'; {OWN_OR_SAVED}"),
     bad("import_state: other hyperparameters", "import_state", {"saved": ACProp(0.7), "prefer": None}, ValueError,
@@ -372,13 +373,13 @@ STEPPER_OPTIONS: list[Bad] = [
     *table("import_state: ", "import_state", "change", [
         ("a negative count", {"count": -1}, ValueError, COUNT, "is -1"),
         ("a count that is an array", {"count": jnp.int32(1)}, TypeError, COUNT, AN_INT),
-        ("moments None", {"mu": None}, TypeError, "the saved moments are no dicts by name", THE_STATE),
+        ("moments None", {"mu": None}, TypeError, "the saved moments are not dicts by name", THE_STATE),
         ("a missing name", From(lambda w: {"mu": {"w": w.grads["w"]}, "nu": {"w": w.grads["w"]}}), ValueError,
          "the saved state lacks 'b'; it has 'w'. Use rename="),
     ]),
     *table("import_state: ", "import_leaf", "w", [
         ("a string", "x", TypeError, f"first moment of 'w' is a str ('x'); {AN_ARRAY}"),
-        ("one moment None", None, ValueError, "of the moments of 'w' one is None", BOTH),
+        ("one moment None", None, ValueError, "one moment of 'w' is None", BOTH),
         ("a shape", np.ones(3), ValueError, "first moment of 'w' has shape (3,), here it is (2, 3); use transform="),
     ], field="mu"),
     *table("import_state: ", "import_leaf", "w", [

@@ -18,6 +18,7 @@ from bad_input.rows import (
     COUNT,
     INTEGER,
     KINDS,
+    MINUS_ONE,
     NUMBER_OR_NONE,
     OWN_ERROR,
     OWN_OR_SAVED,
@@ -157,16 +158,16 @@ class Torch:
         acprop_torch.export_state(self.optimizer, self.model, hyperparameters)
 
 
-FLOAT_OR_TENSOR = "give a number, or a tensor of a real one"
+FLOAT_OR_TENSOR = "use a number, or a tensor of one real number"
 RATE = "Invalid beta parameter at index "
-RETURNED = "give what state_dict() of ACProp returned"
-AN_OPTIMIZER = "give an acprop_torch.ACProp"
-A_DTYPE = "give a torch.dtype or None"
-A_MODULE = "give a Module"
+RETURNED = "pass the dict that state_dict() of ACProp returned"
+AN_OPTIMIZER = "pass an acprop_torch.ACProp"
+A_DTYPE = "use a torch.dtype or None"
+A_MODULE = "pass a Module"
 WHOLE_NUMBER = "load a whole number"
 ONE_NUMBER = "load a number, or a floating-point tensor of one"
 A_TENSOR = "load a floating-point tensor"
-USABLE = "which ACProp cannot use; give it one of torch.float16"
+USABLE = "which ACProp cannot use; use one of torch.float16"
 ONLY_TENSORS = "can only optimize Tensors"
 ONLY_FLOATING = "`fused=True` requires all the params to be floating point Tensors"
 DICTS = "list of dicts"
@@ -199,7 +200,7 @@ TORCH_CORE: list[Bad] = [
         ("a generator of them", From(lambda w: torch.nn.Linear(2, 2).parameters()), TypeError,
          "parameter is a generator", "not an array"),
         ("of NumPy and torch", {"a": np.ones(2), "b": torch.ones(2)}, TypeError,
-         "parameter 'b' is an array of torch, parameter 'a' one of numpy; convert one of them"),
+         "parameter 'b' is an array of torch, parameter 'a' is an array of numpy; convert one of them"),
     ]),
 ]
 
@@ -222,7 +223,7 @@ NUMBERS = [
     ("a tensor without value", torch.tensor(0.1, device="meta"), TypeError, f"{SOME_NUMBER}, or a tensor"),
 ]
 SIZES = [("two elements", 2), ("no element", 0)]
-PAIR = ("Invalid betas: ", "give two decay rates, such as (0.9, 0.999)")
+PAIR = ("Invalid betas: ", "use two decay rates, such as (0.9, 0.999)")
 BOTH_KINDS = "betas must be either both floats or both Tensors"
 BETAS: list[tuple[Any, ...]] = [
     (None, ValueError, *PAIR),
@@ -339,9 +340,9 @@ STATE_DICTS = [
     ("a list", [], TypeError, "the state_dict is a list", RETURNED),
     ("an empty dict", {}, ValueError, "the state_dict lacks a dict 'state'", RETURNED),
     ("no groups", {"state": {}}, ValueError, f"or a {DICTS} 'param_groups'", RETURNED),
-    ("a model's", {"fc.weight": torch.ones(2)}, ValueError, "lacks a dict 'state'", "not that of a model"),
+    ("a model's", {"fc.weight": torch.ones(2)}, ValueError, "lacks a dict 'state'", "not a model's"),
     ("AdamW's", From(lambda w: adamw().state_dict()), ValueError,
-     "parameter group 0 lacks 'eps_root': it is that of another optimizer; load one that ACProp saved"),
+     "parameter group 0 lacks 'eps_root': it belongs to another optimizer; load one that ACProp saved"),
 ]
 CHANGED = [
     ("no state", lambda s: {"param_groups": s["param_groups"]}, ValueError, "lacks a dict 'state'", RETURNED),
@@ -392,7 +393,7 @@ SPOILT: list[tuple[str, Any, type[Exception], str]] = [
     ("lr", "x", TypeError, f"Invalid learning rate: 'x'; {SOME_NUMBER} for lr"),
     ("lr", None, TypeError, f"Invalid learning rate: None; {SOME_NUMBER} for lr"),
     ("lr", True, TypeError, f"Invalid learning rate: True; {SOME_NUMBER} for lr"),
-    ("betas", None, ValueError, "Invalid betas: None; give two decay rates"),
+    ("betas", None, ValueError, "Invalid betas: None; use two decay rates"),
     ("betas", (1.0, 0.9), ValueError, f"{RATE}0: 1.0"),
     ("eps", -1.0, ValueError, "Invalid epsilon value: -1.0"),
     ("weight_decay", math.inf, ValueError, "Invalid weight_decay value: inf"),
@@ -430,9 +431,9 @@ TORCH_STATES: list[Bad] = [
          f"the model is a list; {A_MODULE}, or a mapping of names to parameters"),
         ("model None", None, TypeError, f"the model is a NoneType; {A_MODULE}"),
         ("another model", From(lambda w: {"a": w.a}), ValueError,
-         "parameter group 1 has a parameter of shape (2, 3) that the model has not; give the model"),
+         "parameter group 1 has a parameter of shape (2, 3) that the model does not have; pass the model"),
     ]),
-    bad("import_state: swapped", "import_swapped", {}, TypeError, "to import are a State and a ACProp"),
+    bad("import_state: swapped", "import_swapped", {}, TypeError, "import_state got a State and a ACProp"),
     bad("import_state: prefer", "import_state", {"prefer": "mine"}, ValueError, f"prefer is 'mine'; {OWN_OR_SAVED}"),
     bad("import_state: other hyperparameters", "import_state", {"saved": ACProp(0.5)}, ValueError,
         "hyperparameters differ: learning_rate is 0.1 here and 0.5 in the saved state",
@@ -440,10 +441,10 @@ TORCH_STATES: list[Bad] = [
     bad("import_state: a schedule", "import_state", {"saved": ACProp(boom), "prefer": "saved"}, ValueError,
         "the saved learning_rate is a callable, which a torch optimizer cannot have", "prefer='own'"),
     bad("import_state: a negative count", "import_state", {"count": -1}, ValueError,
-        COUNT, "is -1; it cannot be negative"),
+        COUNT, MINUS_ONE),
     bad("import_state: a count of 1.0", "import_state", {"count": 1.0}, TypeError, COUNT, f"is 1.0; {INTEGER}"),
     bad("import_state: moments None", "import_state", {"mu": None}, TypeError,
-        "the saved moments are no dicts by name"),
+        "the saved moments are not dicts by name"),
     bad("import_state: missing names", "import_state", {"mu": {}, "nu": {}}, ValueError,
         "the saved state lacks 'a', 'b'", "Use rename="),
     *table("import_state: ", "import_leaf", "leaf", [
@@ -454,7 +455,7 @@ TORCH_STATES: list[Bad] = [
         ("a shape", np.ones(3, "f4"), ValueError, f"{FIRST} has shape (3,), here it is (2, 3); use transform="),
     ], name="b"),
     bad("import_state: a surplus name", "import_leaf", {"name": "c", "leaf": np.ones(3, "f4")}, ValueError,
-        "the saved state has 'c', for which there is no parameter here; use rename="),
+        "the saved state has 'c', but there is no such parameter here; use rename="),
     bad("export_state: of no optimizer", "export_of", {"optimizer": None}, TypeError,
         f"the optimizer is a NoneType; {AN_OPTIMIZER}"),
     bad("export_state: hyperparameters a string", "export_with", {"hyperparameters": "x"}, TypeError,
