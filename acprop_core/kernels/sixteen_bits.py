@@ -1,7 +1,7 @@
 """16-bit numbers for Numba, which has none: memory is read as integers, which are converted to float32 and back.
 
-The results are those of ml_dtypes and NumPy (except the payload of a NaN): to nearest even, with denormals. Everything
-is inlined and without branches, so that loops over it are vectorised.
+Results equal ml_dtypes' and NumPy's (except the payload of a NaN): to nearest even, with denormals. Everything is
+inlined and without branches, so that loops over it are vectorised.
 """
 
 from collections.abc import Callable

@@ -26,9 +26,10 @@ class Work:
         self._ended: Any = None  # the lock of an attempt, held until it ends
 
     def finish(self) -> None:
-        """Run the pending tasks, then raise what interrupted the wait.
+        """Run the pending tasks, then raise the exception that interrupted the wait.
 
-        Raises what a task raises (MemoryError, say); the task is still pending then, and another call tries it again.
+        An exception of a task (MemoryError, say) is raised too; the task is then still pending, and another call tries
+        it again.
         """
         interruption: BaseException | None = None
         while not self.finished:

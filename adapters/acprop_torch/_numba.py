@@ -36,8 +36,8 @@ def has_numba() -> bool:
 def memory_of(columns: Row, known: Memory | None) -> Memory | None:
     """Return where plain rows alike in dtypes are, or None; `known` is the result of the step before.
 
-    Whether they are plain takes longer than the step if there are many small ones. So it is asked again only if some
-    tensor has become another one in anything but its address and its values. The addresses are new at every step.
+    To check whether they are plain takes longer than the step if there are many small ones. So it is checked again only
+    if a tensor differs from the last step's in more than address and values. The addresses are read at every step.
     """
     import numpy as np
 
@@ -55,7 +55,7 @@ def memory_of(columns: Row, known: Memory | None) -> Memory | None:
 
 
 def are_plain(columns: Row) -> bool:
-    """Return whether all tensors are contiguous CPU memory that holds their very values."""
+    """Return whether all tensors are contiguous CPU memory that holds their values as they are."""
     param, grad, mu, nu, carry = columns
     carries = [x for x in carry if x is not None]
     if len(carries) not in (0, len(carry)):
@@ -101,10 +101,10 @@ def prepare(batch: Batch, memory: Memory, count: int) -> Callable[[], None]:
     own, moments = row.param.element_size(), row.mu.element_size()
 
     def run() -> None:
-        # Both before the compiled step: when it returns, Python looks for signals, and their exceptions must find
-        # everything done.
+        # Both before the compiled step, because Python handles signals when it returns, and their exceptions must
+        # find everything done.
         count_steps(batch.steps)
-        torch.autograd.graph.increment_version(batch.columns.param)  # autograd does not see it happen
+        torch.autograd.graph.increment_version(batch.columns.param)  # because autograd does not see the step
         if threads < 2:
             kernel(memory.table, sizes, *rest)
             return

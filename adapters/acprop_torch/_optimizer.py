@@ -1,4 +1,4 @@
-"""The optimizer: what torch users call, the preparation of a step, and the choice of a way to step."""
+"""The optimizer: its public methods, the preparation of a step, and the choice of a way to step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -132,7 +132,7 @@ class ACProp(torch.optim.Optimizer):
         self._say_who_unscales()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, whose options default to those of the constructor.
+        """Add a group of parameters, whose options default to the constructor's.
 
         Parameters
         ----------
@@ -255,7 +255,7 @@ class ACProp(torch.optim.Optimizer):
     def _check_ways(
         self, group: dict[str, Any], params: list[Tensor], steps: list[Tensor], foreach: bool, scales: bool
     ) -> None:
-        """Refuse what the chosen way to step cannot do."""
+        """Refuse inputs that the chosen way to step does not support."""
         if group["capturable"] and not group["fused"]:
             supported = private.capturable_devices()
             for p, step in zip(params, steps, strict=True):

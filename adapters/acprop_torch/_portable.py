@@ -290,7 +290,7 @@ def _is_sharded(x: Tensor) -> TypeGuard["DTensor"]:
 
 
 def _keeps(params: Iterable[Tensor]) -> bool:
-    """Return whether this rank keeps what is gathered: the first of a mesh does."""
+    """Return whether this rank keeps the gathered tensors, as the first of a mesh does."""
     meshes = [p.device_mesh for p in params if _is_sharded(p)]
     return not meshes or any(mesh.get_rank() == mesh.mesh.flatten()[0] for mesh in meshes)
 

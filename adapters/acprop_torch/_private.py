@@ -1,4 +1,4 @@
-"""Private names of torch, in this file alone: what each is for, and what replaces it where a torch lacks it."""
+"""Private names of torch, in this file only: the use of each, and its replacement in a torch that lacks it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, _utils
 from torch._C._dynamo.guards import TensorGuards
 from torch.optim import optimizer as _optimizer
 
-# The helpers of torch's own optimizers, so that this one refuses, finds and chooses what AdamW does.
+# The helpers of torch's own optimizers, so that this one refuses, finds and chooses as AdamW does.
 # A step without gradients, or with them if differentiable; otherwise a decorator of a few lines.
 use_grad_for_differentiable = _optimizer._use_grad_for_differentiable
 # foreach=None: lists on accelerators only; otherwise False.
@@ -45,10 +45,10 @@ is_zerotensor = Tensor._is_zerotensor  # zeros without memory; otherwise `data_p
 
 
 def likeness_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return what says whether as many others have exactly their types, devices, dtypes, shapes and strides.
+    """Return a function that says whether as many others have the same types, devices, dtypes, shapes and strides.
 
     Otherwise a function that says no. This one asks in C++: 4,000 tensors in 0.3 ms, which took 3 ms in Python. It
-    keeps no reference to a tensor, not even a weak one, with which torch.utils.swap_tensors would refuse the tensor.
+    keeps not even a weak reference to a tensor, because torch.utils.swap_tensors refuses a tensor that has one.
     """
     return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
@@ -60,8 +60,8 @@ def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
 
 def compiled(function: Any) -> Any:
     """Return `function` compiled for any sizes, one program for each combination of dtypes and options."""
-    # Past the limit on programs torch would run it uncompiled without a word, hence `fullgraph`, which makes that an
-    # error. Older torch has the limit as `torch._dynamo.config.recompile_limit` alone.
+    # Beyond the limit on programs, torch would run it uncompiled without warning; with `fullgraph` it raises an error.
+    # Older torch has the limit as `torch._dynamo.config.recompile_limit` alone.
     return torch.compile(  # type: ignore[call-overload]  # torch's annotations lack the limit
         function, dynamic=True, fullgraph=True, recompile_limit=256
     )
