@@ -827,7 +827,7 @@ def interrupted_kernel() -> contextlib.AbstractContextManager[Any]:
     def kernel(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    return mock.patch.object(cpu, "kernel_of", lambda *args: kernel)
+    return mock.patch.object(cpu, "kernel_of", return_value=kernel)
 
 
 def forget_compiled_torch_step() -> None:

@@ -112,7 +112,7 @@ def test_two_processes(tmp_path: Path) -> None:
         assert_only_the_first_has_content(found[f"portable {way}"])
         for results in found[f"zero {way}"]:
             assert (
-                "the optimizer is a ZeroRedundancyOptimizer; give an acprop_torch.ACProp. If it wraps one"
+                "the optimizer is a ZeroRedundancyOptimizer; pass an acprop_torch.ACProp. If it wraps one"
                 in results["wrapper"]
             )
     assert not wrong(found, train_network(network()), "network")

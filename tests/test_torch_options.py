@@ -427,6 +427,7 @@ CHANGES = (other_gradient, other_memory, other_order, fewer, other_dtype, other_
 CHANGES += (another_parameter, swapped, swapped_moments, exchanged_parameters, another_gradient_dtype)
 CHANGES += (fewer_parameters, frozen, no_state, loaded)
 
+
 def narrowed_in_place(x: torch.Tensor) -> torch.Tensor:
     """Return float32 numbers in the memory of float64 ones."""
     narrow = x.view(-1).view(torch.float32)[: x.numel()]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, _utils
+from torch import Tensor, _compile, _utils
 from torch._C._dynamo.guards import TensorGuards
 from torch.optim import optimizer as _optimizer
 
@@ -20,7 +20,7 @@ scalar_dtype: Any = _optimizer._get_scalar_dtype
 # A 1-element tensor as a 0-d one, anything else as it is; otherwise `squeeze()`.
 to_scalar = _optimizer._to_scalar
 # Has torch.compile call a function instead of tracing it; otherwise `torch.compiler.disable`, which is slow to import.
-untraced = torch._disable_dynamo
+untraced = _compile._disable_dynamo
 
 # One tensor from several, and back, at C speed; otherwise `torch.cat` of `reshape(-1)`, and `split` with `view_as`.
 flatten_dense: Any = _utils._flatten_dense_tensors
