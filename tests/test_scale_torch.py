@@ -87,7 +87,10 @@ def assert_only_the_first_has_content(ranks: list[Results]) -> None:
         assert results["devices"] == "['meta']"
         for refusal in (results["save"], results["import"]):
             assert refusal.startswith("TypeError: ")
-            assert "moment of 'layers.0.weight' is a meta tensor, without content; pass the state that export_state" in refusal
+            assert (
+                "moment of 'layers.0.weight' is a meta tensor, without content; pass the state that export_state"
+                in refusal
+            )
 
 
 def test_two_processes(tmp_path: Path) -> None:
