@@ -104,35 +104,48 @@ def check_mask(marks: Sequence[Any], names: Sequence[str], owners: Sequence[Any]
     return [bool(mark) for mark in marks]
 
 
-def check_leaf(what: str, name: str, x: Any, owner: str = "", own: Any = None) -> None:
-    """Refuse a leaf that is not floating-point, or that does not match the leaf `own`, called `owner`, if there is one.
-
-    A complex parameter has a complex first moment and may have complex gradients; no other parameter may.
-    """
-    if owner:
-        if x is None or own is None:
-            if x is None and (own is None or what in ("gradient", "update")):
-                return
-            have, want = ("None" if leaf is None else "an array" for leaf in (x, own))
-            raise ValueError(f"{called(what, name)} is {have}, its {owner} {want}; pass both or neither")
-        if tuple(x.shape) != tuple(own.shape):
-            raise ValueError(
-                f"{called(what, name)} has shape {tuple(x.shape)}, its {owner} {tuple(own.shape)}; make them equal"
+def check_array(what: str, name: str, x: Any) -> None:
+    """Refuse a leaf that is not a dense floating-point array; None is accepted."""
+    if x is not None:
+        _check_dense(what, name, x)
+        if (kind := dtype_name(x.dtype)) not in (*FLOATS, *REAL_OF):
+            raise TypeError(
+                f"{called(what, name)} has dtype {kind}, which ACProp cannot use; use one of {', '.join(FLOATS)}"
             )
-    elif x is None:
-        return
-    if layout := sparse_layout(x):
-        raise TypeError(f"{called(what, name)} is sparse ({layout}); make it dense: to_dense()")
-    if owner and (device := device_of(x)) != (own_device := device_of(own)):
+
+
+def check_match(
+    what: str, name: str, x: Any, owner: str, own: Any, *, optional: bool = False, is_complex: bool | None = None
+) -> None:
+    """Refuse a leaf that does not match its owner: in shape, device, and kind of dtype.
+
+    With `optional` it may be None. Where the owner is complex, the leaf must be so too if `is_complex`, must not if
+    that is False, and may be either if it is None. Where the owner is real, so is the leaf.
+    """
+    if x is None or own is None:
+        if x is None and (optional or own is None):
+            return
+        have, want = ("None" if leaf is None else "an array" for leaf in (x, own))
+        raise ValueError(f"{called(what, name)} is {have}, its {owner} {want}; pass both or neither")
+    if tuple(x.shape) != tuple(own.shape):
+        raise ValueError(
+            f"{called(what, name)} has shape {tuple(x.shape)}, its {owner} {tuple(own.shape)}; make them equal"
+        )
+    _check_dense(what, name, x)
+    if (device := device_of(x)) != (own_device := device_of(own)):
         raise TypeError(f"{called(what, name)} is on {device}, its {owner} on {own_device}; move one of them")
-    kind, own_kind = dtype_name(x.dtype), dtype_name(own.dtype) if owner else ""
-    real_only = what == "second moment" or own_kind in FLOATS
-    if kind not in FLOATS and (real_only or kind not in REAL_OF):
+    kind, own_kind = dtype_name(x.dtype), dtype_name(own.dtype)
+    if kind not in FLOATS and (kind not in REAL_OF or own_kind in FLOATS or is_complex is False):
         remedy = f"use {'a real one: ' if kind in REAL_OF else ''}one of {', '.join(FLOATS)}"
         reason = f" for a {owner} of dtype {own_kind}" if kind in REAL_OF else ""
         raise TypeError(f"{called(what, name)} has dtype {kind}, which ACProp cannot use{reason}; {remedy}")
-    if what == "first moment" and kind in FLOATS and own_kind in REAL_OF:
+    if is_complex and kind in FLOATS and own_kind in REAL_OF:
         raise TypeError(f"{called(what, name)} has dtype {kind}, its {owner} {own_kind}; use a complex dtype")
+
+
+def _check_dense(what: str, name: str, x: Any) -> None:
+    if layout := sparse_layout(x):
+        raise TypeError(f"{called(what, name)} is sparse ({layout}); make it dense: to_dense()")
 
 
 def check_carry(name: str, carry: Any, param: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from acprop_core import rule
-from acprop_core._quirks import Array, Rounding, as_array, standard_namespace
+from acprop_core._quirks import Array, Rounding, as_array, library, standard_namespace
 
 SIXTEEN_BITS = tuple(rule.FORMATS)
 FLOATS = (*SIXTEEN_BITS, "float32", "float64")
@@ -23,6 +23,18 @@ def moment_dtypes(param: str, moment_dtype: str | None = None) -> tuple[str | No
     """Return the names of the dtypes of mu and nu for a parameter dtype; None if there is no such complex dtype."""
     real = moment_dtype or ("float32" if param in SIXTEEN_BITS else REAL_OF.get(param, param))
     return (COMPLEX_OF.get(real) if param in REAL_OF else real), real
+
+
+def moment_dtypes_of(param: Array, moment_dtype: str | None, xp: Any) -> tuple[Any, Any]:
+    """Return the dtypes of mu and nu for a parameter; refuse a `moment_dtype` that the library does not have."""
+    kind = dtype_name(param.dtype)
+    mu, nu = moment_dtypes(kind, moment_dtype)
+    if mu is None or not hasattr(xp, mu):
+        raise TypeError(
+            f"moment_dtype is {nu!r}, in which {library(xp)} cannot keep the moments of {kind} parameters; "
+            "use a wider one"
+        )
+    return getattr(xp, mu), getattr(xp, nu)
 
 
 def step_dtypes(mu: str, param: str) -> tuple[str, bool]:
@@ -89,7 +101,7 @@ class Step:
 
     def without_rate(self) -> "Step":
         """Return this step without its learning rate: the update is d_t, for hosts that apply their own rate."""
-        return Step(self.numbers._replace(rate=1.0), self.flags, self._xp)
+        return Step(self.numbers, self.flags._replace(rated=False), self._xp)
 
     def with_grad_scale(self, scale: Any) -> "Step":
         """Return this step for gradients that are multiplied by a number first."""
@@ -106,6 +118,9 @@ class Step:
             Whether this parameter has weight decay, if there is any.
         """
         param, grad, mu, nu, carry = row
+        if grad is None:
+            return None, mu, nu, carry
+        param = grad if param is None else param  # only its dtype matters then
         xp: Any = self._xp
         numbers, flags, dtype, real_dtype = self.cast_for(mu.dtype, param.dtype, decays, carry is not None)
         wide_param, wide_carry = param, None
@@ -141,9 +156,10 @@ class Step:
             real_dtype = getattr(self._xp, real)
             dtype = getattr(self._xp, COMPLEX_OF[real]) if is_complex else real_dtype
             numbers = rule.cast(self.numbers, real_dtype, SMALLEST_NORMAL[real], self._xp)
-            self._cast[key] = numbers, self.flags._replace(is_complex=is_complex), dtype, real_dtype
+            flags = self.flags._replace(is_complex=True) if is_complex else self.flags
+            self._cast[key] = numbers, flags, dtype, real_dtype
         numbers, flags, dtype, real_dtype = self._cast[key]
-        if not decays:
+        if flags.decay and not decays:
             flags = flags._replace(decay=rule.Decay.NONE)
         if has_carry:
             flags = flags._replace(format=rule.FORMATS[param])

@@ -1,23 +1,16 @@
 """The optimizer: hyperparameters, and the pure functions that apply the rule to containers of arrays."""
 
-import numbers
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
-
-from acprop_core._checks import (
-    check_compensation,
-    check_count,
-    check_leaf,
-    check_number,
-    common_namespace,
-)
+from acprop_core._checks import check_array, check_count, check_match, check_number, common_namespace
 from acprop_core._containers import align, names_and_leaves, unflatten
-from acprop_core._dtypes import FLOATS, as_dtype, dtype_name, is_compensated, moment_dtypes, restore
-from acprop_core._quirks import add_one, library, zeros_like
-from acprop_core.adapt import Row, check_row, decays_of, leaves_of, step_at
+from acprop_core._dtypes import FLOATS, as_dtype, dtype_name, is_compensated, moment_dtypes_of, restore
+from acprop_core._quirks import add_one
+from acprop_core.adapt import Row, check_params, decays_of, rows_of, step_at
+from acprop_core.rule import has_decay
 
 Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of arrays and None
 
@@ -143,14 +136,10 @@ class ACProp:
 
     def __post_init__(self) -> None:
         checked = {}
-        if not callable(self.learning_rate):
-            checked["learning_rate"] = check_number("learning_rate", self.learning_rate)
-        for name in ("b1", "b2"):
-            checked[name] = check_number(name, getattr(self, name), below=1.0)
-        for name in ("eps", "eps_root", "weight_decay"):
-            checked[name] = check_number(name, getattr(self, name))
-        if self.clip_exponent is not None:
-            checked["clip_exponent"] = check_number("clip_exponent", self.clip_exponent)
+        for name in ("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay", "clip_exponent"):
+            value = getattr(self, name)
+            if not (name == "learning_rate" and callable(value)) and not (name == "clip_exponent" and value is None):
+                checked[name] = check_number(name, value, below=1.0 if name in ("b1", "b2") else math.inf)
         if self.centering not in ("current", "previous"):
             raise ValueError(f"centering is {self.centering!r}; use 'current' or 'previous'")
         if self.moment_dtype is not None:
@@ -196,7 +185,7 @@ class ACProp:
         names, leaves = names_and_leaves(params)
         xp = common_namespace(("parameter", name, x) for name, x in zip(names, leaves, strict=True))
         for name, x in zip(names, leaves, strict=True):
-            check_leaf("parameter", name, x)
+            check_array("parameter", name, x)
         rows = [(None, None, None) if x is None else self._zeros(x, xp) for x in leaves]
         mu, nu, carry = (unflatten(params, [row[i] for row in rows]) for i in range(3))
         return State(0, mu, nu, carry if self.compensate else None)
@@ -245,28 +234,15 @@ class ACProp:
         """
         if not isinstance(state, State):
             raise TypeError(f"the state is a {type(state).__name__}; pass the State that init or update returned")
-        decays = not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
-        for name, needed in (("weight_decay", decays), ("compensate", self.compensate)):
-            if needed and params is None:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, which needs the parameters: call update(grads, state, params)"
-                )
-        like, owner = (state.mu, "first moment") if params is None else (params, "parameter")
-        names, rows = self._rows(grads, state, params, like)
-        xp = common_namespace(leaves_of(names, rows))
-        for name, row in zip(names, rows, strict=True):
-            check_row(name, row, self.compensate, owner)
+        check_params(self, params, has_decay(self.weight_decay))
+        _, rows, xp = rows_of(Row(params, grads, *state[1:]), self.compensate)
+        like = state.mu if params is None else params
         if xp is None:  # no arrays at all
-            return like, state._replace(count=_next(state.count))
+            return like, state._replace(count=add_one(state.count))
         step = step_at(self, check_count(state.count), xp)
-        results = []
-        for row, marked in zip(rows, decays_of(self, like), strict=True):
-            if row.grad is None:
-                results.append((None, row.mu, row.nu, row.carry))
-            else:  # use the gradient as a missing parameter, because only its dtype matters
-                results.append(step(row if params is not None else row._replace(param=row.grad), marked))
+        results = list(map(step, rows, decays_of(self, like)))
         updates, mu, nu, carry = (unflatten(like, [result[i] for result in results]) for i in range(4))
-        return updates, State(_next(state.count), mu, nu, carry if self.compensate else None)
+        return updates, State(add_one(state.count), mu, nu, carry if self.compensate else None)
 
     def apply(self, params: Container, updates: Container) -> Container:
         """Return the parameters after the step, ``params + updates``, in the dtypes of the parameters.
@@ -299,38 +275,15 @@ class ACProp:
         pairs = [("parameter", leaves), ("update", new)]
         xp = common_namespace((what, name, x) for what, column in pairs for name, x in zip(names, column, strict=True))
         for name, x, u in zip(names, leaves, new, strict=True):
-            check_leaf("parameter", name, x)
-            check_leaf("update", name, u, "parameter", x)
+            check_array("parameter", name, x)
+            check_match("update", name, u, "parameter", x, optional=True)
         sums = [
             x if u is None else restore(x + as_dtype(u, x.dtype, xp), x, xp) for x, u in zip(leaves, new, strict=True)
         ]
         return unflatten(params, sums)
 
     def _zeros(self, x: Any, xp: Any) -> tuple[Any, Any, Any]:
-        kind = dtype_name(x.dtype)
-        mu, nu = moment_dtypes(kind, self.moment_dtype)
-        if mu is None or not hasattr(xp, mu):
-            raise TypeError(
-                f"moment_dtype is {nu!r}, in which {library(xp)} cannot keep the moments of {kind} parameters; "
-                "use a wider one"
-            )
+        mu, nu = moment_dtypes_of(x, self.moment_dtype, xp)
+        real = x if mu == nu else xp.real(x)  # Dask warns of zeros that are real and like a complex array
         carry = xp.zeros_like(x) if self.compensate and is_compensated(x) else None
-        return xp.zeros_like(x, dtype=getattr(xp, mu)), zeros_like(x, getattr(xp, nu), mu == nu, xp), carry
-
-    def _rows(self, grads: Any, state: State, params: Any, like: Any) -> tuple[list[str], list[Row]]:
-        names, leaves = names_and_leaves(like)
-        check_compensation(self.compensate, state.carry)
-        absent = [None] * len(names)
-        columns = [absent if params is None else leaves]
-        for what, tree in (("gradient", grads), ("first moment", state.mu), ("second moment", state.nu)):
-            columns.append(list(align(tree, like, f"the container of {what}s")))
-        has_carry = state.carry is not None
-        columns.append(list(align(state.carry, like, "the container of carries")) if has_carry else absent)
-        return names, [Row(*row) for row in zip(*columns, strict=True)]
-
-
-def _next(count: Any) -> Any:
-    if isinstance(count, numbers.Integral):
-        return int(count) + 1
-    xp = array_namespace(count)
-    return add_one(count, xp.iinfo(count.dtype).max, xp)
+        return xp.zeros_like(x, dtype=mu), xp.zeros_like(real, dtype=nu), carry

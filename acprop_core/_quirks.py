@@ -10,6 +10,7 @@
 - PyTorch and sparse libraries: arrays that are not dense.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -61,11 +62,6 @@ def as_array(x: Array, xp: Any) -> Array:
     return x if x.shape else xp.asarray(x)
 
 
-def zeros_like(x: Array, dtype: Any, is_complex: bool, xp: Any) -> Array:
-    """Return zeros in the shape of `x`; `is_complex` says whether the zeros are complex if `x` is."""
-    return xp.zeros_like(x if is_complex else xp.real(x), dtype=dtype)
-
-
 def device_of(x: Any) -> Any:
     """Return the device of an array; None where devices are not compared."""
     return None if is_jax_array(x) or is_numpy_array(x) else getattr(x, "device", None)
@@ -88,8 +84,12 @@ def sparse_layout(x: Array) -> str:
     return layout if "sparse" in layout else ""
 
 
-def add_one(count: Array, largest: int, xp: Any) -> Array:
-    """Return the next count of a 0-d array, which stops at the largest value of its dtype."""
+def add_one(count: Any) -> Any:
+    """Return the next count: of an int, or of a 0-d array, which stops at the largest value of its dtype."""
+    if isinstance(count, numbers.Integral):
+        return int(count) + 1
+    xp = array_namespace(count)
+    largest = xp.iinfo(count.dtype).max
     if is_numpy_array(count):
         return xp.asarray(min(int(count) + 1, largest), dtype=count.dtype)
     return xp.where(count < largest, count + 1, count)

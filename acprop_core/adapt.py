@@ -4,51 +4,48 @@ An adapter walks its framework's containers, makes a `Row` of the leaves of each
 and calls the `Step` that `step_at` returns. docs/howto-backend.md shows one.
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from acprop_core._checks import (
     called,
-    check_arithmetic,
+    check_array,
     check_carry,
     check_compensation,
     check_count,
-    check_leaf,
     check_library,
     check_mask,
+    check_match,
     check_number,
     common_namespace,
 )
 from acprop_core._containers import align, flatten, names_and_leaves, unflatten
-from acprop_core._dtypes import Step, as_dtype, dtype_name, is_compensated, moment_dtypes
+from acprop_core._dtypes import Step, dtype_name, is_compensated, moment_dtypes, moment_dtypes_of
 from acprop_core._quirks import Array, library
-from acprop_core.rule import Hyperparameters, flags_of, numbers_of
+from acprop_core.rule import Hyperparameters, flags_of, has_decay, numbers_of
 
 __all__ = [
+    "WHAT",
     "Array",
     "Row",
     "Step",
     "align",
-    "as_dtype",
     "called",
-    "check_arithmetic",
-    "check_carry",
-    "check_compensation",
+    "check_array",
     "check_count",
-    "check_leaf",
-    "check_library",
-    "check_mask",
+    "check_match",
     "check_number",
+    "check_params",
     "check_row",
     "common_namespace",
     "decays_of",
     "dtype_name",
     "flatten",
     "is_compensated",
-    "leaves_of",
     "library",
     "moment_dtypes",
+    "moment_dtypes_of",
     "names_and_leaves",
+    "rows_of",
     "step_at",
     "unflatten",
 ]
@@ -70,18 +67,56 @@ class Row(NamedTuple):
     carry: Any = None
 
 
-_WHAT = Row("parameter", "gradient", "first moment", "second moment", "carry")
+WHAT = Row("parameter", "gradient", "first moment", "second moment", "carry")
+_CONTAINERS = Row("parameters", "gradients", "first moments", "second moments", "carries")
 
 
-def leaves_of(names: Sequence[str], rows: Sequence[Row]) -> Iterator[tuple[str, str, Any]]:
-    """Yield each leaf of the rows as an argument of `common_namespace`: (what, name, array)."""
-    for i, what in enumerate(_WHAT):
-        for name, row in zip(names, rows, strict=True):
-            yield what, name, row[i]
+def rows_of(trees: Row, compensate: bool) -> tuple[list[str], list[Row], Any]:
+    """Return the leaves of five containers as rows, checked.
+
+    Parameters
+    ----------
+    trees : Row
+        Containers of arrays. Without parameters (None) the others are compared with the first moments.
+    compensate : bool
+        Whether 16-bit parameters must have a carry.
+
+    Returns
+    -------
+    names : list of str
+        The dotted name of each row.
+    rows : list of Row
+        In the order of `flatten`.
+    xp : namespace or None
+        The array library of all arrays; None if there are none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If containers or leaves do not match.
+    """
+    check_compensation(compensate, trees.carry)
+    like = trees.mu if trees.param is None else trees.param
+    names, _ = names_and_leaves(like)
+    columns = [
+        [None] * len(names) if tree is None and what in (WHAT.param, WHAT.carry) else list(align(tree, like, container))
+        for tree, what, container in zip(
+            trees, WHAT, (f"the container of {plural}" for plural in _CONTAINERS), strict=True
+        )
+    ]
+    rows = list(map(Row, *columns))
+    xp = common_namespace(
+        (what, name, x)
+        for what, column in zip(WHAT, columns, strict=True)
+        for name, x in zip(names, column, strict=True)
+    )
+    for name, row in zip(names, rows, strict=True):
+        check_row(name, row, compensate, has_params=trees.param is not None)
+    return names, rows, xp
 
 
-def check_row(name: str, row: Row, compensate: bool = False, owner: str = "parameter") -> None:
-    """Refuse leaves that are not floating-point arrays, or do not match their owner.
+def check_row(name: str, row: Row, compensate: bool = False, has_params: bool = True) -> None:
+    """Refuse leaves that are not floating-point arrays, or do not match the parameter.
 
     Parameters
     ----------
@@ -91,8 +126,8 @@ def check_row(name: str, row: Row, compensate: bool = False, owner: str = "param
         A gradient of None is accepted everywhere.
     compensate : bool
         Whether a 16-bit parameter must have a carry.
-    owner : {"parameter", "first moment"}
-        The leaf with which the others are compared. With "first moment" the parameter is not read.
+    has_params : bool
+        Otherwise the leaves are compared with the first moment, and the parameter is not read.
 
     Raises
     ------
@@ -101,13 +136,22 @@ def check_row(name: str, row: Row, compensate: bool = False, owner: str = "param
     ValueError
         If a shape does not match, or a leaf is missing or surplus.
     """
-    own = row.param if owner == "parameter" else row.mu
-    check_leaf(owner, name, own)
-    for what, x in zip(_WHAT[:4], row[:4], strict=True):
-        if what not in (owner, "parameter"):
-            check_leaf(what, name, x, owner, own)
+    owner, own = (WHAT.param, row.param) if has_params else (WHAT.mu, row.mu)
+    check_array(owner, name, own)
+    check_match(WHAT.grad, name, row.grad, owner, own, optional=True)
+    check_match(WHAT.mu, name, row.mu, owner, own, is_complex=True)
+    check_match(WHAT.nu, name, row.nu, owner, own, is_complex=False)
     if compensate:
         check_carry(name, row.carry, row.param)
+
+
+def check_params(optimizer: Any, params: Any, decays: bool) -> None:
+    """Refuse an update without the parameters that weight decay or compensation need."""
+    for name, needed in (("weight_decay", decays), ("compensate", optimizer.compensate)):
+        if needed and params is None:
+            raise ValueError(
+                f"{name} is {getattr(optimizer, name)!r}, which needs the parameters: call update(grads, state, params)"
+            )
 
 
 def decays_of(optimizer: Any, params: Any) -> list[bool]:
@@ -133,11 +177,9 @@ def decays_of(optimizer: Any, params: Any) -> list[bool]:
         If the mask has another structure than the parameters.
     """
     names, leaves = names_and_leaves(params)
-    weight_decay, mask = optimizer.weight_decay, optimizer.mask
-    if isinstance(weight_decay, float) and weight_decay == 0.0:
-        return [False] * len(names)
-    if mask is None:
-        return [True] * len(names)
+    mask = optimizer.mask
+    if mask is None or not has_decay(optimizer.weight_decay):
+        return [has_decay(optimizer.weight_decay)] * len(names)
     marks = align(mask(params) if callable(mask) else mask, params, "the mask", prefix=True)
     return check_mask(list(marks), names, leaves)
 
@@ -178,18 +220,10 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
     learning_rate = optimizer.learning_rate
     if callable(learning_rate):
         learning_rate = check_number(f"learning_rate({count})", learning_rate(count))
-    hyper = Hyperparameters(
-        learning_rate,
-        optimizer.b1,
-        optimizer.b2,
-        optimizer.eps,
-        optimizer.eps_root,
-        optimizer.weight_decay,
-        optimizer.clip_exponent,
-        optimizer.centering,
-        optimizer.compensate,
-    )
-    for name, value in zip(("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay"), hyper, strict=False):
+    fields = Hyperparameters._fields
+    # all but the last two, which the core does not have: l2 and maximize
+    hyper = Hyperparameters(learning_rate, *(getattr(optimizer, name) for name in fields[1:-2]))
+    for name, value in zip(fields[:7], hyper, strict=False):
         check_library(name, value, xp)
     check_library("the step count (state.count)", count, xp)
     return Step(numbers_of(hyper, count, xp), flags_of(hyper), xp)

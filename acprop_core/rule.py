@@ -133,6 +133,8 @@ class Flags(NamedTuple):
         Whether gradients are multiplied by `grad_scale`.
     format : Format or None
         The format of a parameter that has a carry.
+    rated : bool
+        Whether the update is multiplied by the rate. A product with 1 would change infinite complex numbers.
     """
 
     centering: Any = Centering.CURRENT
@@ -143,6 +145,7 @@ class Flags(NamedTuple):
     is_complex: bool = False
     scaled: bool = False
     format: Format | None = None
+    rated: bool = True
 
 
 def step(
@@ -200,7 +203,7 @@ def step(
     new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)
     if flags.decay == Decay.DECOUPLED:
         d = d + numbers.weight_decay * param
-    update = numbers.rate * d
+    update = numbers.rate * d if flags.rated else d
     if carry is not None:
         update, carry = _compensated(update, param, carry, numbers, flags.format, xp)
     return update, new_mu, new_nu, carry
@@ -221,10 +224,14 @@ def _direction(grad: Array, nu: Array, numbers: Numbers, flags: Flags, xp: Any) 
 def _moments(grad: Array, mu: Array, nu: Array, numbers: Numbers, flags: Flags, xp: Any) -> tuple[Array, Array]:
     """Return m_t = b1 m_{t-1} + (1 - b1) g_t and s_t = b2 s_{t-1} + (1 - b2) |g_t - m|^2 + eps_root."""
     new_mu = _average(mu, grad, numbers.old_weight1, numbers.new_weight1, flags.old_is_lighter1, xp)
-    residual = grad - (mu if flags.centering == Centering.PREVIOUS else new_mu)
-    square = xp.real(xp.conj(residual) * residual) if flags.is_complex else residual * residual
+    square = _square(grad - (mu if flags.centering == Centering.PREVIOUS else new_mu), flags, xp)
     new_nu = _average(nu, square, numbers.old_weight2, numbers.new_weight2, flags.old_is_lighter2, xp)
     return new_mu, new_nu + numbers.eps_root
+
+
+def _square(residual: Array, flags: Flags, xp: Any) -> Array:
+    # a function of its own, so that the residual is freed before the second average: 4 bytes a float32 parameter
+    return xp.real(xp.conj(residual) * residual) if flags.is_complex else residual * residual
 
 
 def _average(old: Array, new: Array, old_weight: Any, new_weight: Any, old_is_lighter: bool | None, xp: Any) -> Array:
@@ -313,8 +320,7 @@ def flags_of(hyper: Hyperparameters) -> Flags:
     Flags
         For other arrays replace `is_complex` or `format`, for a parameter without decay `decay`.
     """
-    decays = not (isinstance(hyper.weight_decay, float) and hyper.weight_decay == 0.0)  # an array is not read
-    decay = (Decay.L2 if hyper.l2 else Decay.DECOUPLED) if decays else Decay.NONE
+    decay = (Decay.L2 if hyper.l2 else Decay.DECOUPLED) if has_decay(hyper.weight_decay) else Decay.NONE
     return Flags(
         centering=Centering.PREVIOUS if hyper.centering == "previous" else Centering.CURRENT,
         decay=decay,
@@ -322,6 +328,11 @@ def flags_of(hyper: Hyperparameters) -> Flags:
         old_is_lighter1=hyper.b1 < 0.5 if isinstance(hyper.b1, float) else None,
         old_is_lighter2=hyper.b2 < 0.5 if isinstance(hyper.b2, float) else None,
     )
+
+
+def has_decay(weight_decay: Any) -> bool:
+    """Return whether there may be weight decay: an array is not read."""
+    return not (isinstance(weight_decay, float) and weight_decay == 0.0)
 
 
 def numbers_of(hyper: Hyperparameters, count: Any, xp: Any) -> Numbers:
@@ -400,15 +411,11 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
 def _bias_correction(b2: Any, count: Any, xp: Any) -> tuple[Any, Any]:
     # 1 - b2^count as -expm1(count log b2), because the plain form cancels: by 1.4e-3 in float32 at b2 = 0.99999.
     # For count 0 use n = 1 and a numerator of 0, so that value and derivative stay free of 1/0.
-    if isinstance(count, int):
-        first = float(count == 0)
-        n = count + first
-        if isinstance(b2, float):
-            return (first - 1.0) / math.expm1(n * _log(b2, xp)), first
-    else:
-        first = xp.astype(count == 0, _widest_float(xp))
-        n = xp.astype(count, _widest_float(xp)) + first
-    return (first - 1.0) / xp.expm1(n * _log(b2, xp)), first
+    is_known = isinstance(count, int)
+    first = float(count == 0) if is_known else xp.astype(count == 0, _widest_float(xp))
+    n = (count if is_known else xp.astype(count, _widest_float(xp))) + first
+    expm1 = math.expm1 if is_known and isinstance(b2, float) else xp.expm1
+    return (first - 1.0) / expm1(n * _log(b2, xp)), first
 
 
 def _log(b2: Any, xp: Any) -> Any:

@@ -74,7 +74,8 @@ def test_what_is_allowed_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["new = b2 * nu", "nu *= 0.9", "row.mu + x", "xp.sqrt(nu)", "s['exp_avg'].lerp(g, w)", "torch.lerp(mu, g)"]
+    "source",
+    ["new = b2 * nu", "nu *= 0.9", "row.mu + x", "xp.sqrt(nu)", "s['exp_avg'].lerp(g, w)", "torch.lerp(mu, g)"],
 )
 def test_arithmetic_is_found(source: str) -> None:
     assert list(arithmetic(ast.parse(source)))
@@ -86,7 +87,7 @@ def test_the_rule_is_found_to_be_arithmetic() -> None:
 
 def test_a_step_is_assembled_once() -> None:
     """Everyone calls `rule.step`; the parts of it are named by the compiler's registration alone."""
-    parts = re.compile(r"\brule\._(direction|moments|average|compensated)\b")
+    parts = re.compile(r"\brule\._(direction|moments|square|average|compensated)\b")
     naming = {str(file.relative_to(ROOT)) for file in OUTSIDE if parts.search(file.read_text())}
     assert naming == {"acprop_core/kernels/cpu.py"}
     callers = {str(file.relative_to(ROOT)) for file in OUTSIDE if re.search(r"\brule\.step\(", file.read_text())}

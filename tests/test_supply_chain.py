@@ -25,24 +25,24 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Every module that may be imported. Everything else (pickle, marshal, shelve, ctypes, subprocess, socket, ssl,
 # urllib, http, asyncio, multiprocessing, tempfile ...) is not on the list.
 STANDARD = {
-    "collections", "concurrent", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib", "itertools",
-    "json", "math", "mmap", "numbers", "operator", "os", "sys", "threading", "types", "typing",
+    "collections", "concurrent", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib", "importlib",
+    "itertools", "json", "math", "mmap", "numbers", "operator", "os", "queue", "sys", "threading", "types", "typing",
 }  # fmt: skip
 FRAMEWORKS = {
     "acprop_core": {"array_api_compat", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"},  # llvmlite: Numba's
     "acprop_optax": {"jax", "numpy", "optax"},
-    "acprop_stepper": {"array_api_compat", "numpy"},
+    "acprop_stepper": {"array_api_compat", "ctypes", "numpy"},  # ctypes: the addresses of arrays, in _overlap.py
     "acprop_torch": {"array_api_compat", "numpy", "torch"},
 }
 # Imports by a name that is computed: each a choice among names that stand in the code next to it.
 COMPUTED_IMPORTS = {
-    ("acprop_core/_checkpoint.py", "importlib.import_module(module)"),  # numpy, safetensors.numpy, ml_dtypes
-    ("adapters/acprop_stepper/_stepper.py", "importlib.import_module(library(xp))"),  # numpy or cupy
+    ("adapters/acprop_stepper/_matching.py", "importlib.import_module(name)"),  # numpy or cupy
 }
 NAMES = {"eval", "exec", "compile", "__import__", "breakpoint", "input", "print"}
 # Of modules that can do more than they should, what may be used.
 OF_MODULES = {
-    "os": {"PathLike", "fsdecode", "getpid", "name", "path", "urandom"}
+    "ctypes": {"c_int64"},
+    "os": {"PathLike", "fsdecode", "getpid", "name", "path", "register_at_fork", "urandom"}
     | {"O_RDONLY", "chmod", "close", "fstat", "fsync", "open", "replace", "unlink"},
     "sys": {"maxsize"},
     "importlib": {"import_module", "util"},

@@ -23,18 +23,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 import acprop_core
+from acprop_core._checks import called, check_compensation, check_count, check_match
+from acprop_core._containers import align, flatten
+from acprop_core._dtypes import is_compensated
 from acprop_core._optimizer import ACProp, State
-from acprop_core.adapt import (
-    Row,
-    align,
-    called,
-    check_compensation,
-    check_count,
-    check_leaf,
-    check_row,
-    flatten,
-    is_compensated,
-)
+from acprop_core.adapt import Row, check_row
 from acprop_core.checkpoint._portable import HYPERPARAMETERS, by_name, to_numpy, to_portable
 
 FORMAT = "acprop-core state"
@@ -183,10 +176,10 @@ def _parse(
 
 
 def _check(name: str, row: Row) -> None:
-    check_row(name, row, owner="first moment")
+    check_row(name, row, has_params=False)
     if row.carry is None:
         return
-    check_leaf("carry", name, row.carry, "first moment", row.mu)
+    check_match("carry", name, row.carry, "first moment", row.mu)
     if not is_compensated(row.carry):
         raise TypeError(f"{called('carry', name)} has dtype {row.carry.dtype}; only 16-bit parameters have a carry")
 

@@ -133,7 +133,7 @@ def rename_state(
         if tree is not None
     )
     for name in names:
-        check_row(name, Row(None, None, mu[name], nu[name]), owner="first moment")
+        check_row(name, Row(None, None, mu[name], nu[name]), has_params=False)
     if isinstance(optimizer.mask, dict):
         optimizer = dataclasses.replace(optimizer, mask={now: optimizer.mask[name] for now, name in names.items()})
     return optimizer, State(state.count, mu, nu, *carry)

@@ -7,18 +7,11 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from acprop_core._checks import called, check_arithmetic, check_compensation, check_count, check_mask
+from acprop_core._containers import align, names_and_leaves
+from acprop_core._dtypes import dtype_name
 from acprop_core._optimizer import ACProp, Container, State
 from acprop_core._quirks import has_no_content, readable_by_numpy
-from acprop_core.adapt import (
-    align,
-    called,
-    check_arithmetic,
-    check_compensation,
-    check_count,
-    check_mask,
-    dtype_name,
-    names_and_leaves,
-)
 
 HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(ACProp))
 

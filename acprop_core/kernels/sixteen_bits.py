@@ -14,7 +14,7 @@ from numba.core import config
 from numba.extending import intrinsic, register_jitable
 
 
-class Memory(NamedTuple):
+class Access(NamedTuple):
     """How compiled code reads and writes numbers of one dtype."""
 
     dtype: Any  # of the array as compiled code gets it
@@ -80,20 +80,20 @@ def _converts_float16() -> bool:
     return arm or (not chosen and binding.get_host_cpu_features().get("f16c", False))
 
 
-_MEMORY = {
-    "float32": Memory(np.dtype(np.float32), _same, _same, _same),
-    "float64": Memory(np.dtype(np.float64), _same, _same, _same),
-    "bfloat16": Memory(np.dtype(np.uint16), _from_bfloat16, _to_bfloat16, _round_to_bfloat16),
+_ACCESS = {
+    "float32": Access(np.dtype(np.float32), _same, _same, _same),
+    "float64": Access(np.dtype(np.float64), _same, _same, _same),
+    "bfloat16": Access(np.dtype(np.uint16), _from_bfloat16, _to_bfloat16, _round_to_bfloat16),
 }
 if _converts_float16():
-    _MEMORY["float16"] = Memory(np.dtype(np.uint16), _from_float16, _to_float16, _round_to_float16)
+    _ACCESS["float16"] = Access(np.dtype(np.uint16), _from_float16, _to_float16, _round_to_float16)
 
 
 def is_readable(param_dtype: str, moment_dtype: str) -> bool:
     """Return whether compiled code can step parameters and moments of these dtypes: both float64, or neither."""
-    return {param_dtype, moment_dtype} <= _MEMORY.keys() and (param_dtype == "float64") == (moment_dtype == "float64")
+    return {param_dtype, moment_dtype} <= _ACCESS.keys() and (param_dtype == "float64") == (moment_dtype == "float64")
 
 
-def memory_of(param_dtype: str, moment_dtype: str) -> tuple[Memory, Memory]:
+def access_to(param_dtype: str, moment_dtype: str) -> tuple[Access, Access]:
     """Return how compiled code reads and writes parameters and moments of these dtypes."""
-    return _MEMORY[param_dtype], _MEMORY[moment_dtype]
+    return _ACCESS[param_dtype], _ACCESS[moment_dtype]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from acprop_core import ACProp
-from acprop_core.adapt import Row, check_count, check_leaf, is_compensated, step_at
-from acprop_optax._trees import join, marks, named_leaves, side_by_side, with_stand_in
+from acprop_core.adapt import Row, check_array, check_count, check_params, is_compensated, step_at
+from acprop_optax._trees import join, marks, named_leaves, side_by_side
 from acprop_optax._xla import in_order
 
 
@@ -131,12 +131,7 @@ def acprop(
     def update(
         grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        for name, needed in (("weight_decay", decays), ("compensate", compensate)):
-            if needed and params is None:
-                raise ValueError(
-                    f"{name} is {getattr(optimizer, name)!r}, which needs the parameters: "
-                    "call update(grads, state, params)"
-                )
+        check_params(optimizer, params, decays)
         parts = 4 if compensate else 3
         if isinstance(state, optax.ScaleByBeliefState) or not isinstance(state, tuple | list) or len(state) != parts:
             raise TypeError(
@@ -154,10 +149,7 @@ def acprop(
             marked_tree, decay_state = marked.update(params, decay_state)
             decayed = [mark is True for mark in tree.flatten_up_to(marked_tree)]
         step = step_at(now, jnp.asarray(check_count(moments.count)), jnp)
-        results = [
-            (None, row.mu, row.nu, row.carry) if row.grad is None else step(with_stand_in(row), decay)
-            for row, decay in zip(rows, decayed, strict=True)
-        ]
+        results = list(map(step, rows, decayed))
 
         def written(row: Row, update: Any) -> Any:
             # the caller will compute the same; XLA sees that, and computes it once
@@ -242,7 +234,7 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
     def init(params: optax.Params) -> optax.ScaleByBeliefState:
         names, leaves, tree = named_leaves("parameter", params)
         for name, x in zip(names, leaves, strict=True):
-            check_leaf("parameter", name, x)
+            check_array("parameter", name, x)
         # Parameters may be abstract, so only the dtypes come from the core; zeros_like keeps each parameter's sharding.
         abstract = jax.eval_shape(optimizer.init, leaves)
         mu, nu = (
@@ -258,9 +250,7 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
         rows, tree = side_by_side(grads, state, params)
         step = step_at(optimizer, jnp.asarray(check_count(state.count)), jnp).without_rate()
-        results = [
-            (None, row.mu, row.nu, None) if row.grad is None else step(with_stand_in(row), decays=False) for row in rows
-        ]
+        results = [step(row, decays=False) for row in rows]
         results = in_order(rows, results, lambda _, d: d, state.count, optimizer.centering == "previous")
         return join(tree, results, state)
 

@@ -29,15 +29,9 @@ def side_by_side(
         columns[what] = [as_jax(what, name, x) for name, x in zip(names, leaves, strict=True)]
     order = (columns["parameter"], columns["gradient"], mu, columns["second moment"], columns["carry"])
     rows = [Row(*row) for row in zip(*order, strict=True)]
-    owner = "first moment" if params is None else "parameter"
     for name, row in zip(names, rows, strict=True):
-        check_row(name, row, compensate, owner)
+        check_row(name, row, compensate, has_params=params is not None)
     return rows, tree
-
-
-def with_stand_in(row: Row) -> Row:
-    """Return the row with the gradient as a missing parameter, because only its dtype matters then."""
-    return row if row.param is not None else row._replace(param=row.grad)
 
 
 def join(tree: Any, results: list[Any], state: optax.ScaleByBeliefState) -> tuple[Any, optax.ScaleByBeliefState]:

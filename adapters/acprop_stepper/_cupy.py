@@ -22,11 +22,6 @@ class Cupy:
         self._buffer = buffer
         self._tiles = tiles_of(buffer, max((x.size for x in buffer.params), default=1) or 1, PACK)
 
-    @staticmethod
-    def is_one_call(grads: Sequence[Array | None]) -> bool:
-        """Return False: a step is several calls."""
-        return False
-
     def tasks(self, grads: Sequence[Array | None], step: Step) -> list[Task]:
         """Return the tasks of one step; a gradient of None leaves its parameter out."""
         buffer = self._buffer

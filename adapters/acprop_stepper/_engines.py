@@ -1,22 +1,17 @@
 """The choice of an engine for each buffer of parameters."""
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from acprop_core import State
-from acprop_core.adapt import Array, flatten, library
+from acprop_core import ACProp
+from acprop_core.adapt import decays_of, is_compensated, moment_dtypes_of
 from acprop_stepper._buffers import Buffer, on_device_of
 from acprop_stepper._cupy import Cupy
+from acprop_stepper._matching import Matching
 from acprop_stepper._tiles import Tiles
-
-
-def native(xp: Any) -> Any:
-    """Return NumPy or CuPy itself for array_api_compat's namespace of it."""
-    return importlib.import_module(library(xp)) if library(xp) in ("numpy", "cupy") else xp
 
 
 def check_engine(engine: str | None, xp: Any) -> None:
@@ -35,21 +30,21 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def buffers_of(leaves: Sequence[Array], decays: Sequence[bool], state: State, xp: Any) -> list[Buffer]:
-    """Return parameters sorted by dtype, decay and device, with moments of zeros in the dtypes of the state."""
-    columns = ([None] * len(leaves) if tree is None else [x for _, x in flatten(tree)] for tree in state[1:])
-    kept = list(zip(*columns, strict=True))
+def buffers_of(optimizer: ACProp, matching: Matching) -> list[Buffer]:
+    """Return the parameters sorted by dtype, decay and device, with moments and carries of zeros."""
+    xp, decays = matching.xp, decays_of(optimizer, matching.containers)
     groups: dict[Any, list[int]] = {}
-    for i, x in enumerate(leaves):
+    for i, x in enumerate(matching.leaves):
         if x is not None:
             groups.setdefault((x.dtype, decays[i], getattr(x, "device", None)), []).append(i)
     buffers = []
-    for (_, decay, _), members in groups.items():
-        params = [leaves[i] for i in members]
+    for (dtype, decay, _), members in groups.items():
+        params = [matching.leaves[i] for i in members]
+        mu, nu = moment_dtypes_of(params[0], optimizer.moment_dtype, matching.namespace)
         size = sum(x.size for x in params)
         with on_device_of(params[0]):
-            mu, nu, carry = (None if x is None else xp.zeros(size, x.dtype) for x in kept[members[0]])
-        buffers.append(Buffer(members, params, mu, nu, carry, decay, xp))
+            carry = xp.zeros(size, dtype) if optimizer.compensate and is_compensated(params[0]) else None
+            buffers.append(Buffer(members, params, xp.zeros(size, mu), xp.zeros(size, nu), carry, decay, xp))
     return buffers
 
 
@@ -62,6 +57,10 @@ def engines_of(buffers: Sequence[Buffer], engine: str | None, xp: Any) -> list[A
     from acprop_stepper._numba import Numba
 
     compiled: dict[Any, list[Buffer]] = {}
-    for buffer in filter(Numba.fits, buffers):
-        compiled.setdefault((buffer.params[0].dtype, buffer.mu.dtype), []).append(buffer)
-    return [*map(Numba, compiled.values()), *(Tiles(buffer) for buffer in buffers if not Numba.fits(buffer))]
+    others = []
+    for buffer in buffers:
+        if Numba.fits(buffer):
+            compiled.setdefault((buffer.params[0].dtype, buffer.mu.dtype), []).append(buffer)
+        else:
+            others.append(Tiles(buffer))
+    return [*map(Numba, compiled.values()), *others]

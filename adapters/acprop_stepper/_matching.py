@@ -1,5 +1,6 @@
 """Checks: whether a stepper can step its parameters, and whether gradients match them."""
 
+import importlib
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from acprop_core.adapt import Array, align, called
 from acprop_stepper._overlap import addresses, first_overlap
 
 _writeable = operator.attrgetter("flags.writeable")
-_layout = operator.attrgetter("__class__", "dtype", "shape", "flags.c_contiguous", "flags.aligned")
+_layout = operator.attrgetter("__class__", "dtype", "shape", "strides")
 
 
 class Matching:
@@ -21,8 +22,6 @@ class Matching:
     ----------
     params : container of arrays
         The parameters.
-    xp : module
-        NumPy or CuPy.
 
     Raises
     ------
@@ -30,24 +29,34 @@ class Matching:
         If a stepper cannot write into the parameters.
     """
 
-    def __init__(self, params: Any, xp: Any) -> None:
+    def __init__(self, params: Any) -> None:
         self.names, self.leaves = adapt.names_and_leaves(params)
+        named = list(zip(self.names, self.leaves, strict=True))
+        self.namespace = adapt.common_namespace(("parameter", *pair) for pair in named) or np
+        for pair in named:
+            adapt.check_array("parameter", *pair)
+        name = adapt.library(self.namespace)
+        # the library itself, not array_api_compat's namespace of it
+        xp = self.xp = importlib.import_module(name) if name in ("numpy", "cupy") else self.namespace
         self.containers = adapt.unflatten(params, self.leaves)  # a copy: the caller may rebind names in the original
-        self._xp = xp
         self._is_flat = isinstance(params, dict | list | tuple) and len(self.leaves) == len(params)
         self._is_flat = self._is_flat and not any("." in name for name in self.names)
         self._present = [x for x in self.leaves if x is not None]
         self.check_parameters()
         self._expected = None
         if xp is np and self._present and all(x is not None and x.flags.c_contiguous for x in self.leaves):
-            self._expected = [(np.ndarray, x.dtype, x.shape, True, True) for x in self.leaves]
+            self._expected = [(np.ndarray, x.dtype, x.shape, x.strides) for x in self.leaves]
+            self._alignments = np.array([x.dtype.alignment for x in self.leaves], np.int64)
             self._sizes = np.array([x.nbytes for x in self.leaves], np.int64)
             starts = addresses(self.leaves)
             order = [i for i in np.argsort(starts) if self._sizes[i]]
-            self._starts, self._ends = starts[order], (starts + self._sizes)[order]
+            self._starts, self._ends = starts[order], np.array([0, *(starts + self._sizes)[order]])
 
-    def gradients(self, params: Any, grads: Any) -> list[Any]:
-        """Return the gradients in the order of the parameters, checked; refuse parameters that have been replaced."""
+    def gradients(self, params: Any, grads: Any) -> tuple[list[Any], Any]:
+        """Return the gradients in the order of the parameters, checked; refuse parameters that have been replaced.
+
+        Their addresses follow if all are contiguous, and otherwise None.
+        """
         now = self._leaves_of(params, "params")
         if not all(map(operator.is_, now, self.leaves)):
             name = next(name for name, x, y in zip(self.names, now, self.leaves, strict=True) if x is not y)
@@ -55,41 +64,41 @@ class Matching:
                 f"{called('parameter', name)} is not the array that the stepper was made for; write into that "
                 "array, or make another stepper"
             )
-        if self._xp is np and not all(map(_writeable, self._present)):
+        if self.xp is np and not all(map(_writeable, self._present)):
             self.check_parameters()  # which names the parameter
         leaves = self._leaves_of(grads, "the container of gradients")
-        if self._are_plain(leaves):
-            return leaves
+        if (found := self._plain_addresses(leaves)) is not None:
+            return leaves, found
         # NumPy's arithmetic makes scalars of 0-d arrays, and compiled code cannot read the memory of a scalar
         leaves = [np.asarray(g) if isinstance(g, np.generic) else g for g in leaves]
         pairs = [("parameter", self.leaves), ("gradient", leaves)]
         adapt.common_namespace((what, *pair) for what, column in pairs for pair in zip(self.names, column, strict=True))
         for name, x, g in zip(self.names, self.leaves, leaves, strict=True):
-            adapt.check_leaf("gradient", name, g, "parameter", x)
+            adapt.check_match("gradient", name, g, "parameter", x, optional=True)
             if g is not None and (g.dtype != x.dtype or getattr(g, "device", None) != getattr(x, "device", None)):
                 what = "dtype" if g.dtype != x.dtype else "device"
                 have, want = getattr(g, what), getattr(x, what)
                 raise TypeError(f"{called('gradient', name)} has {what} {have}, its parameter {want}; convert it")
         self._refuse_overlap(leaves)
-        return leaves
+        return leaves, None
 
-    def _are_plain(self, leaves: list[Any]) -> bool:
-        """Return whether gradients match at a glance: contiguous arrays that share no memory with a parameter."""
+    def _plain_addresses(self, leaves: list[Any]) -> Any:
+        """Return the addresses of contiguous gradients that share no memory with a parameter; None for others."""
         try:
             if self._expected is None or list(map(_layout, leaves)) != self._expected:
-                return False
+                return None
         except AttributeError:  # None, or not an array
-            return False
+            return None
         begin = addresses(leaves)
         # of the parameters that begin before a gradient ends, the last one ends last
-        last = np.searchsorted(self._starts, begin + self._sizes) - 1
-        return not bool(np.any((last >= 0) & (self._ends[last] > begin))) if self._starts.size else True
+        last = np.searchsorted(self._starts, begin + self._sizes)
+        return None if (self._ends[last] > begin).any() or (begin % self._alignments).any() else begin
 
     def check_parameters(self) -> None:
         """Refuse parameters that a stepper cannot write into."""
-        if self._xp.__name__ not in ("numpy", "cupy"):
+        if self.xp.__name__ not in ("numpy", "cupy"):
             raise TypeError(
-                f"the parameters are arrays of {adapt.library(self._xp)}; a Stepper takes NumPy or CuPy arrays; "
+                f"the parameters are arrays of {adapt.library(self.xp)}; a Stepper takes NumPy or CuPy arrays; "
                 "use acprop_torch or acprop_optax for others"
             )
         for name, x in zip(self.names, self.leaves, strict=True):
@@ -114,7 +123,7 @@ class Matching:
                 for name, x in zip(self.names, leaves, strict=False)
                 if x is not None
             ]
-        if overlap := first_overlap(named, self._xp):
+        if overlap := first_overlap(named, self.xp):
             raise ValueError(
                 f"{overlap[0]} and {overlap[1]} share memory, so that writing one would change the other; copy one"
                 if overlap[0] != overlap[1]

@@ -44,25 +44,20 @@ class Numba:
             x.flags.carray for x in buffer.params
         )
 
-    @staticmethod
-    def is_one_call(grads: Sequence[Array | None]) -> bool:
-        """Return whether `run` can take these gradients."""
-        return all(g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads)
-
-    def run(self, grads: Sequence[Array], step: Step, done: Any) -> None:
-        """Step all parameters by one call, which increments `done` at its end."""
-        kernel, table, rest = self._arguments(grads, step)
+    def run(self, grads: Any, step: Step, done: Any) -> None:
+        """Step all parameters by one call, which increments `done` at its end; `grads` are addresses of all of them."""
+        kernel, table, rest = self._arguments(grads[self.leaves], step)
         kernel(table, self._sizes, *rest, done)
 
     def tasks(self, grads: Sequence[Array | None], step: Step) -> list[Task]:
         """Return the tasks of one step; gradients that the compiled step cannot take are left to tiles."""
-        if not self.is_one_call(grads):
+        if not all(g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads):
             by_leaf = dict(zip(self.leaves, grads, strict=True))
             return [task for tiles in self._tiles for task in tiles.tasks([by_leaf[i] for i in tiles.leaves], step)]
-        kernel, table, rest = self._arguments(grads, step)
+        kernel, table, rest = self._arguments(addresses(grads), step)
         own, moments = self._first.params[0].itemsize, self._first.mu.itemsize
         cuts = range(0, int(self._sizes.sum()), RUN)
-        parts = (cpu.part_of(table, self._sizes, [own, own, moments, moments, own], cut, cut + RUN) for cut in cuts)
+        parts = (cpu.part_of(table, self._sizes, (own, moments), cut, cut + RUN) for cut in cuts)
 
         def task(*part: Any) -> None:
             kernel(*part, *rest, np.zeros(1, np.int64))
@@ -70,10 +65,10 @@ class Numba:
 
         return [functools.partial(task, *part) for part in parts]
 
-    def _arguments(self, grads: Sequence[Any], step: Step) -> tuple[Any, Any, tuple[Any, Any]]:
+    def _arguments(self, grads: Any, step: Step) -> tuple[Any, Any, tuple[Any, Any]]:
         mu, own = self._first.mu, self._first.params[0]
         numbers, flags, *_ = step.cast_for(mu.dtype, own.dtype, has_carry=self._first.carry is not None)
         table = self._table.copy()
-        table[1] = addresses(grads)
+        table[1] = grads
         decays = self._decays * int(flags.decay)
         return cpu.kernel_of(flags, *self._dtypes), table, (decays, cpu.numbers_for(numbers, mu.dtype.name))

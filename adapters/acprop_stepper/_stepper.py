@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from acprop_core import ACProp, State, adapt
-from acprop_core.adapt import Array, Row, align, unflatten
+from acprop_core.adapt import Array, Row, unflatten
 from acprop_stepper._buffers import Buffer, on_device_of
-from acprop_stepper._engines import buffers_of, check_engine, engines_of, native
+from acprop_stepper._engines import buffers_of, check_engine, engines_of
 from acprop_stepper._gradients import find_nonfinite, global_norm
 from acprop_stepper._matching import Matching
 from acprop_stepper._work import Task, Work
@@ -171,14 +171,11 @@ class Stepper:
         self._busy = False
         self._lock = threading.RLock()
 
-        state = self.functional.init(params)  # checks that these are floating-point arrays of one library
-        names, leaves = adapt.names_and_leaves(params)
-        self._namespace = adapt.common_namespace(("parameter", *pair) for pair in zip(names, leaves, strict=True)) or np
-        self._xp = native(self._namespace)
-        self._matching = Matching(params, self._xp)
+        self._matching = Matching(params)
+        self._xp = self._matching.xp
         check_engine(engine, self._xp)
         self._count = np.zeros(1, np.int64)  # an array, because a compiled step increments it
-        self._buffers = buffers_of(leaves, adapt.decays_of(self.functional, params), state, self._xp)
+        self._buffers = buffers_of(self.functional, self._matching)
         self._engines = engines_of(self._buffers, engine, self._xp)
         self._tame = True  # whether no moment exceeds `safe_magnitude`
 
@@ -264,16 +261,9 @@ class Stepper:
         count = adapt.check_count(state.count)
         if not isinstance(count, int):
             raise TypeError(f"the step count (state.count) is {count!r}; pass an int")
-        adapt.check_compensation(self.functional.compensate, state.carry)
-        names, like = self._matching.names, self._matching.containers
-        mu = align(state.mu, like, "the container of first moments")
-        nu = align(state.nu, like, "the container of second moments")
-        has_carry = state.carry is not None
-        carry = align(state.carry, like, "the container of carries") if has_carry else [None] * len(names)
-        rows = [Row(x, None, *kept) for x, *kept in zip(self._matching.leaves, mu, nu, carry, strict=True)]
-        adapt.common_namespace(adapt.leaves_of(names, rows))
-        for name, row in zip(names, rows, strict=True):
-            adapt.check_row(name, row, self.functional.compensate)
+        like = self._matching.containers
+        grads = unflatten(like, [None] * len(self._matching.names))
+        _, rows, _ = adapt.rows_of(Row(like, grads, *state[1:]), self.functional.compensate)
         tasks = [task for buffer in self._buffers for task in self._loading(buffer, rows)]
         self._tame = False
         self._finish(tasks, count)
@@ -287,9 +277,8 @@ class Stepper:
             new = [getattr(rows[leaf], field) for leaf in buffer.leaves]
             for leaf, x in zip(buffer.leaves, new, strict=True):
                 if x.dtype != own.dtype:
-                    what = {"mu": "first moment", "nu": "second moment"}.get(field, field)
                     raise TypeError(
-                        f"{adapt.called(what, self._matching.names[leaf])} has dtype {x.dtype}, "
+                        f"{adapt.called(getattr(adapt.WHAT, field), self._matching.names[leaf])} has dtype {x.dtype}, "
                         f"this stepper keeps {own.dtype}; convert it, or set moment_dtype"
                     )
             with on_device_of(own):
@@ -349,9 +338,9 @@ class Stepper:
 
     def _step(self, grads: Container) -> StepRecord:
         self._settle()
-        leaves = self._matching.gradients(self.params, grads)
+        leaves, found = self._matching.gradients(self.params, grads)
         count = int(self._count[0])
-        step = adapt.step_at(self.functional, count, self._namespace)
+        step = adapt.step_at(self.functional, count, self._matching.namespace)
         learning_rate = step.learning_rate
         norm = None
         if self._clip_norm is not None:
@@ -366,12 +355,12 @@ class Stepper:
                 raise FloatingPointError(f"{culprit}; nothing was changed. Correct it, or use nonfinite='skip'")
             if culprit is not None:
                 return StepRecord(count, learning_rate, norm, skipped=True)
-        parts = [(engine, [leaves[i] for i in engine.leaves]) for engine in self._engines]
-        engine, own = parts[0] if len(parts) == 1 and self._threads == 1 else (None, [])
-        if engine is not None and engine.is_one_call(own):
-            # Python handles no signal within it, so that it steps and counts, or does nothing
-            engine.run(own, step, self._count)
+        # Python looks for no signal within `run`: it steps and counts, or does neither
+        run = getattr(self._engines[0], "run", None) if len(self._engines) == self._threads == 1 else None
+        if run is not None and found is not None:
+            run(found, step, self._count)
         else:
+            parts = [(engine, [leaves[i] for i in engine.leaves]) for engine in self._engines]
             self._finish([task for engine, own in parts for task in engine.tasks(own, step)], count + 1)
         return StepRecord(count + 1, learning_rate, norm, skipped=False)
 

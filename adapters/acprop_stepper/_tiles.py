@@ -42,11 +42,6 @@ class Tiles:
         self._tiles = tiles_of(buffer, TILE // buffer.mu.itemsize if buffer.is_alike() else gathered, gathered)
         self._spare: list[list[Array]] = []  # operands and registers that no thread uses now
 
-    @staticmethod
-    def is_one_call(grads: Sequence[Array | None]) -> bool:
-        """Return False: a step is several calls."""
-        return False
-
     def tasks(self, grads: Sequence[Array | None], step: Step) -> list[Task]:
         """Return the tasks of one step; a gradient of None leaves its parameter out."""
         buffer = self._buffer

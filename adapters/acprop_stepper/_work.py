@@ -44,7 +44,7 @@ class Work:
                 continue
             if not self.finished:
                 self._ended = None
-                raise self._errors.pop()
+                raise self._errors.pop() if self._errors else RuntimeError(_FORKED)
         if interruption is not None:
             raise interruption
 
@@ -72,16 +72,23 @@ class Work:
                 return
 
 
+_FORKED = (
+    "a signal handler forked this process in the middle of a step, which only the other process finishes; "
+    "make a new stepper here, with new parameters"
+)
+
+
 class _Worker:
     """One thread for all steppers of a process, because passing a job takes 15 microseconds, a new thread 100."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[tuple[Task, Any]] = SimpleQueue()
         self._thread = threading.Thread(target=self._loop)
+        self.open: Any = None  # the lock of the last job
 
     def send(self, job: Task) -> Any:
         """Return a lock that is released when the job has ended."""
-        ended = threading.Lock()
+        ended = self.open = threading.Lock()
         ended.acquire()
         if not self._thread.is_alive():
             self._thread = threading.Thread(target=self._loop, name="acprop_stepper", daemon=True)
@@ -113,6 +120,8 @@ def _start(thread: threading.Thread) -> bool:
 
 def _new_worker() -> None:
     global _worker
+    if _worker.open is not None and _worker.open.locked():
+        _worker.open.release()  # the copy of a thread that waits for it would wait forever
     _worker = _Worker()
 
 

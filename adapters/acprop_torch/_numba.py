@@ -110,7 +110,7 @@ def prepare(batch: Batch, memory: Memory, count: int) -> Callable[[], None]:
             return
 
         def part(first: int, last: int) -> None:
-            kernel(*cpu.part_of(memory.table, sizes, [own, own, moments, moments, own], first, last), *rest)
+            kernel(*cpu.part_of(memory.table, sizes, (own, moments), first, last), *rest)
 
         cuts = np.linspace(0, sizes.sum(), threads + 1).astype(np.int64)
         with ThreadPoolExecutor(threads) as pool:

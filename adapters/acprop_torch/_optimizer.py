@@ -203,6 +203,9 @@ class ACProp(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # anything that can be refused is refused here, before anything is written
+        if len(self.param_groups) > 1 and not torch.compiler.is_compiling():  # `_init_group` asks again, of its group
+            for group in self.param_groups:
+                check_options(group, step=True)
         runs = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]
         for run in runs:
             if run is not None:

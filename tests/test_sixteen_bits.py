@@ -17,7 +17,7 @@ import torch
 import acprop_torch
 from acprop_core import ACProp
 from acprop_core.adapt import Row, step_at
-from acprop_core.kernels.sixteen_bits import Memory, is_readable, memory_of
+from acprop_core.kernels.sixteen_bits import Access, access_to, is_readable
 from acprop_stepper import Stepper
 from cases import DTYPES
 from hosts import engines_of, from_torch, no_torch_tiles, to_torch, torch_threads
@@ -49,7 +49,7 @@ def around(numbers: np.ndarray) -> np.ndarray:
     return (bits + np.arange(-2, 3, dtype=np.int64).astype(np.uint32)[:, None]).reshape(-1).view(np.float32)
 
 
-def loaded(numbers: np.ndarray, memory: Memory) -> np.ndarray:
+def loaded(numbers: np.ndarray, memory: Access) -> np.ndarray:
     """Widen numbers."""
     load = memory.load
 
@@ -63,7 +63,7 @@ def loaded(numbers: np.ndarray, memory: Memory) -> np.ndarray:
     return run(numbers.view(memory.dtype))
 
 
-def stored(values: np.ndarray, memory: Memory) -> tuple[np.ndarray, np.ndarray]:
+def stored(values: np.ndarray, memory: Access) -> tuple[np.ndarray, np.ndarray]:
     """Narrow float32 numbers, and return also what they then widen to."""
     dtype, _, store, rounded = memory
 
@@ -80,7 +80,7 @@ def stored(values: np.ndarray, memory: Memory) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_every_number_is_widened_and_rounded_as_by_its_library(dtype: str) -> None:
-    memory, _ = memory_of(dtype, dtype)
+    memory, _ = access_to(dtype, dtype)
     numbers = all_of(dtype)
     assert_same(loaded(numbers, memory), numbers.astype(np.float32))
     random = np.random.default_rng(0).integers(0, 2**32, 500_000, dtype=np.uint32).view(np.float32)
