@@ -274,6 +274,36 @@ def test_fork_after_use(backends: dict[str, str]) -> None:
             pass
 
 
+FORK_WITHIN_A_STEP = """
+import os, signal, threading
+import numpy as np
+from acprop_stepper import Stepper
+from acprop_stepper._buffers import Tile
+stepper, children, whole = Stepper(np.ones(300_000), engine="tiles"), [], Tile.gather
+def handler(number, frame):
+    if not children:
+        children.append(os.fork())
+def gather(*arguments):
+    while not children:  # in the worker; the main thread waits for it, and runs the handler meanwhile
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        threading.Event().wait(0.01)
+    return whole(*arguments)
+signal.signal(signal.SIGUSR1, handler)
+Tile.gather = gather
+try:
+    stepper.step(np.ones(300_000))
+except RuntimeError as error:
+    os._exit(7 if "forked this process in the middle of a step" in str(error) else 8)
+assert children[0] and os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7
+assert stepper.state.count == 1
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_within_a_step_is_refused_by_the_child() -> None:
+    elsewhere(FORK_WITHIN_A_STEP)
+
+
 # Pickles and copies
 
 

@@ -166,6 +166,15 @@ def test_a_step_needs_few_functions_of_the_namespace_and_writes_to_nothing() -> 
         np.testing.assert_array_equal(got, expected)
 
 
+def test_without_the_rate_an_infinite_complex_number_stays() -> None:
+    # a product with 1 + 0j would make inf + nan j of inf + 0j in some libraries
+    hyper = rule.Hyperparameters()
+    numbers, flags = rule.numbers_of(hyper, 0, jnp), rule.flags_of(hyper)._replace(is_complex=True, rated=False)
+    g, m, s = jnp.array([1.0 + 2.0j]), jnp.zeros(1, complex), jnp.zeros(1)
+    d, *_ = rule.step(g, g, m, s, None, numbers._replace(rate=float("nan")), flags, jnp)
+    assert d[0] == g[0]
+
+
 def test_numbers_are_cast_together_and_never_widen_an_array() -> None:
     hyper = rule.Hyperparameters(*(jnp.float32(0.25),) * 7)
     numbers = rule.cast(rule.numbers_of(hyper, jnp.int32(3), jnp), jnp.float16, 2.0**-14, jnp)

@@ -19,6 +19,7 @@ import pytest
 
 from acprop_core import ACProp, State, rule
 from acprop_core.adapt import Step
+from acprop_core.kernels import cpu
 from acprop_core.kernels.calls import program_of
 from acprop_stepper import Stepper, StepRecord, _engines, _tiles, _work
 from acprop_stepper._buffers import Tile
@@ -705,6 +706,15 @@ def test_threads_that_cannot_be_had(engine: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(threading.Thread, "start", start)
     stepper.step(grads)
     assert_same(stepper, after)
+
+
+def test_one_program_serves_all_decays_and_scales() -> None:
+    # a step that is the first to clip its gradients must not compile for seconds
+    flags = rule.flags_of(rule.Hyperparameters(clip_exponent=0.25))
+    first = cpu.kernel_of(flags, "float32", "float32")
+    for change in ({"scaled": True}, {"decay": rule.Decay.DECOUPLED}, {"decay": rule.Decay.L2, "scaled": True}):
+        assert cpu.kernel_of(flags._replace(**change), "float32", "float32") is first
+    assert cpu.kernel_of(flags._replace(clipped=False), "float32", "float32") is not first
 
 
 # threads, processes

@@ -1,6 +1,7 @@
 """Parameters with their moments in flat buffers, and how they are cut into tiles."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,31 +12,24 @@ import numpy as np
 from acprop_core.adapt import Array
 
 
+@dataclasses.dataclass(eq=False)
 class Buffer:
     """Parameters of one dtype and device that decay alike, and their moments, back to back in flat arrays."""
 
-    def __init__(
-        self,
-        leaves: Sequence[int],
-        params: Sequence[Array],
-        mu: Array,
-        nu: Array,
-        carry: Array | None,
-        decays: bool,
-        xp: Any,
-    ) -> None:
-        self.leaves = leaves  # the places of these parameters among all
-        self.xp = xp
-        self.params = params
-        self.ends = list(itertools.accumulate(x.size for x in params))
-        self.mu = mu
-        self.nu = nu
-        self.carry = carry
-        self.decays = decays
+    leaves: Sequence[int]  # the places of these parameters among all
+    params: Sequence[Array]
+    mu: Array
+    nu: Array
+    carry: Array | None
+    decays: bool
+    xp: Any
+
+    def __post_init__(self) -> None:
+        self.ends = list(itertools.accumulate(x.size for x in self.params))
         # Parameters that can share a tile, as contiguous views of one dimension. Complex 0-d arrays stay by themselves,
         # as in the functional core, because NumPy computes them by other code, to other last bits.
         self.flat: list[Any] = [
-            x.reshape(-1) if x.flags.c_contiguous and (x.shape or x.dtype.kind != "c") else None for x in params
+            x.reshape(-1) if x.flags.c_contiguous and (x.shape or x.dtype.kind != "c") else None for x in self.params
         ]
 
     def place(self) -> Callable[[], Any]:

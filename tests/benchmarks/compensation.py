@@ -7,10 +7,14 @@ in the last place of a number of 16 significant bits, beside a float32 parameter
     python tests/benchmarks/compensation.py
 """
 
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from acprop_core import rule
 from hosts import compensated
