@@ -59,9 +59,7 @@ def program_of(
     operations : Operations
         Of the array library.
     """
-    # Leave out additions of 0: x + 0 differs from x only if x is -0, and a second moment never is.
-    zeros = frozenset(name for name in ("offset", "eps_root") if getattr(numbers, name) == 0.0)
-    traced = _trace(flags, zeros, operations)
+    traced = _trace(flags, operations)
     return traced._replace(numbers=[operand(x.name, x.sign * getattr(numbers, x.name)) for x in traced.numbers])
 
 
@@ -89,7 +87,7 @@ class _Placeholder:
         return result
 
     def __add__(self, other: Any) -> "_Placeholder":
-        return self if other is None else self.call(self.operations.add, self, other)  # None: zero
+        return self.call(self.operations.add, self, other)
 
     def __sub__(self, other: Any) -> "_Placeholder":
         return self.call(self.operations.subtract, self, other)
@@ -116,9 +114,9 @@ _namespace = SimpleNamespace(
 
 
 @functools.cache
-def _trace(flags: rule.Flags, zeros: frozenset[str], operations: Operations) -> Program:
+def _trace(flags: rule.Flags, operations: Operations) -> Program:
     calls: list[_Call] = []
-    numbers = rule.Numbers(*(None if name in zeros else _Number(name) for name in rule.Numbers._fields))
+    numbers = rule.Numbers(*map(_Number, rule.Numbers._fields))
     param, grad, mu, nu = inputs = [_Placeholder(calls, operations) for _ in range(4)]
     update, new_mu, new_nu, _ = rule.step(param, grad, mu, nu, None, numbers, flags, _namespace)
     for old, new in ((mu, new_mu), (nu, new_nu)):
