@@ -2,6 +2,8 @@
 
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,20 +20,45 @@ def called(what: str, name: str) -> str:
     return f"{what} {name!r}" if what == "parameter" else f"{what} of {name!r}"
 
 
-def check_number(name: str, value: Any, below: float = math.inf) -> Any:
-    """Return a number as a float and a 0-d array as it is; refuse anything else, and numbers outside [0, below)."""
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of the line that called the library, however many of its functions are in between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+_PACKAGES = ("acprop_core", "acprop_optax", "acprop_stepper", "acprop_torch")
+
+
+def check_number(name: str, value: Any, below: float = math.inf, lowest: float = 0.0) -> Any:
+    """Return a number as a float, and a 0-d array in float32 or float64; refuse anything else.
+
+    Refuse also numbers that are not finite or outside [lowest, below), with `lowest` 0 or minus infinity. Arrays are
+    not read.
+    """
     value = untraced(value, "fiu")
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
-        if not 0.0 <= number < below:
+        if not (math.isfinite(number) and lowest <= number < below):
             upper = "finite" if below == math.inf else f"below {below:g}"
-            raise ValueError(f"{name} is {value!r}; use a number that is at least 0 and {upper}")
+            raise ValueError(
+                f"{name} is {value!r}; use a finite number"
+                if lowest == -math.inf
+                else f"{name} is {value!r}; use a number that is at least 0 and {upper}"
+            )
         return number
-    if getattr(value, "shape", None) == () and hasattr(value, "dtype") and dtype_name(value.dtype) in FLOATS:
-        return value
+    if getattr(value, "shape", None) == () and hasattr(value, "dtype"):
+        dtype = dtype_name(value.dtype)
+        if dtype in ("float32", "float64"):
+            return value
+        if dtype.startswith(("bfloat", "float", "int", "uint")):
+            # the numbers of a step are computed from it, for which 16 bits are too few
+            xp = array_namespace(value)
+            return xp.astype(value, xp.result_type(xp.float64))
     raise TypeError(f"{name} is {value!r}; use a number, or a 0-d floating-point array")
 
 

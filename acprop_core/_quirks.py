@@ -70,7 +70,10 @@ def device_of(x: Any) -> Any:
 def untraced(x: Any, kinds: str) -> Any:
     """Return the Python number in a 0-d NumPy array of one of these kinds of dtype; anything else as it is."""
     # a NumPy array is never traced, and one of float64 would widen float32 state
-    return x.item() if is_numpy_array(x) and x.ndim == 0 and x.dtype.kind in kinds else x
+    if not (is_numpy_array(x) and x.ndim == 0):
+        return x
+    is_ml_dtype = x.dtype.isbuiltin == 2 and "f" in kinds  # most of ml_dtypes, such as bfloat16, are of kind "V"
+    return x.item() if x.dtype.kind in kinds or is_ml_dtype else x
 
 
 def differs_from_arrays(x: Array) -> bool:

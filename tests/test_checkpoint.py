@@ -20,6 +20,7 @@ import safetensors.numpy
 
 import acprop_core
 from acprop_core import ACProp, State, load, save
+from acprop_core.adapt import with_values
 
 GOLDEN = Path(__file__).parent / "golden"
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
@@ -191,13 +192,41 @@ def test_callables_must_be_passed_again(tmp_path: Path) -> None:
     def mask(params: Any) -> Any:
         return params
 
-    for name, value in (("learning_rate", schedule), ("mask", mask)):
+    for name, value in (("learning_rate", schedule), ("weight_decay", schedule), ("mask", mask)):
         save(tmp_path / "a", ACProp(**{name: value}), state_of({"w": np.ones(2)}))
         with pytest.raises(ValueError, match=rf"{name} was a callable.* pass it again: load\(path, {name}="):
             load(tmp_path / "a")
         assert load(tmp_path / "a", **{name: value})[0] == ACProp(**{name: value})
     save(tmp_path / "a", ACProp(), state_of({"w": np.ones(2)}))
     assert load(tmp_path / "a", learning_rate=schedule)[0] == ACProp(schedule)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_values_of_a_running_schedule_can_be_saved(name: str, tmp_path: Path) -> None:
+    record = with_values(ACProp(b1=0.8, mask={"w": True}), **{name: -1.5e-20})
+    state = state_of({"w": np.ones(2)})
+    save(tmp_path / "a", record, state)
+    for params in (None, {"w": np.ones(2)}):
+        assert load(tmp_path / "a", params, rename={})[0] == record
+    assert getattr(load(tmp_path / "a", **{name: 0.5})[0], name) == 0.5
+    with pytest.raises(ValueError, match=f"{name} is -0.5; use a number that is at least 0"):
+        load(tmp_path / "a", **{name: -0.5})  # which someone has written now, and no schedule
+
+
+def test_a_schedule_of_weight_decay_is_saved_as_one(tmp_path: Path) -> None:
+    save(tmp_path / "a", ACProp(weight_decay=schedule, mask={"w": False}), state_of({"w": np.ones(2)}))
+    with pytest.raises(ValueError, match=r"weight_decay was a callable.* load\(path, weight_decay="):
+        load(tmp_path / "a")
+    assert load(tmp_path / "a", weight_decay=schedule)[0] == ACProp(weight_decay=schedule, mask={"w": False})
+    assert load(tmp_path / "a", weight_decay=0.25)[0].weight_decay == 0.25
+
+
+@pytest.mark.filterwarnings("error")
+def test_loading_does_not_repeat_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="b1 is 0"):
+        optimizer = ACProp(b1=0.0)
+    save(tmp_path / "a", optimizer, state_of({"w": np.ones(2)}))
+    assert load(tmp_path / "a", {"w": np.ones(2)}, learning_rate=1e-3)[0] == optimizer
 
 
 def test_an_invalid_state_writes_nothing(tmp_path: Path) -> None:

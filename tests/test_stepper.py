@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,9 +19,9 @@ import numpy as np
 import pytest
 
 from acprop_core import ACProp, State, rule
-from acprop_core.adapt import Step
+from acprop_core.adapt import Step, with_values
 from acprop_core.kernels.calls import program_of
-from acprop_stepper import Stepper, StepRecord, _engines, _tiles, _work
+from acprop_stepper import Stepper, StepRecord, _engines, _tiles, _work, export_state, import_state
 from acprop_stepper._buffers import Tile
 from acprop_stepper._overlap import addresses, first_overlap
 from hosts import stepper_tiles
@@ -271,6 +272,49 @@ def test_a_run_can_be_taken_up_from_its_state(engine: str) -> None:
         second.step(g)
     assert state.count == 3
     assert_same(second, functional(start, grads))
+
+
+# values of schedules
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_schedules_may_go_below_zero(engine: str) -> None:
+    def rate(count: int) -> float:
+        return 3e-4 - 1e-4 * (count + 1)  # -5e-20 at the third step, as computed
+
+    hyper = {"learning_rate": rate, "weight_decay": rate, "clip_exponent": 0.25}
+    x = np.ones(3)
+    grads = [np.array([1.0, -2.0, 0.5])] * 5
+    expected = functional(x.copy(), grads, **hyper)
+    stepper = Stepper(x, **hyper, engine=engine)
+    records = [stepper.step(g) for g in grads]
+    assert records[2].learning_rate < 0.0
+    assert records[4].learning_rate == rate(4)
+    assert_same(stepper, expected)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+@pytest.mark.parametrize("how", ["pickle", "import"])
+def test_values_of_a_running_schedule_are_copied(name: str, how: str) -> None:
+    x = np.ones(2)
+    saved = with_values(ACProp(0.5, b1=0.8, weight_decay=0.1, mask={"": True}), **{name: -0.25})
+    stepper = Stepper(x, mask=True)
+    import_state(stepper, saved, State(3, {"": np.zeros(2)}, {"": np.ones(2)}), prefer="saved")
+    if how == "pickle":
+        stepper = pickle.loads(pickle.dumps(stepper))
+    assert getattr(stepper.functional, name) == -0.25
+    assert export_state(stepper)[0] == saved
+    stepper.step(np.ones(2))
+
+
+def test_a_stepper_warns_of_b1_zero_once() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stepper = Stepper(np.ones(2), b1=0.0)
+        for copied in (copy.deepcopy(stepper), pickle.loads(pickle.dumps(stepper))):
+            copied.step(np.ones(2))
+            import_state(copied, *export_state(stepper))
+    assert [(warning.filename, "b1 is 0" in str(warning.message)) for warning in caught] == [(__file__, True)]
 
 
 # bad input

@@ -1,13 +1,12 @@
 """`save` and `load`: one file, written so that a crash leaves the old file or the new one."""
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from acprop_core._optimizer import ACProp, Container, State
-from acprop_core.adapt import flatten, unflatten
+from acprop_core.adapt import check_number, flatten, unflatten, with_values
 from acprop_core.checkpoint._names import Rename, Transform, match_names, rename_state
 from acprop_core.checkpoint._portable import by_name, to_numpy
 
@@ -78,6 +77,7 @@ def load(
     params: Container | None = None,
     *,
     learning_rate: Any = None,
+    weight_decay: Any = None,
     mask: Any = None,
     rename: Rename | None = None,
     transform: Transform | None = None,
@@ -96,7 +96,7 @@ def load(
         Parameters of the functional core, of any array library. The moments then come in their structure, as NumPy
         arrays, checked against their names, shapes and dtypes. Without `params` they come as dicts by dotted name,
         which an adapter's `import_state` takes.
-    learning_rate : float or callable, optional
+    learning_rate, weight_decay : float or callable, optional
         Replaces the recorded one. Required if the recorded one was a callable.
     mask : container of bool or callable, optional
         Replaces the recorded one. Required if the recorded one was a callable.
@@ -123,7 +123,7 @@ def load(
         If safetensors or NumPy is not installed.
     ValueError
         If the file is damaged, was not written by `save` or is of a newer version, or does not match `params`; if
-        `learning_rate` or `mask` is required, or `rename` or `transform` has an unknown name.
+        `learning_rate`, `weight_decay` or `mask` is required, or `rename` or `transform` has an unknown name.
     TypeError
         If dtypes do not match.
     OSError
@@ -150,14 +150,17 @@ def load(
         from acprop_core.checkpoint._contents import read
 
         optimizer, state, callables = read(path, verify)
-    options = {"learning_rate": learning_rate, "mask": mask}
+    options = {"learning_rate": learning_rate, "weight_decay": weight_decay, "mask": mask}
+    for name in ("learning_rate", "weight_decay"):
+        if options[name] is not None and not callable(options[name]):
+            check_number(name, options[name])
     for name in callables:
         if options[name] is None:
             raise ValueError(
                 f"{name} was a callable, which a file cannot hold, when {path!r} was saved; pass it again: "
                 f"load(path, {name}=...)"
             )
-    optimizer = dataclasses.replace(optimizer, **{name: x for name, x in options.items() if x is not None})
+    optimizer = with_values(optimizer, **{name: x for name, x in options.items() if x is not None})
     optimizer, state = rename_state(optimizer, state, rename, transform)
     if params is None:
         return optimizer, state
@@ -174,7 +177,7 @@ def load(
             trees.append(unflatten(params, leaves))
     if isinstance(optimizer.mask, dict) and mask is None:
         marks = unflatten(params, [optimizer.mask.get(name, True) for name in named])
-        optimizer = dataclasses.replace(optimizer, mask=marks)
+        optimizer = with_values(optimizer, mask=marks)
     return optimizer, State(state.count, *trees)
 
 
