@@ -10,7 +10,15 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from acprop_core._dtypes import FLOATS, REAL_OF, dtype_name, is_compensated
-from acprop_core._quirks import device_of, differs_from_arrays, library, sparse_layout, untraced
+from acprop_core._quirks import (
+    dense_method,
+    device_of,
+    differs_from_arrays,
+    has_unknown_shape,
+    library,
+    sparse_layout,
+    untraced,
+)
 
 
 def called(what: str, name: str) -> str:
@@ -96,6 +104,7 @@ def common_namespace(leaves: Iterable[tuple[str, str, Any]]) -> Any:
         if x is None or type(x) in seen:
             continue
         seen.add(type(x))
+        _check_dense(what, name, x)
         try:
             found = array_namespace(x)
         except TypeError:
@@ -115,7 +124,8 @@ def common_namespace(leaves: Iterable[tuple[str, str, Any]]) -> Any:
 
 
 def check_arithmetic(what: str, name: str, x: Any) -> None:
-    """Refuse NumPy's matrices and masked arrays, because their arithmetic differs from an array's."""
+    """Refuse sparse arrays, and NumPy's matrices and masked arrays, whose arithmetic differs from an array's."""
+    _check_dense(what, name, x)
     if differs_from_arrays(x):
         raise TypeError(
             f"{called(what, name)} is a {type(x).__name__}, whose arithmetic differs from an array's; "
@@ -124,9 +134,10 @@ def check_arithmetic(what: str, name: str, x: Any) -> None:
 
 
 def check_mask(marks: Sequence[Any], names: Sequence[str], owners: Sequence[Any]) -> list[bool]:
-    """Return the leaves of a mask as bools; refuse anything else, except None where there is no parameter."""
+    """Return the leaves of a mask as bools; refuse all but bools, 0 and 1, and None where there is no parameter."""
     for name, mark, owner in zip(names, marks, owners, strict=True):
-        if type(mark).__name__ not in ("bool", "bool_") and not (mark is None and owner is None):
+        is_bool = type(mark).__name__ in ("bool", "bool_") or (isinstance(mark, numbers.Integral) and mark in (0, 1))
+        if not is_bool and not (mark is None and owner is None):
             raise TypeError(f"{called('mask', name)} is {mark!r}; use True (decay) or False")
     return [bool(mark) for mark in marks]
 
@@ -134,6 +145,7 @@ def check_mask(marks: Sequence[Any], names: Sequence[str], owners: Sequence[Any]
 def check_array(what: str, name: str, x: Any) -> None:
     """Refuse a leaf that is not a dense floating-point array; None is accepted."""
     if x is not None:
+        _check_shape(what, name, x)
         _check_dense(what, name, x)
         if (kind := dtype_name(x.dtype)) not in (*FLOATS, *REAL_OF):
             raise TypeError(
@@ -154,7 +166,9 @@ def check_match(
             return
         have, want = ("None" if leaf is None else "an array" for leaf in (x, own))
         raise ValueError(f"{called(what, name)} is {have}, its {owner} {want}; pass both or neither")
-    if tuple(x.shape) != tuple(own.shape):
+    if tuple(x.shape) != tuple(own.shape):  # NaN, an unknown length, differs from itself
+        _check_shape(what, name, x)
+        _check_shape(owner, name, own)
         raise ValueError(
             f"{called(what, name)} has shape {tuple(x.shape)}, its {owner} {tuple(own.shape)}; make them equal"
         )
@@ -170,9 +184,17 @@ def check_match(
         raise TypeError(f"{called(what, name)} has dtype {kind}, its {owner} {own_kind}; use a complex dtype")
 
 
+def _check_shape(what: str, name: str, x: Any) -> None:
+    if has_unknown_shape(x):
+        raise ValueError(
+            f"{called(what, name)} has unknown chunk sizes, so that its shape cannot be compared; call "
+            "compute_chunk_sizes() on it"
+        )
+
+
 def _check_dense(what: str, name: str, x: Any) -> None:
     if layout := sparse_layout(x):
-        raise TypeError(f"{called(what, name)} is sparse ({layout}); make it dense: to_dense()")
+        raise TypeError(f"{called(what, name)} is sparse ({layout}); make it dense: {dense_method(x)}()")
 
 
 def check_carry(name: str, carry: Any, param: Any) -> None:
@@ -187,6 +209,7 @@ def check_carry(name: str, carry: Any, param: Any) -> None:
         )
     if carry is None:
         return
+    _check_shape("carry", name, carry)
     for what, error in (("shape", ValueError), ("dtype", TypeError)):
         if getattr(carry, what, None) != getattr(param, what):
             raise error(

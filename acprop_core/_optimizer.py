@@ -81,7 +81,8 @@ class ACProp:
     clip_exponent : float, optional
         :math:`p`, at least 0; None for no clip. With a clip no element moves by more than :math:`\alpha_t t^p`.
         Use 0.25 unless you must follow the published recurrence to the letter: without a clip, an element takes a
-        step millions of times too large at its first nonzero gradient after zeros.
+        step millions of times too large at its first nonzero gradient after zeros, and likewise where its moments are
+        zeros at a count above 0, as those of elements that were added during training.
     centering : {"current", "previous"}
         "current" centres the second moment on :math:`m_t`, as the paper and its authors' code do; "previous" on
         :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` does.

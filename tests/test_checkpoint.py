@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -574,6 +575,71 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
                 save(tmp_path / "a", ACProp(), State(0, {}, {}))
         assert [p.name for p in tmp_path.iterdir()] == ["a"]
         assert (tmp_path / "a").read_bytes() == content
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
+def test_a_file_that_is_replaced_keeps_its_mode_and_owner(mode: int, tmp_path: Path) -> None:
+    small(tmp_path / "a")
+    (tmp_path / "a").chmod(mode)
+    groups = [group for group in os.getgroups() if group != (tmp_path / "a").stat().st_gid]
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "a", 1234, 4321)
+    elif groups:
+        os.chown(tmp_path / "a", -1, groups[0])
+    before = (tmp_path / "a").stat()
+    (tmp_path / "link").symlink_to("a")
+    save(tmp_path / "link", ACProp(), State(1, {}, {}))
+    after = (tmp_path / "a").stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert load(tmp_path / "a")[1].count == 1
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_new_file_follows_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save(tmp_path / "a", ACProp(), State(0, {}, {}))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_the_new_file_is_private_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    save_file = safetensors.numpy.save_file
+
+    def seen(tensors: Any, path: str, metadata: Any) -> None:
+        modes.append(os.stat(path).st_mode & 0o777)
+        save_file(tensors, path, metadata)
+        modes.append(os.stat(path).st_mode & 0o777)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", seen)
+    save(tmp_path / "a", ACProp(), State(0, {}, {}))
+    assert modes == [0o600, 0o600]
+
+
+def _make_special(kind: str, path: Path) -> None:
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    else:
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+@pytest.mark.parametrize("kind", ["directory", "named pipe", "device", "socket"])
+def test_what_is_not_a_regular_file_is_not_replaced(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    _make_special(kind, tmp_path / "a")
+    before = os.stat("a")
+    with pytest.raises(OSError, match=f"'a' is a {kind}, which save does not replace; pass the path of a regular file"):
+        save("a", ACProp(), State(0, {}, {}))
+    after = os.stat("a")
+    assert (after.st_mode, after.st_ino) == (before.st_mode, before.st_ino)
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_modes_and_links_are_those_of_any_file(tmp_path: Path) -> None:

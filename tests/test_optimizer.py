@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from acprop_core import ACProp, State
+from acprop_core._checks import check_carry
 from acprop_core.adapt import with_values
+from acprop_core.checkpoint import to_numpy
 
 LIBRARIES = ("numpy", "jax.numpy", "array_api_strict", "torch")
 G = np.random.default_rng(0).normal(size=(5, 2, 3))
@@ -176,6 +178,81 @@ def test_why_b1_zero_warns() -> None:
     assert largest() > 1e6
     assert largest(clip_exponent=0.25) <= 5**0.25
     assert largest(centering="previous") < 100.0
+
+
+# the explosion, and its cure
+
+
+@pytest.mark.parametrize("way", ["zero gradients", "a parameter that has grown", "a count set by hand"])
+def test_zero_moments_at_a_count_explode_as_zero_gradients_do_and_the_clip_cures_them(way: str) -> None:
+    def step(clip_exponent: float | None) -> np.ndarray:
+        optimizer = ACProp(1.0, eps_root=0.0, clip_exponent=clip_exponent)
+        old = np.zeros(1 if way == "a parameter that has grown" else 2)
+        state = optimizer.init(old)
+        if way != "a count set by hand":
+            for grad in (1.0, 0.5, -1.0):
+                _, state = optimizer.update(np.full_like(old, 0.0 if way == "zero gradients" else grad), state)
+        if way == "a parameter that has grown":
+            state = State(state.count, *(np.concatenate([x, np.zeros(1)]) for x in state[1:3]))
+        state = state._replace(count=3)
+        return np.abs(optimizer.update(np.ones(2), state)[0])
+
+    assert step(None)[1] == 1e16  # 1 / eps
+    assert step(0.25)[1] == 4**0.25
+    assert step(0.25)[0] <= 4**0.25
+
+
+# masks, sparse arrays, unknown shapes
+
+
+@pytest.mark.parametrize("yes", [1, np.int8(1), np.bool_(True), True])
+@pytest.mark.parametrize("no", [0, np.uint8(0), np.bool_(False), False])
+def test_a_mask_may_hold_exact_zeros_and_ones(yes: Any, no: Any) -> None:
+    x = {"w": np.ones(2), "b": np.ones(2)}
+    got, expected = (ACProp(weight_decay=0.1, mask={"w": a, "b": b}) for a, b in ((yes, no), (True, False)))
+    for a, b in zip(*(o.update(x, o.init(x), x)[0].values() for o in (got, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["csr_matrix", "coo_array", "csc_array"])
+def test_sparse_arrays_of_scipy_are_told_to_be_made_dense(kind: str) -> None:
+    sparse = getattr(pytest.importorskip("scipy.sparse"), kind)(np.eye(2))
+    optimizer, x = ACProp(), np.eye(2)
+    state = optimizer.init(x)
+    message = re.escape(f"is sparse ({kind}); make it dense: toarray()")
+    for act in (
+        lambda: optimizer.init({"w": sparse}),
+        lambda: optimizer.update(sparse, state),
+        lambda: optimizer.update(x, state._replace(mu=sparse)),
+        lambda: optimizer.apply(x, sparse),
+        lambda: to_portable_leaf(sparse),
+    ):
+        with pytest.raises(TypeError, match=message):
+            act()
+
+
+def to_portable_leaf(x: Any) -> None:
+    to_numpy("first moment", "w", x)
+
+
+def test_unknown_chunk_sizes_are_named() -> None:
+    da = pytest.importorskip("dask.array")
+    known = da.ones(4, chunks=2)
+    unknown = known[known > 0]
+    optimizer = ACProp()
+    state = optimizer.init(known)
+    for act in (
+        lambda: optimizer.init({"w": unknown}),
+        lambda: optimizer.update(unknown, state, known),
+        lambda: optimizer.update(unknown, state, unknown),
+        lambda: optimizer.update(known, state._replace(nu=unknown), known),
+        lambda: optimizer.apply(known, unknown),
+        lambda: check_carry("w", unknown.astype("float16"), known.astype("float16")),
+    ):
+        with pytest.raises(ValueError, match=r"has unknown chunk sizes.*call compute_chunk_sizes\(\)"):
+            act()
+    updates, _ = optimizer.update(unknown.compute_chunk_sizes(), state, known)
+    assert updates.shape == (4,)
 
 
 # state

@@ -11,6 +11,7 @@ import numpy as np
 from acprop_core import ACProp, State, adapt
 from acprop_core.adapt import Array, Row, unflatten
 from acprop_stepper._buffers import Buffer, on_device_of
+from acprop_stepper._copies import new, restored
 from acprop_stepper._engines import buffers_of, check_engine, engines_of
 from acprop_stepper._gradients import find_nonfinite, global_norm
 from acprop_stepper._matching import Matching
@@ -81,7 +82,7 @@ class Stepper:
         What to do if a gradient, or a moment that it would lead to, is not finite: continue as the rule does, skip the
         step, or raise FloatingPointError. "skip" and "raise" read the gradients once more.
     engine : {"numba", "tiles", "cupy"}, optional
-        By default the best that is installed and fits: for NumPy "numba" (contiguous and real; the rest goes through
+        By default the best that works here and fits: for NumPy "numba" (contiguous and real; the rest goes through
         "tiles"), else "tiles"; for CuPy "cupy".
     threads : int
         Threads that share a step. More than one helps where one core cannot fill the memory bus.
@@ -101,13 +102,23 @@ class Stepper:
         If parameters overlap, one is read-only or not in native byte order, or an option is out of its range.
     ModuleNotFoundError
         If the engine asked for is not installed.
+    RuntimeError
+        If it is installed and does not work.
+
+    Warns
+    -----
+    RuntimeWarning
+        If Numba is installed and does not work, so that the default engine is "tiles".
+    UserWarning
+        If `b1` is 0 with centering "current" and no clip.
 
     Notes
     -----
     A step that has begun is completed even if it is interrupted; the interruption (KeyboardInterrupt, say) is raised
     after parameters, moments and count are written. A step that is refused or skipped changes nothing. Threads that
     step one stepper wait for each other. A pickled or deep-copied stepper steps the parameters copied along with it;
-    do not step one in another thread while it is copied.
+    do not step one in another thread while it is copied. Parameters that arrive read-only in another process, such as
+    joblib's memory maps, become copies in the attribute `params`.
 
     Examples
     --------
@@ -194,7 +205,7 @@ class Stepper:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy steps copies of the parameters, which are pickled or deep-copied along with it
-        return _restored, (type(self), self.params, self.functional, self._options, self.state)
+        return restored, (type(self), self.params, self.functional, self._options, self.state)
 
     @property
     def _options(self) -> tuple[float | None, str, str | None, int]:
@@ -206,7 +217,7 @@ class Stepper:
             names, like = self._matching.names, self._matching.containers
             mask = unflatten(like, [functional.mask.get(name, True) for name in names])
             functional = adapt.with_values(functional, mask=mask)
-        return _new(type(self), self.params, functional, self._options)
+        return new(type(self), self.params, functional, self._options)
 
     def _become(self, other: "Stepper") -> None:
         """Become another stepper of the same parameters, except for the lock on which threads wait."""
@@ -387,21 +398,6 @@ class Stepper:
         if self._work is not None and self._work.begun:
             self._work.finish()
             self._work = None
-
-
-def _new(kind: type[Stepper], params: Container, functional: ACProp, options: tuple[Any, ...]) -> Stepper:
-    # not by the constructor, which refuses and warns of values that are meant for it alone
-    stepper = kind.__new__(kind)
-    stepper._begin(params, functional, *options)
-    return stepper
-
-
-def _restored(
-    kind: type[Stepper], params: Container, functional: ACProp, options: tuple[Any, ...], state: State
-) -> Stepper:
-    stepper = _new(kind, params, functional, options)
-    stepper.load_state(state)
-    return stepper
 
 
 def _copy(source: Array, target: Array, place: Callable[[], Any]) -> None:

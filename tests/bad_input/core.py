@@ -235,7 +235,8 @@ CORE = [
          "the mask has 'c', which the parameters lack; leave that out"),
         ("too deep", {"w": [True], "b": True}, ValueError, "the mask at 'w' is a container (list)", STRUCTURE),
         ("a string", "all", TypeError, f"mask of 'w' is 'all'; {DECAY}"),
-        ("a number", {"w": 1, "b": True}, TypeError, f"mask of 'w' is 1; {DECAY}"),
+        ("a number", {"w": 2, "b": True}, TypeError, f"mask of 'w' is 2; {DECAY}"),
+        ("a float", {"w": 1.0, "b": True}, TypeError, f"mask of 'w' is 1.0; {DECAY}"),
         ("an array", From(lambda w: {"w": True, "b": w.array(True, "bool")}), TypeError, "mask of 'b.0' is", DECAY),
         ("None for a parameter", {"w": None, "b": True}, TypeError, f"mask of 'w' is None; {DECAY}"),
         ("a callable without return", lambda params: None, TypeError, f"mask of 'w' is None; {DECAY}"),
@@ -307,7 +308,8 @@ OPTIONS = [
 ]
 
 IN_JAX = [
-    ("sparse", From(lambda w: BCOO.fromdense(jnp.eye(2, 3))), TypeError, "is a BCOO", "not an array"),
+    ("sparse", From(lambda w: BCOO.fromdense(jnp.eye(2, 3))), TypeError,
+     "is sparse (BCOO); make it dense: todense()"),
     ("random keys", From(lambda w: jax.random.split(jax.random.key(0), (2, 3))), TypeError,
      "has dtype key<fry>", KINDS),
     ("an 8-bit float", From(lambda w: jnp.ones((2, 3), "float8_e4m3fn")), TypeError,

@@ -326,7 +326,8 @@ PARAMETERS = [
      "parameter '1' is an array of jax.numpy, parameter '0' is an array of numpy; convert one"),
     ("read-only", {"a": readonly(np.ones(2))}, ValueError, "parameter 'a' is read-only", "copy it"),
     ("a bare read-only array", readonly(np.ones(2)), ValueError, "parameter is read-only", "copy it"),
-    ("a scalar", {"a": np.float64(1.0)}, ValueError, "parameter 'a' is read-only", "copy it"),
+    ("a scalar", {"a": np.float64(1.0)}, ValueError, "parameter 'a' is a float64", "pass np.array of it"),
+    ("a bare scalar", np.float32(1.0), ValueError, "parameter is a float32", "pass np.array of it"),
     ("broadcast", {"a": np.broadcast_to(np.ones(2), (3, 2))}, ValueError, "parameter 'a' is read-only"),
     ("of another byte order", {"a": np.ones(2, ">f8")}, ValueError,
      "parameter 'a' has dtype >f8, not in native byte order; convert it"),
@@ -337,7 +338,7 @@ PARAMETERS = [
 ]
 MASKS = [
     ("a string", "all", TypeError, f"mask of 'w' is 'all'; {DECAY}"),
-    ("a number", {"w": 1, "b": True}, TypeError, f"mask of 'w' is 1; {DECAY}"),
+    ("a number", {"w": 2, "b": True}, TypeError, f"mask of 'w' is 2; {DECAY}"),
     ("a missing leaf", {"w": True}, ValueError, "the mask lacks 'b'", STRUCTURE),
     ("a surplus leaf", {"w": True, "b": True, "c": True}, ValueError, "the mask has 'c'", "leave that out"),
     ("a callable without return", lambda params: None, TypeError, f"mask of 'w' is None; {DECAY}"),
