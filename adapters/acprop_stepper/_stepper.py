@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from acprop_core import ACProp, State, adapt
-from acprop_core.adapt import Array, Row, unflatten
-from acprop_stepper._buffers import Buffer, on_device_of
+from acprop_core.adapt import Row, unflatten
+from acprop_stepper._buffers import Buffer, copy_within, on_device_of
 from acprop_stepper._copies import new, restored
 from acprop_stepper._engines import buffers_of, check_engine, engines_of
 from acprop_stepper._gradients import find_nonfinite, global_norm
@@ -306,7 +306,7 @@ class Stepper:
                     )
             with on_device_of(own):
                 flat = self._xp.concatenate([x.reshape(-1) for x in new])
-            tasks.append(functools.partial(_copy, flat, own, buffer.place()))
+            tasks.append(functools.partial(copy_within, flat, own, buffer.place()))
         return tasks
 
     def step(self, grads: Container) -> StepRecord:
@@ -398,8 +398,3 @@ class Stepper:
         if self._work is not None and self._work.begun:
             self._work.finish()
             self._work = None
-
-
-def _copy(source: Array, target: Array, place: Callable[[], Any]) -> None:
-    with place():
-        target[...] = source
