@@ -331,7 +331,18 @@ def flags_of(hyper: Hyperparameters) -> Flags:
 
 
 def has_decay(weight_decay: Any) -> bool:
-    """Return whether there may be weight decay: an array is not read."""
+    """Return whether there may be weight decay.
+
+    Parameters
+    ----------
+    weight_decay : float, 0-d array or callable
+        The option. An array is not read, and a schedule is not called.
+
+    Returns
+    -------
+    bool
+        False only if it is the number 0.
+    """
     return not (isinstance(weight_decay, float) and weight_decay == 0.0)
 
 

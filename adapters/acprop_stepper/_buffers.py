@@ -68,6 +68,12 @@ def _place(device: Any, xp: Any) -> Callable[[], Any]:
     return place
 
 
+def copy_within(source: Array, target: Array, place: Callable[[], Any]) -> None:
+    """Copy into an array, within a context that `Buffer.place` makes."""
+    with place():
+        target[...] = source
+
+
 class Tile(NamedTuple):
     """A block of one parameter, or several small ones: [first, last) of a buffer, [start, stop) of its moments."""
 
