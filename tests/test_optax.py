@@ -446,7 +446,13 @@ def test_a_gradient_of_none_leaves_its_leaf_alone(compiled: bool, centering: str
 
 
 def of_each_kind() -> dict[str, Any]:
-    return {"w": jnp.ones(2), "i": jnp.arange(3), "b": jnp.array(True), "key": jax.random.key(0), "n": np.arange(2)}
+    return {
+        "w": jnp.ones(2),
+        "i": jnp.arange(3),
+        "b": jnp.array(True),
+        "key": jax.random.key(0),
+        "n": np.arange(2, dtype="int32"),
+    }
 
 
 def test_init_takes_all_that_adamw_takes() -> None:
@@ -527,15 +533,15 @@ def test_hyperparameters_can_be_injected_and_traced() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float64", "int8", "uint32", "int64"])
 @pytest.mark.parametrize("kind", ["scalar", "array", "jax"])
-def test_numbers_of_any_dtype(dtype: str, kind: str) -> None:
+def test_numbers_of_any_dtype(dtype: str, kind: str, x64: None) -> None:
     number = jnp.dtype(dtype).type(1)
     value = {"scalar": number, "array": np.asarray(number), "jax": jnp.asarray(1).astype(dtype)}[kind]
     options = ("learning_rate", "eps", "eps_root", "weight_decay", "clip_exponent")
     ours = acprop(**dict.fromkeys(options, value), b1=value * 0, b2=value * 0)
     expected = acprop(**dict.fromkeys(options, 1.0), b1=0.0, b2=0.0)
     scheduled = acprop(lambda count: value, *[0, 0, 1, 1], weight_decay=lambda count: value, clip_exponent=1)
-    adamw = optax.adamw(value, weight_decay=value)  # takes them
-    adamw.update(PARAMS, adamw.init(PARAMS), PARAMS)
+    if dtype not in ("float8_e4m3fn", "uint32"):  # which optax cannot multiply or negate
+        run(optax.adamw(value, weight_decay=value))
     for transform in (ours, scheduled):
         assert_close(run(transform)[0], run(expected)[0], 1e-6)
 
@@ -581,7 +587,10 @@ def test_a_run_is_resumed_with_another_option(what: str, added: bool) -> None:
     old, new = (before, before | ADDED[what])[:: 1 if added else -1]
     params, state = run(acprop(**old))
     have, want = ("without", "with")[:: 1 if added else -1]
-    with pytest.raises(ValueError, match=f"was made {have} {what}, the transformation {want} it; .*prefer='own'"):
+    difference = f"was made {have} {what}, the transformation {want} it"
+    if what == "compensate":
+        difference = f"does not belong to acprop with compensate={added}"
+    with pytest.raises((TypeError, ValueError), match=f"{difference}; .*import_state.*prefer='own'"):
         acprop(**new).update(params, state, params)
     saved = export_state(state, ACProp(**old))
     resumed = import_state(acprop(**new).init(params), ACProp(**new), *saved, prefer="own")

@@ -113,8 +113,8 @@ def acprop(
         As in `scale_by_acprop`; from `init` and `update`, for a mask of another structure, or with leaves that are
         not bools; for a learning rate or weight decay that is not a number, negative or not finite, or a value of a
         schedule that is not a finite number (arrays are not read); from `update`, if there is weight decay or
-        `compensate` and no `params`, or the state was made with another `compensate`, or a mask or schedule was added
-        or removed.
+        `compensate` and no `params`, or the state was made with another `compensate`, or with or
+        without a mask or schedule.
 
     Notes
     -----
@@ -163,15 +163,14 @@ def acprop(
         grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         check_params(optimizer, params, decays)
-        if (
-            isinstance(state, optax.ScaleByBeliefState)
-            or not isinstance(state, tuple | list)
-            or len(state) not in (3, 4)
-        ):
-            raise TypeError(f"the state is a {type(state).__name__}; pass the one that init or update returned")
+        parts = 4 if compensate else 3
+        if isinstance(state, optax.ScaleByBeliefState) or not isinstance(state, tuple | list) or len(state) != parts:
+            raise TypeError(
+                f"the state is a {type(state).__name__} that does not belong to acprop with compensate={compensate}; "
+                f"pass the one that its init or update returned, or {_RESUME}"
+            )
         moments, decay_state, rate_state, *carry_state = state
         counters = {"learning_rate": rate_state, "weight_decay": getattr(decay_state, "inner_state", decay_state)}
-        _check_origin("compensate", compensate, bool(carry_state))
         _check_origin("a mask", mask is not None, hasattr(decay_state, "inner_state"))
         for name in counters if _COUNTS_DECAY else ("learning_rate",):
             _check_origin(f"a schedule of {name}", name in schedules, _counts(counters[name]))
@@ -318,13 +317,19 @@ def _counts(state: Any) -> bool:
 _COUNTS_DECAY = _counts(optax.add_decayed_weights(lambda count: count).init(None))
 
 
+_RESUME = (
+    "resume another run with import_state(init(params), hyperparameters, "
+    "*export_state(state, its_hyperparameters), prefer='own')"
+)
+
+
 def _check_origin(what: str, wanted: bool, given: bool) -> None:
-    """Refuse the state of a transformation with a schedule, mask or carry in one without, and the reverse."""
+    """Refuse the state of a transformation with a schedule or mask in one without, and the reverse."""
     if wanted != given:
         have, want = ("with" if x else "without" for x in (given, wanted))
         raise ValueError(
-            f"the state was made {have} {what}, the transformation {want} it; pass its own state, or resume with "
-            "import_state(init(params), hyperparameters, *export_state(state, old_hyperparameters), prefer='own')"
+            f"the state was made {have} {what}, the transformation {want} it; pass the one that its init or update "
+            f"returned, or {_RESUME}"
         )
 
 
