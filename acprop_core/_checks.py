@@ -2,13 +2,23 @@
 
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from array_api_compat import array_namespace
 
 from acprop_core._dtypes import FLOATS, REAL_OF, dtype_name, is_compensated
-from acprop_core._quirks import device_of, differs_from_arrays, library, sparse_layout, untraced
+from acprop_core._quirks import (
+    dense_method,
+    device_of,
+    differs_from_arrays,
+    has_unknown_shape,
+    library,
+    sparse_layout,
+    untraced,
+)
 
 
 def called(what: str, name: str) -> str:
@@ -18,20 +28,45 @@ def called(what: str, name: str) -> str:
     return f"{what} {name!r}" if what == "parameter" else f"{what} of {name!r}"
 
 
-def check_number(name: str, value: Any, below: float = math.inf) -> Any:
-    """Return a number as a float and a 0-d array as it is; refuse anything else, and numbers outside [0, below)."""
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of the line that called the library, however many of its functions are in between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+_PACKAGES = ("acprop_core", "acprop_optax", "acprop_stepper", "acprop_torch")
+
+
+def check_number(name: str, value: Any, below: float = math.inf, lowest: float = 0.0) -> Any:
+    """Return a number as a float, and a 0-d array in float32 or float64; refuse anything else.
+
+    Refuse also numbers that are not finite or outside [lowest, below), with `lowest` 0 or minus infinity. Arrays are
+    not read.
+    """
     value = untraced(value, "fiu")
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
-        if not 0.0 <= number < below:
+        if not (math.isfinite(number) and lowest <= number < below):
             upper = "finite" if below == math.inf else f"below {below:g}"
-            raise ValueError(f"{name} is {value!r}; use a number that is at least 0 and {upper}")
+            raise ValueError(
+                f"{name} is {value!r}; use a finite number"
+                if lowest == -math.inf
+                else f"{name} is {value!r}; use a number that is at least 0 and {upper}"
+            )
         return number
-    if getattr(value, "shape", None) == () and hasattr(value, "dtype") and dtype_name(value.dtype) in FLOATS:
-        return value
+    if getattr(value, "shape", None) == () and hasattr(value, "dtype"):
+        dtype = dtype_name(value.dtype)
+        if dtype in ("float32", "float64"):
+            return value
+        if dtype.startswith(("bfloat", "float", "int", "uint")):
+            # the numbers of a step are computed from it, for which 16 bits are too few
+            xp = array_namespace(value)
+            return xp.astype(value, xp.result_type(xp.float64))
     raise TypeError(f"{name} is {value!r}; use a number, or a 0-d floating-point array")
 
 
@@ -69,6 +104,7 @@ def common_namespace(leaves: Iterable[tuple[str, str, Any]]) -> Any:
         if x is None or type(x) in seen:
             continue
         seen.add(type(x))
+        _check_dense(what, name, x)
         try:
             found = array_namespace(x)
         except TypeError:
@@ -88,7 +124,8 @@ def common_namespace(leaves: Iterable[tuple[str, str, Any]]) -> Any:
 
 
 def check_arithmetic(what: str, name: str, x: Any) -> None:
-    """Refuse NumPy's matrices and masked arrays, because their arithmetic differs from an array's."""
+    """Refuse sparse arrays, and NumPy's matrices and masked arrays, whose arithmetic differs from an array's."""
+    _check_dense(what, name, x)
     if differs_from_arrays(x):
         raise TypeError(
             f"{called(what, name)} is a {type(x).__name__}, whose arithmetic differs from an array's; "
@@ -97,9 +134,10 @@ def check_arithmetic(what: str, name: str, x: Any) -> None:
 
 
 def check_mask(marks: Sequence[Any], names: Sequence[str], owners: Sequence[Any]) -> list[bool]:
-    """Return the leaves of a mask as bools; refuse anything else, except None where there is no parameter."""
+    """Return the leaves of a mask as bools; refuse all but bools, 0 and 1, and None where there is no parameter."""
     for name, mark, owner in zip(names, marks, owners, strict=True):
-        if type(mark).__name__ not in ("bool", "bool_") and not (mark is None and owner is None):
+        is_bool = type(mark).__name__ in ("bool", "bool_") or (isinstance(mark, numbers.Integral) and mark in (0, 1))
+        if not is_bool and not (mark is None and owner is None):
             raise TypeError(f"{called('mask', name)} is {mark!r}; use True (decay) or False")
     return [bool(mark) for mark in marks]
 
@@ -107,6 +145,7 @@ def check_mask(marks: Sequence[Any], names: Sequence[str], owners: Sequence[Any]
 def check_array(what: str, name: str, x: Any) -> None:
     """Refuse a leaf that is not a dense floating-point array; None is accepted."""
     if x is not None:
+        _check_shape(what, name, x)
         _check_dense(what, name, x)
         if (kind := dtype_name(x.dtype)) not in (*FLOATS, *REAL_OF):
             raise TypeError(
@@ -127,7 +166,9 @@ def check_match(
             return
         have, want = ("None" if leaf is None else "an array" for leaf in (x, own))
         raise ValueError(f"{called(what, name)} is {have}, its {owner} {want}; pass both or neither")
-    if tuple(x.shape) != tuple(own.shape):
+    if tuple(x.shape) != tuple(own.shape):  # NaN, an unknown length, differs from itself
+        _check_shape(what, name, x)
+        _check_shape(owner, name, own)
         raise ValueError(
             f"{called(what, name)} has shape {tuple(x.shape)}, its {owner} {tuple(own.shape)}; make them equal"
         )
@@ -143,9 +184,17 @@ def check_match(
         raise TypeError(f"{called(what, name)} has dtype {kind}, its {owner} {own_kind}; use a complex dtype")
 
 
+def _check_shape(what: str, name: str, x: Any) -> None:
+    if has_unknown_shape(x):
+        raise ValueError(
+            f"{called(what, name)} has unknown chunk sizes, so that its shape cannot be compared; call "
+            "compute_chunk_sizes() on it"
+        )
+
+
 def _check_dense(what: str, name: str, x: Any) -> None:
     if layout := sparse_layout(x):
-        raise TypeError(f"{called(what, name)} is sparse ({layout}); make it dense: to_dense()")
+        raise TypeError(f"{called(what, name)} is sparse ({layout}); make it dense: {dense_method(x)}()")
 
 
 def check_carry(name: str, carry: Any, param: Any) -> None:
@@ -160,6 +209,7 @@ def check_carry(name: str, carry: Any, param: Any) -> None:
         )
     if carry is None:
         return
+    _check_shape("carry", name, carry)
     for what, error in (("shape", ValueError), ("dtype", TypeError)):
         if getattr(carry, what, None) != getattr(param, what):
             raise error(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from acprop_core._checks import check_array, check_count, check_match, check_number, common_namespace
+from acprop_core._checks import check_array, check_count, check_match, check_number, common_namespace, warn
 from acprop_core._containers import align, names_and_leaves, unflatten
 from acprop_core._dtypes import FLOATS, as_dtype, dtype_name, is_compensated, moment_dtypes_of, restore
 from acprop_core._quirks import add_one
@@ -62,22 +62,27 @@ class ACProp:
     Parameters
     ----------
     learning_rate : float, 0-d array, or callable
-        :math:`\alpha`, at least 0. A callable is a schedule; it is called with the count of updates done, 0 at first.
+        :math:`\alpha`, at least 0. A callable is a schedule; it is called with the count of updates done, 0 at first,
+        and may return any finite number, because a schedule that ends at 0 can end slightly below it.
     b1, b2 : float or 0-d array
-        :math:`\beta_1, \beta_2`, decay rates of the two moments, in [0, 1).
+        :math:`\beta_1, \beta_2`, decay rates of the two moments, in [0, 1). With ``b1=0`` and centering "current"
+        :math:`m_t = g_t`, so the second moment vanishes and steps explode: a clip or centering "previous" is needed,
+        and without both the constructor warns.
     eps : float or 0-d array
         :math:`\varepsilon`, added to the root; at least 0.
     eps_root : float or 0-d array
         :math:`\varepsilon_{root}`, added to the second moment at every step; at least 0. Must be positive if you
         differentiate through the update, because the square root has no derivative at 0.
-    weight_decay : float or 0-d array
-        :math:`\lambda`, decoupled weight decay, at least 0; it is multiplied by the learning rate.
+    weight_decay : float, 0-d array, or callable
+        :math:`\lambda`, decoupled weight decay, at least 0; it is multiplied by the learning rate. A callable is a
+        schedule, as for the learning rate.
     mask : container of bool, prefix of one, or callable, optional
         Which parameters decay. A bool may stand for a whole sub-container. A callable makes it from the parameters.
     clip_exponent : float, optional
         :math:`p`, at least 0; None for no clip. With a clip no element moves by more than :math:`\alpha_t t^p`.
         Use 0.25 unless you must follow the published recurrence to the letter: without a clip, an element takes a
-        step millions of times too large at its first nonzero gradient after zeros.
+        step millions of times too large at its first nonzero gradient after zeros, and likewise where its moments are
+        zeros at a count above 0, as those of elements that were added during training.
     centering : {"current", "previous"}
         "current" centres the second moment on :math:`m_t`, as the paper and its authors' code do; "previous" on
         :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` does.
@@ -96,6 +101,11 @@ class ACProp:
         If a hyperparameter is of a wrong type.
     ValueError
         If a hyperparameter is out of its range or not finite. Arrays are not read, because they may be traced.
+
+    Warns
+    -----
+    UserWarning
+        If `b1` is 0 with centering "current" and no clip.
 
     Notes
     -----
@@ -135,11 +145,22 @@ class ACProp:
     compensate: bool = False
 
     def __post_init__(self) -> None:
+        self._check(lowest=0.0)
+        if isinstance(self.b1, float) and self.b1 == 0.0 and self.clip_exponent is None and self.centering == "current":
+            warn(
+                "b1 is 0 with centering='current' and without a clip: then m_t = g_t, the residual g_t - m_t is 0, the "
+                "second moment vanishes, and steps explode; use clip_exponent=0.25, or centering='previous'"
+            )
+
+    def _check(self, lowest: float) -> None:
+        """Check all options, and make floats of numbers; `lowest` is for those that may be values of a schedule."""
         checked = {}
         for name in ("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay", "clip_exponent"):
             value = getattr(self, name)
-            if not (name == "learning_rate" and callable(value)) and not (name == "clip_exponent" and value is None):
-                checked[name] = check_number(name, value, below=1.0 if name in ("b1", "b2") else math.inf)
+            may_be_scheduled = name in ("learning_rate", "weight_decay")
+            if not (may_be_scheduled and callable(value)) and not (name == "clip_exponent" and value is None):
+                below = 1.0 if name in ("b1", "b2") else math.inf
+                checked[name] = check_number(name, value, below, lowest if may_be_scheduled else 0.0)
         if self.centering not in ("current", "previous"):
             raise ValueError(f"centering is {self.centering!r}; use 'current' or 'previous'")
         if self.moment_dtype is not None:
@@ -217,11 +238,11 @@ class ACProp:
         ------
         TypeError
             If a leaf is not a dense floating-point array, array libraries or devices are mixed, a gradient is complex
-            and its parameter is not, the count is not an integer, a leaf of the mask is not a bool, or the schedule's
+            and its parameter is not, the count is not an integer, a leaf of the mask is not a bool, or a schedule's
             value is not a number.
         ValueError
             If structures or shapes differ, there is weight decay or `compensate` and no `params`, the state was made
-            with another `compensate`, or the count or the schedule's value is out of range.
+            with another `compensate`, the count is negative, or a schedule's value is not finite.
 
         Examples
         --------

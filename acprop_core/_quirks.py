@@ -1,6 +1,6 @@
 """Every branch on a library, each with its reason.
 
-- Dask: `clip` is not elementwise; `zeros_like` of a complex array as a real one warns.
+- Dask: `clip` is not elementwise; `zeros_like` of a complex array as a real one warns; shapes may be unknown.
 - The standard 2022.12 (array-api-strict can be set to it): no `clip`.
 - NumPy: operators turn 0-d arrays into scalars; masked arrays and matrices are arrays whose arithmetic differs; scalars
   have not always had a device; arrays are never traced.
@@ -70,7 +70,10 @@ def device_of(x: Any) -> Any:
 def untraced(x: Any, kinds: str) -> Any:
     """Return the Python number in a 0-d NumPy array of one of these kinds of dtype; anything else as it is."""
     # a NumPy array is never traced, and one of float64 would widen float32 state
-    return x.item() if is_numpy_array(x) and x.ndim == 0 and x.dtype.kind in kinds else x
+    if not (is_numpy_array(x) and x.ndim == 0):
+        return x
+    is_ml_dtype = x.dtype.isbuiltin == 2 and "f" in kinds  # most of ml_dtypes, such as bfloat16, are of kind "V"
+    return x.item() if x.dtype.kind in kinds or is_ml_dtype else x
 
 
 def differs_from_arrays(x: Array) -> bool:
@@ -79,9 +82,22 @@ def differs_from_arrays(x: Array) -> bool:
 
 
 def sparse_layout(x: Array) -> str:
-    """Return the layout of a sparse array, an empty string for a dense one."""
+    """Return the layout of a sparse array of any library, an empty string for anything else."""
     layout = str(getattr(x, "layout", ""))
-    return layout if "sparse" in layout else ""
+    if "sparse" in layout:
+        return layout
+    # SciPy, CuPy, JAX and pydata/sparse have modules and classes for them
+    return type(x).__name__ if ".sparse" in f".{type(x).__module__}" and hasattr(x, "shape") else ""
+
+
+def dense_method(x: Array) -> str:
+    """Return the name of the method that makes a sparse array dense."""
+    return next((name for name in ("to_dense", "toarray", "todense") if hasattr(x, name)), "to_dense")
+
+
+def has_unknown_shape(x: Array) -> bool:
+    """Return whether an axis has an unknown length, which Dask writes as NaN."""
+    return any(isinstance(n, float) for n in getattr(x, "shape", ()))
 
 
 def add_one(count: Any) -> Any:

@@ -4,6 +4,8 @@ An adapter walks its framework's containers, makes a `Row` of the leaves of each
 and calls the `Step` that `step_at` returns. docs/howto-backend.md shows one.
 """
 
+import copy
+import math
 from typing import Any, NamedTuple
 
 from acprop_core._checks import (
@@ -17,6 +19,7 @@ from acprop_core._checks import (
     check_match,
     check_number,
     common_namespace,
+    warn,
 )
 from acprop_core._containers import align, flatten, names_and_leaves, unflatten
 from acprop_core._dtypes import Step, dtype_name, is_compensated, moment_dtypes, moment_dtypes_of
@@ -48,6 +51,8 @@ __all__ = [
     "rows_of",
     "step_at",
     "unflatten",
+    "warn",
+    "with_values",
 ]
 
 
@@ -190,7 +195,7 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
     Parameters
     ----------
     optimizer : acprop_core.ACProp
-        Its schedule is called.
+        Its schedules are called.
     count : int or 0-d integer array
         Number of updates done.
     xp : namespace
@@ -204,9 +209,9 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
     Raises
     ------
     TypeError
-        If the schedule does not return a number, or a hyperparameter is an array of another library.
+        If a schedule does not return a number, or a hyperparameter is an array of another library.
     ValueError
-        If the schedule returns a number out of range.
+        If a schedule returns a number that is not finite.
 
     Examples
     --------
@@ -217,13 +222,51 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
     >>> update
     array([-0.5])
     """
-    learning_rate = optimizer.learning_rate
-    if callable(learning_rate):
-        learning_rate = check_number(f"learning_rate({count})", learning_rate(count))
     fields = Hyperparameters._fields
     # all but the last two, which the core does not have: l2 and maximize
-    hyper = Hyperparameters(learning_rate, *(getattr(optimizer, name) for name in fields[1:-2]))
+    hyper = Hyperparameters(*(_value(name, getattr(optimizer, name), count) for name in fields[:-2]))
     for name, value in zip(fields[:7], hyper, strict=False):
         check_library(name, value, xp)
     check_library("the step count (state.count)", count, xp)
     return Step(numbers_of(hyper, count, xp), flags_of(hyper), xp)
+
+
+def _value(name: str, option: Any, count: Any) -> Any:
+    """Return an option, and of a schedule its value at this count."""
+    return check_number(f"{name}({count})", option(count), lowest=-math.inf) if callable(option) else option
+
+
+def with_values(optimizer: Any, **values: Any) -> Any:
+    """Return an optimizer with other options, of which some may be values of a schedule in the middle of a run.
+
+    Parameters
+    ----------
+    optimizer : acprop_core.ACProp
+        The optimizer. It is not changed.
+    **values : object
+        The options to replace. Here `learning_rate` and `weight_decay` may be any finite numbers, because a schedule
+        that ends at 0 can end slightly below it. The others are checked as the constructor checks them.
+
+    Returns
+    -------
+    acprop_core.ACProp
+        A copy. It does not warn again of what the constructor warned of.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an option does not exist, or its value is refused.
+
+    Examples
+    --------
+    >>> from acprop_core import ACProp
+    >>> with_values(ACProp(1e-3), learning_rate=-1.5e-20).learning_rate
+    -1.5e-20
+    """
+    if unknown := sorted(values.keys() - vars(optimizer).keys()):
+        raise TypeError(f"an ACProp has no option {unknown[0]!r}; use one of {', '.join(vars(optimizer))}")
+    new = copy.copy(optimizer)
+    for name, value in values.items():
+        object.__setattr__(new, name, value)
+    new._check(lowest=-math.inf)
+    return new

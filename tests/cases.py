@@ -168,6 +168,7 @@ MASKS = {
     "mask-container": {"w": True, "b": False},
     "mask-callable": {"w": False, "b": True},
     "mask-prefix": {"w": True, "b": True},
+    "mask-schedule": {"w": False, "b": True},
 }
 _TWO_LEAVES = {"w": ("float32", (2, 3)), "b": ("float32", (3,))}
 
@@ -179,6 +180,16 @@ def _decay_vectors(params: dict[str, Any]) -> dict[str, bool]:
 def inverse(count: Any) -> Any:
     """Return the learning rate 0.1 / (count + 1); `count` may be traced."""
     return 0.1 / (count + 1.0)
+
+
+def beyond_zero(count: Any) -> Any:
+    """Return a learning rate that a schedule leaves below 0 at the sixth step."""
+    return 0.1 - 0.02 * (count + 0.5)
+
+
+def growing(count: Any) -> Any:
+    """Return the weight decay 0.05 count, 0 at the first step; `count` may be traced."""
+    return 0.05 * (count + 0.0)
 
 
 _HYPERS: dict[str, Hyper] = {
@@ -199,6 +210,9 @@ _HYPERS: dict[str, Hyper] = {
     "decay": {"weight_decay": 0.1},
     "decay-clip": {"weight_decay": 0.1, "clip_exponent": 0.25},
     "schedule": {"learning_rate": inverse},
+    "schedule-below-zero": {"learning_rate": beyond_zero, "weight_decay": 0.1},
+    "schedule-decay": {"weight_decay": growing},
+    "schedules": {"learning_rate": inverse, "weight_decay": beyond_zero, "clip_exponent": 0.25},
 }
 
 
@@ -271,6 +285,7 @@ def _cases() -> list[Case]:
     cases += [
         case("mask-container", {**masked, "mask": MASKS["mask-container"]}, leaves=_TWO_LEAVES),
         case("mask-callable", {**masked, "mask": _decay_vectors}, leaves=_TWO_LEAVES),
+        case("mask-schedule", {**masked, "weight_decay": growing, "mask": MASKS["mask-schedule"]}, leaves=_TWO_LEAVES),
         case("mask-prefix", {**masked, "mask": True}, leaves=_TWO_LEAVES),
         case("moment-dtype-wide", {"moment_dtype": "float64"}),
         case("moment-dtype-narrow", {"moment_dtype": "float32"}, leaves=leaf("float64", 2, 3)),

@@ -36,7 +36,7 @@ class Hyperparameters:
     b2: float = 0.999
     eps: float = 1e-16
     eps_root: float = 1e-16
-    decay: float = 0.0
+    decay: float | Callable[[int], float] = 0.0
     clip_exponent: float | None = None
     centering: str = "current"
 
@@ -48,7 +48,7 @@ def trajectory(
 
     `epsilon` is the machine epsilon of the arithmetic under test; it enters the scales, not the numbers.
     """
-    b1, b2, eps, eps_root, decay = map(mp.mpf, (h.b1, h.b2, h.eps, h.eps_root, h.decay))
+    b1, b2, eps, eps_root = map(mp.mpf, (h.b1, h.b2, h.eps, h.eps_root))
     m = mp.mpf(0)
     s = mp.mpf(0)
     largest_update = largest_m = largest_input = first_order = second_order = mp.mpf(0)
@@ -63,7 +63,7 @@ def trajectory(
             limit = mp.mpf(t) ** mp.mpf(h.clip_exponent)
             if abs(d) > limit:
                 d = d / abs(d) * limit
-        lr = mp.mpf(h.learning_rate(t - 1) if callable(h.learning_rate) else h.learning_rate)
+        lr, decay = (mp.mpf(x(t - 1) if callable(x) else x) for x in (h.learning_rate, h.decay))
         u = -lr * (d + decay * x)
         conditioning = 1 if s == 0 else 1 + (first_order + second_order) / (2 * s)
 
@@ -73,7 +73,7 @@ def trajectory(
         e = g - (m if h.centering == "current" else m_before)
         s = b2 * s + (1 - b2) * abs(e) ** 2 + eps_root
 
-        largest_update = max(largest_update, lr * (abs(d) + abs(decay * x)))  # its two terms may cancel
+        largest_update = max(largest_update, abs(lr) * (abs(d) + abs(decay * x)))  # its two terms may cancel
         largest_m = max(largest_m, abs(m))
         largest_input = max(largest_input, abs(g), abs(m))
         # an error of epsilon * largest_input in e changes |e|^2 by 2 |e| and by the square of that error

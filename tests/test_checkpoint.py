@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import safetensors.numpy
 
 import acprop_core
 from acprop_core import ACProp, State, load, save
+from acprop_core.adapt import with_values
 
 GOLDEN = Path(__file__).parent / "golden"
 HYPER = {"learning_rate": 0.1, "weight_decay": 0.1, "clip_exponent": 0.25}
@@ -191,13 +193,41 @@ def test_callables_must_be_passed_again(tmp_path: Path) -> None:
     def mask(params: Any) -> Any:
         return params
 
-    for name, value in (("learning_rate", schedule), ("mask", mask)):
+    for name, value in (("learning_rate", schedule), ("weight_decay", schedule), ("mask", mask)):
         save(tmp_path / "a", ACProp(**{name: value}), state_of({"w": np.ones(2)}))
         with pytest.raises(ValueError, match=rf"{name} was a callable.* pass it again: load\(path, {name}="):
             load(tmp_path / "a")
         assert load(tmp_path / "a", **{name: value})[0] == ACProp(**{name: value})
     save(tmp_path / "a", ACProp(), state_of({"w": np.ones(2)}))
     assert load(tmp_path / "a", learning_rate=schedule)[0] == ACProp(schedule)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_values_of_a_running_schedule_can_be_saved(name: str, tmp_path: Path) -> None:
+    record = with_values(ACProp(b1=0.8, mask={"w": True}), **{name: -1.5e-20})
+    state = state_of({"w": np.ones(2)})
+    save(tmp_path / "a", record, state)
+    for params in (None, {"w": np.ones(2)}):
+        assert load(tmp_path / "a", params, rename={})[0] == record
+    assert getattr(load(tmp_path / "a", **{name: 0.5})[0], name) == 0.5
+    with pytest.raises(ValueError, match=f"{name} is -0.5; use a number that is at least 0"):
+        load(tmp_path / "a", **{name: -0.5})  # which someone has written now, and no schedule
+
+
+def test_a_schedule_of_weight_decay_is_saved_as_one(tmp_path: Path) -> None:
+    save(tmp_path / "a", ACProp(weight_decay=schedule, mask={"w": False}), state_of({"w": np.ones(2)}))
+    with pytest.raises(ValueError, match=r"weight_decay was a callable.* load\(path, weight_decay="):
+        load(tmp_path / "a")
+    assert load(tmp_path / "a", weight_decay=schedule)[0] == ACProp(weight_decay=schedule, mask={"w": False})
+    assert load(tmp_path / "a", weight_decay=0.25)[0].weight_decay == 0.25
+
+
+@pytest.mark.filterwarnings("error")
+def test_loading_does_not_repeat_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="b1 is 0"):
+        optimizer = ACProp(b1=0.0)
+    save(tmp_path / "a", optimizer, state_of({"w": np.ones(2)}))
+    assert load(tmp_path / "a", {"w": np.ones(2)}, learning_rate=1e-3)[0] == optimizer
 
 
 def test_an_invalid_state_writes_nothing(tmp_path: Path) -> None:
@@ -545,6 +575,71 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
                 save(tmp_path / "a", ACProp(), State(0, {}, {}))
         assert [p.name for p in tmp_path.iterdir()] == ["a"]
         assert (tmp_path / "a").read_bytes() == content
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
+def test_a_file_that_is_replaced_keeps_its_mode_and_owner(mode: int, tmp_path: Path) -> None:
+    small(tmp_path / "a")
+    (tmp_path / "a").chmod(mode)
+    groups = [group for group in os.getgroups() if group != (tmp_path / "a").stat().st_gid]
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "a", 1234, 4321)
+    elif groups:
+        os.chown(tmp_path / "a", -1, groups[0])
+    before = (tmp_path / "a").stat()
+    (tmp_path / "link").symlink_to("a")
+    save(tmp_path / "link", ACProp(), State(1, {}, {}))
+    after = (tmp_path / "a").stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert load(tmp_path / "a")[1].count == 1
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_new_file_follows_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save(tmp_path / "a", ACProp(), State(0, {}, {}))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_the_new_file_is_private_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    save_file = safetensors.numpy.save_file
+
+    def seen(tensors: Any, path: str, metadata: Any) -> None:
+        modes.append(os.stat(path).st_mode & 0o777)
+        save_file(tensors, path, metadata)
+        modes.append(os.stat(path).st_mode & 0o777)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", seen)
+    save(tmp_path / "a", ACProp(), State(0, {}, {}))
+    assert modes == [0o600, 0o600]
+
+
+def _make_special(kind: str, path: Path) -> None:
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    else:
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+@pytest.mark.parametrize("kind", ["directory", "named pipe", "device", "socket"])
+def test_what_is_not_a_regular_file_is_not_replaced(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    _make_special(kind, tmp_path / "a")
+    before = os.stat("a")
+    with pytest.raises(OSError, match=f"'a' is a {kind}, which save does not replace; pass the path of a regular file"):
+        save("a", ACProp(), State(0, {}, {}))
+    after = os.stat("a")
+    assert (after.st_mode, after.st_ino) == (before.st_mode, before.st_ino)
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_modes_and_links_are_those_of_any_file(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ MUTANTS = {
         "Decay.L2",
         "numpy",
     ),
-    "schedule off by one": ("adapt.py", "learning_rate(count))", "learning_rate(count + 1))", "numpy"),
+    "schedule off by one": ("adapt.py", "option(count),", "option(count + 1),", "numpy"),
     "clip off by one": ("rule.py", "float(count + 1) ** exponent", "float(count) ** exponent", "numpy"),
     "eps inside the root": (
         "rule.py",

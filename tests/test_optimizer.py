@@ -1,6 +1,8 @@
 """The functional core: what it returns, what it refuses, and that it leaves its arguments alone."""
 
 import pickle
+import re
+import warnings
 from typing import Any, NamedTuple
 
 import array_api_strict as strict
@@ -11,6 +13,9 @@ import numpy as np
 import pytest
 
 from acprop_core import ACProp, State
+from acprop_core._checks import check_carry
+from acprop_core.adapt import with_values
+from acprop_core.checkpoint import to_numpy
 
 LIBRARIES = ("numpy", "jax.numpy", "array_api_strict", "torch")
 G = np.random.default_rng(0).normal(size=(5, 2, 3))
@@ -46,6 +51,208 @@ def test_moment_dtype_is_known_by_its_name(library: str) -> None:
     xp = pytest.importorskip(library)
     for dtype in ("float32", np.dtype("float32"), xp.float32):
         assert ACProp(moment_dtype=dtype).moment_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float16", "float32", "float64", "longdouble", "int8", "uint8", "int64"]
+    + [f"ml_dtypes.{name}" for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int4")],
+)
+@pytest.mark.parametrize("enter", [lambda x: x, np.asarray], ids=["scalar", "array"])
+def test_a_hyperparameter_may_be_a_number_of_any_real_dtype(enter: Any, dtype: str) -> None:
+    module, _, name = dtype.rpartition(".")
+    kind = getattr(ml_dtypes if module else np, name)
+    zero, one = enter(kind(0)), enter(kind(1))
+    options = ACProp(one, eps=one, weight_decay=one, clip_exponent=one, b2=zero)
+    assert [type(x) for x in (options.learning_rate, options.eps, options.clip_exponent)] == [float] * 3
+    assert options == ACProp(1.0, eps=1.0, weight_decay=1.0, clip_exponent=1.0, b2=0.0)
+    x = np.ones(3, np.float32)
+    scheduled = ACProp(lambda count: one, weight_decay=lambda count: one)
+    expected = ACProp(1.0, weight_decay=1.0)
+    for a, b in zip(*(o.update(x, o.init(x), x)[0] for o in (scheduled, expected)), strict=True):
+        assert a == b
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "uint8", "int32"])
+@pytest.mark.parametrize("library", ["jax.numpy", "torch"])
+def test_an_array_of_any_real_dtype_is_as_good_as_a_number(library: str, dtype: str) -> None:
+    xp = pytest.importorskip(library)
+    x = xp.ones(3, dtype=xp.float32)
+    one = xp.asarray(1, dtype=getattr(xp, dtype))
+    zero = xp.asarray(0, dtype=getattr(xp, dtype))
+    for option in (one, lambda count: one):
+        a, b = (
+            ACProp(option, b1=zero, eps=one, weight_decay=option, clip_exponent=0.5),
+            ACProp(1.0, b1=0.0, eps=1.0, weight_decay=1.0, clip_exponent=0.5),
+        )
+        results = [o.update(x, o.init(x), x)[0] for o in (a, b)]
+        assert results[0].dtype == xp.float32
+        assert bool((results[0] == results[1]).all())
+
+
+def test_sixteen_bits_of_a_decay_rate_are_widened_before_they_are_used() -> None:
+    b2 = jnp.asarray(0.999, jnp.float16)
+    got, expected = (
+        ACProp(b2=x, clip_exponent=0.25).update(jnp.ones(3), ACProp().init(jnp.ones(3))) for x in (b2, float(b2))
+    )
+    np.testing.assert_allclose(got[1].nu, expected[1].nu, rtol=1e-6)
+
+
+# values of schedules
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_constructor_refuses_a_negative_number_and_a_schedule_does_not(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -0.5; use a number that is at least 0 and finite"):
+        ACProp(**{name: -0.5})
+    x = np.ones(3)
+    optimizer = ACProp(**{"learning_rate": 0.1, name: lambda count: -0.5})
+    update, _ = optimizer.update(x, optimizer.init(x), x)
+    np.testing.assert_allclose(update, 0.5 if name == "learning_rate" else -0.05)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_schedule_that_is_not_finite_is_named_with_its_count(name: str, value: float) -> None:
+    optimizer = ACProp(**{name: lambda count: value if count == 1 else 0.1})
+    x = np.ones(3)
+    _, state = optimizer.update(x, optimizer.init(x), x)
+    with pytest.raises(ValueError, match=re.escape(f"{name}(1) is {value}; use a finite number")):
+        optimizer.update(x, state, x)
+
+
+def test_values_of_a_schedule_can_be_recorded() -> None:
+    optimizer = ACProp(1e-3, b1=0.8)
+    record = with_values(optimizer, learning_rate=-1.5e-20, weight_decay=np.float32(-0.5))
+    assert (record.learning_rate, record.weight_decay, record.b1) == (-1.5e-20, -0.5, 0.8)
+    assert optimizer == ACProp(1e-3, b1=0.8)
+    for options, error, message in (
+        ({"learning_rate": np.nan}, ValueError, "learning_rate is nan; use a finite number"),
+        ({"weight_decay": -np.inf}, ValueError, "weight_decay is -inf; use a finite number"),
+        ({"b1": 1.0}, ValueError, "b1 is 1.0; use a number that is at least 0 and below 1"),
+        ({"lr": 1.0}, TypeError, "an ACProp has no option 'lr'; use one of learning_rate, b1,"),
+    ):
+        with pytest.raises(error, match=message):
+            with_values(optimizer, **options)
+
+
+# b1 = 0
+
+
+@pytest.mark.parametrize("b1", [0, 0.0, np.float32(0), np.asarray(0)])
+def test_b1_zero_without_a_remedy_warns_once_at_the_line_of_the_caller(b1: Any) -> None:
+    x = np.ones(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = ACProp(b1=b1)
+        _, state = optimizer.update(x, optimizer.init(x))
+        optimizer.update(x, state)
+        with_values(optimizer, learning_rate=-0.5)
+    assert "use clip_exponent=0.25, or centering='previous'" in str(caught[0].message)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_exponent": 0.25}, {"clip_exponent": 0}, {"centering": "previous"}, {"b1": 1e-3}, {"b1": jnp.zeros(())}],
+)
+def test_b1_with_a_remedy_does_not_warn(options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ACProp(**{"b1": 0.0, **options})
+
+
+def test_why_b1_zero_warns() -> None:
+    x, grads = np.zeros(1), np.random.default_rng(0).normal(size=(5, 1))
+
+    def largest(**remedy: Any) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = ACProp(1.0, b1=0.0, **remedy)
+        state, updates = optimizer.init(x), []
+        for grad in grads:
+            update, state = optimizer.update(grad, state)
+            updates.append(abs(float(update[0])))
+        return max(updates)
+
+    assert largest() > 1e6
+    assert largest(clip_exponent=0.25) <= 5**0.25
+    assert largest(centering="previous") < 100.0
+
+
+# the explosion, and its cure
+
+
+@pytest.mark.parametrize("way", ["zero gradients", "a parameter that has grown", "a count set by hand"])
+def test_zero_moments_at_a_count_explode_as_zero_gradients_do_and_the_clip_cures_them(way: str) -> None:
+    def step(clip_exponent: float | None) -> np.ndarray:
+        optimizer = ACProp(1.0, eps_root=0.0, clip_exponent=clip_exponent)
+        old = np.zeros(1 if way == "a parameter that has grown" else 2)
+        state = optimizer.init(old)
+        if way != "a count set by hand":
+            for grad in (1.0, 0.5, -1.0):
+                _, state = optimizer.update(np.full_like(old, 0.0 if way == "zero gradients" else grad), state)
+        if way == "a parameter that has grown":
+            state = State(state.count, *(np.concatenate([x, np.zeros(1)]) for x in state[1:3]))
+        state = state._replace(count=3)
+        return np.abs(optimizer.update(np.ones(2), state)[0])
+
+    assert step(None)[1] == 1e16  # 1 / eps
+    assert step(0.25)[1] == 4**0.25
+    assert step(0.25)[0] <= 4**0.25
+
+
+# masks, sparse arrays, unknown shapes
+
+
+@pytest.mark.parametrize("yes", [1, np.int8(1), np.bool_(True), True])
+@pytest.mark.parametrize("no", [0, np.uint8(0), np.bool_(False), False])
+def test_a_mask_may_hold_exact_zeros_and_ones(yes: Any, no: Any) -> None:
+    x = {"w": np.ones(2), "b": np.ones(2)}
+    got, expected = (ACProp(weight_decay=0.1, mask={"w": a, "b": b}) for a, b in ((yes, no), (True, False)))
+    for a, b in zip(*(o.update(x, o.init(x), x)[0].values() for o in (got, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["csr_matrix", "coo_array", "csc_array"])
+def test_sparse_arrays_of_scipy_are_told_to_be_made_dense(kind: str) -> None:
+    sparse = getattr(pytest.importorskip("scipy.sparse"), kind)(np.eye(2))
+    optimizer, x = ACProp(), np.eye(2)
+    state = optimizer.init(x)
+    message = re.escape(f"is sparse ({kind}); make it dense: toarray()")
+    for act in (
+        lambda: optimizer.init({"w": sparse}),
+        lambda: optimizer.update(sparse, state),
+        lambda: optimizer.update(x, state._replace(mu=sparse)),
+        lambda: optimizer.apply(x, sparse),
+        lambda: to_portable_leaf(sparse),
+    ):
+        with pytest.raises(TypeError, match=message):
+            act()
+
+
+def to_portable_leaf(x: Any) -> None:
+    to_numpy("first moment", "w", x)
+
+
+def test_unknown_chunk_sizes_are_named() -> None:
+    da = pytest.importorskip("dask.array")
+    known = da.ones(4, chunks=2)
+    unknown = known[known > 0]
+    optimizer = ACProp()
+    state = optimizer.init(known)
+    for act in (
+        lambda: optimizer.init({"w": unknown}),
+        lambda: optimizer.update(unknown, state, known),
+        lambda: optimizer.update(unknown, state, unknown),
+        lambda: optimizer.update(known, state._replace(nu=unknown), known),
+        lambda: optimizer.apply(known, unknown),
+        lambda: check_carry("w", unknown.astype("float16"), known.astype("float16")),
+    ):
+        with pytest.raises(ValueError, match=r"has unknown chunk sizes.*call compute_chunk_sizes\(\)"):
+            act()
+    updates, _ = optimizer.update(unknown.compute_chunk_sizes(), state, known)
+    assert updates.shape == (4,)
 
 
 # state
@@ -259,6 +466,7 @@ def test_jit_compiles_once() -> None:
     assert int(state.count) == len(G)
 
 
+@pytest.mark.filterwarnings("ignore:b1 is 0:UserWarning")  # the point is any b1, and b1=0 without a clip is one
 def test_vmap_over_hyperparameters_equals_a_loop() -> None:
     rates = jnp.array([0.1, 0.01]), jnp.array([0.0, 0.75]), jnp.array([0.25, 0.9375])
 

@@ -117,6 +117,7 @@ def test_first_step_is_the_plain_gradient(dtype: Any) -> None:
     np.testing.assert_array_equal(updates, -dtype(0.25) * grad)
 
 
+@pytest.mark.filterwarnings("ignore:b1 is 0:UserWarning")  # which is what is tested
 def test_constant_gradient_with_b1_zero_leaves_no_residual() -> None:
     # the mirrored average gives m_t = g_t to the last bit, for every start
     optimizer = ACProp(b1=0.0, eps_root=0.0, eps=1.0)

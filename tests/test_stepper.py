@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib.abc
 import itertools
 import math
 import pickle
@@ -9,18 +10,21 @@ import signal
 import sys
 import threading
 import time
+import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from acprop_core import ACProp, State, rule
-from acprop_core.adapt import Step
+from acprop_core import ACProp, State, kernels, rule
+from acprop_core.adapt import Step, with_values
 from acprop_core.kernels.calls import program_of
-from acprop_stepper import Stepper, StepRecord, _engines, _tiles, _work
+from acprop_stepper import Stepper, StepRecord, _tiles, _work, export_state, import_state
 from acprop_stepper._buffers import Tile
 from acprop_stepper._overlap import addresses, first_overlap
 from hosts import stepper_tiles
@@ -273,14 +277,162 @@ def test_a_run_can_be_taken_up_from_its_state(engine: str) -> None:
     assert_same(second, functional(start, grads))
 
 
+# values of schedules
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_schedules_may_go_below_zero(engine: str) -> None:
+    def rate(count: int) -> float:
+        return 3e-4 - 1e-4 * (count + 1)  # -5e-20 at the third step, as computed
+
+    hyper = {"learning_rate": rate, "weight_decay": rate, "clip_exponent": 0.25}
+    x = np.ones(3)
+    grads = [np.array([1.0, -2.0, 0.5])] * 5
+    expected = functional(x.copy(), grads, **hyper)
+    stepper = Stepper(x, **hyper, engine=engine)
+    records = [stepper.step(g) for g in grads]
+    assert records[2].learning_rate < 0.0
+    assert records[4].learning_rate == rate(4)
+    assert_same(stepper, expected)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+@pytest.mark.parametrize("how", ["pickle", "import"])
+def test_values_of_a_running_schedule_are_copied(name: str, how: str) -> None:
+    x = np.ones(2)
+    saved = with_values(ACProp(0.5, b1=0.8, weight_decay=0.1, mask={"": True}), **{name: -0.25})
+    stepper = Stepper(x, mask=True)
+    import_state(stepper, saved, State(3, {"": np.zeros(2)}, {"": np.ones(2)}), prefer="saved")
+    if how == "pickle":
+        stepper = pickle.loads(pickle.dumps(stepper))
+    assert getattr(stepper.functional, name) == -0.25
+    assert export_state(stepper)[0] == saved
+    stepper.step(np.ones(2))
+
+
+def test_a_stepper_warns_of_b1_zero_once() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stepper = Stepper(np.ones(2), b1=0.0)
+        for copied in (copy.deepcopy(stepper), pickle.loads(pickle.dumps(stepper))):
+            copied.step(np.ones(2))
+            import_state(copied, *export_state(stepper))
+    assert [(warning.filename, "b1 is 0" in str(warning.message)) for warning in caught] == [(__file__, True)]
+
+
 # bad input
 
 
+@pytest.fixture
+def ask_numba_anew() -> Iterator[None]:
+    """Forget before and after the test whether Numba works."""
+    for _ in range(2):
+        kernels.why_no_numba.cache_clear()
+        kernels.numba_works.cache_clear()
+        if _ == 0:
+            yield
+
+
+@pytest.mark.usefixtures("ask_numba_anew")
 def test_numba_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(ModuleNotFoundError, match=r"engine is 'numba', which needs Numba: .*acprop-core\[fast\]"):
         Stepper(np.ones(2), engine="numba")
     assert type(Stepper(np.ones(2))._engines[0]) is _tiles.Tiles
+
+
+class BrokenNumba(types.ModuleType):
+    """A Numba that can be imported, and whose compiler fails."""
+
+    def njit(self, *args: Any) -> Any:
+        raise AttributeError("module 'numpy' has no attribute 'long'")
+
+
+class RefusedNumba(importlib.abc.MetaPathFinder):
+    """Have the import of Numba fail, as that of one too old for this NumPy does."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "numba":
+            raise ImportError("Numba needs NumPy 2.2 or less. Got NumPy 2.4.")
+
+
+@pytest.mark.usefixtures("ask_numba_anew")
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("import", "ImportError: Numba needs NumPy 2.2 or less"),
+        ("compiler", "AttributeError: module 'numpy' has no attribute 'long'"),
+        ("switch", "NUMBA_DISABLE_JIT is set"),
+    ],
+)
+def test_numba_that_is_installed_and_does_not_work(fault: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "import":
+        monkeypatch.delitem(sys.modules, "numba", raising=False)
+        monkeypatch.setattr(sys, "meta_path", [RefusedNumba(), *sys.meta_path])
+    elif fault == "compiler":
+        monkeypatch.setitem(sys.modules, "numba", BrokenNumba("numba"))
+    else:
+        monkeypatch.setattr(pytest.importorskip("numba").config, "DISABLE_JIT", 1)
+    x, expected = np.ones(2), functional(np.ones(2), [np.ones(2)] * 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steppers = [Stepper(x, **HYPER), Stepper(np.ones(2), **HYPER)]
+        for _ in range(3):
+            steppers[0].step(np.ones(2))
+    assert [(warning.filename, warning.category) for warning in caught] == [(__file__, RuntimeWarning)]
+    assert reason in str(caught[0].message)
+    assert_same(steppers[0], expected)
+    with pytest.raises(RuntimeError, match=f"engine is 'numba', but .*{reason}.*; repair it, or use engine='tiles'"):
+        Stepper(np.ones(2), engine="numba")
+
+
+# copies in other processes
+
+
+def _step_in_a_worker(stepper: Stepper, grads: Any) -> Any:
+    stepper.step(grads)
+    return stepper.params, stepper.state
+
+
+def _by_buffers(stepper: Stepper, _: Path) -> Stepper:
+    buffers: list[Any] = []
+    content = pickle.dumps(stepper, protocol=5, buffer_callback=buffers.append)
+    assert buffers
+    return pickle.loads(content, buffers=[bytes(buffer.raw()) for buffer in buffers])  # as in Ray
+
+
+def _by_joblib(stepper: Stepper, folder: Path) -> Stepper:
+    joblib = pytest.importorskip("joblib")
+    joblib.dump(stepper, folder / "stepper")
+    return joblib.load(folder / "stepper", mmap_mode="r")
+
+
+@pytest.mark.parametrize("arrive", [_by_buffers, _by_joblib])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameters_that_arrive_read_only_become_copies(arrive: Any, engine: str, tmp_path: Path) -> None:
+    params = {"a": np.ones((300, 500)), "t": np.ones((4, 5), np.float32).T, "c": np.ones((2000, 100))[::2]}
+    grads = {"a": np.ones((300, 500)), "t": np.ones((5, 4), np.float32), "c": np.ones((1000, 100))}
+    stepper = Stepper(params, **HYPER, engine=engine)
+    stepper.step(grads)
+    other = arrive(stepper, tmp_path)
+    for each in (stepper, other):
+        each.step(grads)
+    assert_same(other, (stepper.params, stepper.state))
+    assert other.params["a"].flags.writeable
+    assert type(other.params["a"]) is np.ndarray
+    assert other.functional == stepper.functional
+
+
+def test_a_stepper_reaches_a_worker_of_joblib() -> None:
+    joblib = pytest.importorskip("joblib")
+    params, grads = np.ones(400_000), np.full(400_000, 0.5)  # 3.2 MB, which joblib maps from 1 MB on
+    stepper = Stepper(params, **HYPER, engine="tiles")
+    with joblib.parallel_config("loky", n_jobs=2, inner_max_num_threads=1):
+        (arrived, state), _ = joblib.Parallel()(joblib.delayed(_step_in_a_worker)(stepper, grads) for _ in range(2))
+    assert params[0] == 1.0
+    stepper.step(grads)
+    np.testing.assert_array_equal(arrived, params)
+    np.testing.assert_array_equal(state.mu, stepper.state.mu)
 
 
 def test_interleaved_views_do_not_overlap() -> None:

@@ -27,8 +27,8 @@ from acprop_core._checks import called, check_compensation, check_count, check_m
 from acprop_core._containers import align, flatten
 from acprop_core._dtypes import is_compensated
 from acprop_core._optimizer import ACProp, State
-from acprop_core.adapt import Row, check_row
-from acprop_core.checkpoint._portable import HYPERPARAMETERS, by_name, to_numpy, to_portable
+from acprop_core.adapt import Row, check_row, with_values
+from acprop_core.checkpoint._portable import CALLABLES, HYPERPARAMETERS, by_name, to_numpy, to_portable
 
 FORMAT = "acprop-core state"
 FORMAT_VERSION = "1"
@@ -157,8 +157,9 @@ def _parse(
     mask = hyperparameters.get("mask")
     if mask not in (None, "callable") and (mask.keys() != kinds.keys() or {*mask.values()} - {True, False}):
         raise ValueError("the mask is not one bool for each parameter")
-    callables = [name for name in ("learning_rate", "mask") if hyperparameters.get(name) == "callable"]
-    optimizer = ACProp(**{name: value for name, value in hyperparameters.items() if name not in callables})
+    callables = [name for name in CALLABLES if hyperparameters.get(name) == "callable"]
+    numbers = {name: value for name, value in hyperparameters.items() if name not in callables}
+    optimizer = with_values(ACProp(), **numbers)
     count = check_count(tensors.pop("count"))
     keys = _KEYS if optimizer.compensate else _KEYS[:2]
     rows = {name: Row(None, None, *(tensors.pop(f"{key}/{name}", None) for key in keys)) for name in kinds}

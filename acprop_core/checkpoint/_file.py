@@ -1,13 +1,13 @@
 """`save` and `load`: one file, written so that a crash leaves the old file or the new one."""
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from acprop_core._optimizer import ACProp, Container, State
-from acprop_core.adapt import flatten, unflatten
+from acprop_core.adapt import check_number, flatten, unflatten, with_values
 from acprop_core.checkpoint._names import Rename, Transform, match_names, rename_state
 from acprop_core.checkpoint._portable import by_name, to_numpy
 
@@ -18,7 +18,8 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
     Parameters
     ----------
     path : path
-        The file. An existing file is replaced only when all of the new one is on disk.
+        The file. An existing file is replaced only when all of the new one is on disk; the new one has its mode, and
+        its owner where the system allows it.
     optimizer : ACProp
         Its hyperparameters are recorded: numbers as they are, the mask by name. Of a callable only the fact that it was
         one is recorded.
@@ -32,7 +33,8 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
     TypeError, ValueError
         If the state is not valid, or two of its arrays have one dotted name. No file has been touched then.
     OSError
-        If the file cannot be written. The old file is unchanged then.
+        If the file cannot be written, or the path is a directory, a device or another object that is not a regular
+        file. It is unchanged then.
 
     Examples
     --------
@@ -51,14 +53,25 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
 
         from acprop_core.checkpoint._contents import to_tensors
     tensors, metadata = to_tensors(optimizer, state)
-    folder, name = os.path.split(os.path.realpath(os.fsdecode(path)))  # a link stays a link
+    real = os.path.realpath(os.fsdecode(path))  # a link stays a link
+    replaced = _status_of(real)
+    if replaced is not None and not stat.S_ISREG(replaced.st_mode):
+        kind = next((kind for kind, is_kind in _KINDS.items() if is_kind(replaced.st_mode)), "special file")
+        error = IsADirectoryError if kind == "directory" else OSError
+        raise error(f"{os.fsdecode(path)!r} is a {kind}, which save does not replace; pass the path of a regular file")
+    folder, name = os.path.split(real)
     # In the same folder, because a rename is atomic only within one file system. Each writer has its own name.
     temporary = os.path.join(folder, f".{name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            mode = os.fstat(file.fileno()).st_mode if replaced is None else replaced.st_mode
+        os.chmod(temporary, 0o600)  # until its owner is known
         save_file(tensors, temporary, metadata)
-        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
+        if replaced is not None and os.name == "posix":
+            for owner, group in ((-1, replaced.st_gid), (replaced.st_uid, -1)):
+                with contextlib.suppress(OSError):  # only root may give files away
+                    os.chown(temporary, owner, group)
+        os.chmod(temporary, stat.S_IMODE(mode))
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, os.path.join(folder, name))
@@ -78,6 +91,7 @@ def load(
     params: Container | None = None,
     *,
     learning_rate: Any = None,
+    weight_decay: Any = None,
     mask: Any = None,
     rename: Rename | None = None,
     transform: Transform | None = None,
@@ -96,7 +110,7 @@ def load(
         Parameters of the functional core, of any array library. The moments then come in their structure, as NumPy
         arrays, checked against their names, shapes and dtypes. Without `params` they come as dicts by dotted name,
         which an adapter's `import_state` takes.
-    learning_rate : float or callable, optional
+    learning_rate, weight_decay : float or callable, optional
         Replaces the recorded one. Required if the recorded one was a callable.
     mask : container of bool or callable, optional
         Replaces the recorded one. Required if the recorded one was a callable.
@@ -123,7 +137,7 @@ def load(
         If safetensors or NumPy is not installed.
     ValueError
         If the file is damaged, was not written by `save` or is of a newer version, or does not match `params`; if
-        `learning_rate` or `mask` is required, or `rename` or `transform` has an unknown name.
+        `learning_rate`, `weight_decay` or `mask` is required, or `rename` or `transform` has an unknown name.
     TypeError
         If dtypes do not match.
     OSError
@@ -150,14 +164,17 @@ def load(
         from acprop_core.checkpoint._contents import read
 
         optimizer, state, callables = read(path, verify)
-    options = {"learning_rate": learning_rate, "mask": mask}
+    options = {"learning_rate": learning_rate, "weight_decay": weight_decay, "mask": mask}
+    for name in ("learning_rate", "weight_decay"):
+        if options[name] is not None and not callable(options[name]):
+            check_number(name, options[name])
     for name in callables:
         if options[name] is None:
             raise ValueError(
                 f"{name} was a callable, which a file cannot hold, when {path!r} was saved; pass it again: "
                 f"load(path, {name}=...)"
             )
-    optimizer = dataclasses.replace(optimizer, **{name: x for name, x in options.items() if x is not None})
+    optimizer = with_values(optimizer, **{name: x for name, x in options.items() if x is not None})
     optimizer, state = rename_state(optimizer, state, rename, transform)
     if params is None:
         return optimizer, state
@@ -174,8 +191,24 @@ def load(
             trees.append(unflatten(params, leaves))
     if isinstance(optimizer.mask, dict) and mask is None:
         marks = unflatten(params, [optimizer.mask.get(name, True) for name in named])
-        optimizer = dataclasses.replace(optimizer, mask=marks)
+        optimizer = with_values(optimizer, mask=marks)
     return optimizer, State(state.count, *trees)
+
+
+_KINDS: dict[str, Callable[[int], bool]] = {
+    "directory": stat.S_ISDIR,
+    "named pipe": stat.S_ISFIFO,
+    "socket": stat.S_ISSOCK,
+    "device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+
+
+def _status_of(path: str) -> os.stat_result | None:
+    """Return the status of a file, None if there is none."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
 
 
 @contextlib.contextmanager

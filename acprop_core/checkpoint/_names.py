@@ -1,11 +1,10 @@
 """The names of a portable state: match them with the names here, or rename them."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from acprop_core._optimizer import ACProp, State
-from acprop_core.adapt import Row, called, check_row, dtype_name
+from acprop_core.adapt import Row, called, check_row, dtype_name, with_values
 from acprop_core.checkpoint._portable import by_name
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
@@ -135,7 +134,7 @@ def rename_state(
     for name in names:
         check_row(name, Row(None, None, mu[name], nu[name]), has_params=False)
     if isinstance(optimizer.mask, dict):
-        optimizer = dataclasses.replace(optimizer, mask={now: optimizer.mask[name] for now, name in names.items()})
+        optimizer = with_values(optimizer, mask={now: optimizer.mask[name] for now, name in names.items()})
     return optimizer, State(state.count, mu, nu, *carry)
 
 

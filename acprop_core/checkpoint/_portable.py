@@ -12,8 +12,10 @@ from acprop_core._containers import align, names_and_leaves
 from acprop_core._dtypes import dtype_name
 from acprop_core._optimizer import ACProp, Container, State
 from acprop_core._quirks import has_no_content, readable_by_numpy
+from acprop_core.adapt import with_values
 
 HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(ACProp))
+CALLABLES = ("learning_rate", "weight_decay", "mask")  # may be callables, which a file cannot hold
 
 
 def to_numpy(what: str, name: str, x: Any) -> Any:
@@ -126,7 +128,7 @@ def to_portable(optimizer: ACProp, like: Container) -> ACProp:
         names, leaves = names_and_leaves(like)
         marks = check_mask(list(align(optimizer.mask, like, "the mask", prefix=True)), names, leaves)
         values["mask"] = by_name(zip(names, marks, strict=True))
-    return ACProp(**values)
+    return with_values(optimizer, **values)
 
 
 def check_portable(saved: ACProp, state: State) -> ACProp:

@@ -1,6 +1,5 @@
 """The choice of an engine for each buffer of parameters."""
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from acprop_core import ACProp
 from acprop_core.adapt import decays_of, is_compensated, moment_dtypes_of
+from acprop_core.kernels import NOT_INSTALLED, numba_works, why_no_numba
 from acprop_stepper._buffers import Buffer, on_device_of
 from acprop_stepper._cupy import Cupy
 from acprop_stepper._matching import Matching
@@ -22,12 +22,10 @@ def check_engine(engine: str | None, xp: Any) -> None:
             f"engine is {engine!r}; for {'NumPy' if xp is np else 'CuPy'} arrays use "
             f"{' or '.join(map(repr, usable))}, or None for the best that is installed"
         )
-    if engine == "numba" and not _has_numba():
-        raise ModuleNotFoundError("engine is 'numba', which needs Numba: python -m pip install 'acprop-core[fast]'")
-
-
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    if engine == "numba" and (reason := why_no_numba()) is not None:
+        if reason == NOT_INSTALLED:
+            raise ModuleNotFoundError("engine is 'numba', which needs Numba: python -m pip install 'acprop-core[fast]'")
+        raise RuntimeError(f"engine is 'numba', but {reason}; repair it, or use engine='tiles'")
 
 
 def buffers_of(optimizer: ACProp, matching: Matching) -> list[Buffer]:
@@ -52,7 +50,7 @@ def engines_of(buffers: Sequence[Buffer], engine: str | None, xp: Any) -> list[A
     """Return the engines of all buffers."""
     if xp is not np:
         return [Cupy(buffer) if buffer.is_alike() else Tiles(buffer) for buffer in buffers]
-    if engine == "tiles" or (engine is None and not _has_numba()):
+    if engine == "tiles" or (engine is None and not numba_works()):
         return list(map(Tiles, buffers))
     from acprop_stepper._numba import Numba
 

@@ -104,6 +104,11 @@ class Matching:
         for name, x in zip(self.names, self.leaves, strict=True):
             if x is None:
                 continue
+            if isinstance(x, np.generic):
+                raise ValueError(
+                    f"{called('parameter', name)} is a {type(x).__name__} ({x!r:.40}), a scalar, which never changes; "
+                    "pass np.array of it"
+                )
             if not getattr(x.flags, "writeable", True):
                 raise ValueError(
                     f"{called('parameter', name)} is read-only; a stepper writes into its parameters: copy it"

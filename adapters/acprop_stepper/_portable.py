@@ -1,9 +1,7 @@
 """Portable state: from a stepper to `acprop_core.save`, and from `acprop_core.load` to a stepper."""
 
-import dataclasses
-
 from acprop_core import ACProp, State
-from acprop_core.adapt import flatten, unflatten
+from acprop_core.adapt import flatten, unflatten, with_values
 from acprop_core.checkpoint import by_name, check_portable, choose, match_names, to_numpy, to_portable
 from acprop_stepper._stepper import Stepper
 
@@ -104,5 +102,5 @@ def _check(stepper: Stepper) -> None:
 def _hyperparameters(stepper: Stepper) -> ACProp:
     optimizer = stepper.functional
     if callable(optimizer.mask):  # the parameters are known, so its bools can be recorded
-        optimizer = dataclasses.replace(optimizer, mask=optimizer.mask(stepper.params))
+        optimizer = with_values(optimizer, mask=optimizer.mask(stepper.params))
     return to_portable(optimizer, stepper.params)

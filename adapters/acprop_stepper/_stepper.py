@@ -1,6 +1,5 @@
 """The stepper: options, state, and the step as a whole."""
 
-import dataclasses
 import functools
 import math
 import threading
@@ -12,6 +11,7 @@ import numpy as np
 from acprop_core import ACProp, State, adapt
 from acprop_core.adapt import Array, Row, unflatten
 from acprop_stepper._buffers import Buffer, on_device_of
+from acprop_stepper._copies import new, restored
 from acprop_stepper._engines import buffers_of, check_engine, engines_of
 from acprop_stepper._gradients import find_nonfinite, global_norm
 from acprop_stepper._matching import Matching
@@ -56,13 +56,15 @@ class Stepper:
         Writeable NumPy or CuPy arrays of a floating-point dtype in native byte order, of any shape and layout. They
         stay the caller's; every step changes them in place. They must not overlap.
     learning_rate : float or callable
-        At least 0. A callable (a schedule) is called with the count of updates done, 0 at the first step.
+        At least 0. A callable (a schedule) is called with the count of updates done, 0 at the first step; it may
+        return any finite number.
     b1, b2 : float
-        Decay rates of the two moments, in [0, 1).
+        Decay rates of the two moments, in [0, 1). ``b1=0`` needs a clip or centering "previous"; as in
+        `acprop_core.ACProp`.
     eps, eps_root : float
         Added to the root of the second moment, and to the second moment at every step; at least 0.
-    weight_decay : float
-        Decoupled weight decay, at least 0; it is multiplied by the learning rate.
+    weight_decay : float or callable
+        Decoupled weight decay, at least 0; it is multiplied by the learning rate. A callable is a schedule.
     mask : container of bool, prefix of one, or callable, optional
         Which parameters decay; as in `acprop_core.ACProp`, but read only once, by the constructor.
     clip_exponent : float, optional
@@ -80,7 +82,7 @@ class Stepper:
         What to do if a gradient, or a moment that it would lead to, is not finite: continue as the rule does, skip the
         step, or raise FloatingPointError. "skip" and "raise" read the gradients once more.
     engine : {"numba", "tiles", "cupy"}, optional
-        By default the best that is installed and fits: for NumPy "numba" (contiguous and real; the rest goes through
+        By default the best that works here and fits: for NumPy "numba" (contiguous and real; the rest goes through
         "tiles"), else "tiles"; for CuPy "cupy".
     threads : int
         Threads that share a step. More than one helps where one core cannot fill the memory bus.
@@ -100,13 +102,23 @@ class Stepper:
         If parameters overlap, one is read-only or not in native byte order, or an option is out of its range.
     ModuleNotFoundError
         If the engine asked for is not installed.
+    RuntimeError
+        If it is installed and does not work.
+
+    Warns
+    -----
+    RuntimeWarning
+        If Numba is installed and does not work, so that the default engine is "tiles".
+    UserWarning
+        If `b1` is 0 with centering "current" and no clip.
 
     Notes
     -----
     A step that has begun is completed even if it is interrupted; the interruption (KeyboardInterrupt, say) is raised
     after parameters, moments and count are written. A step that is refused or skipped changes nothing. Threads that
     step one stepper wait for each other. A pickled or deep-copied stepper steps the parameters copied along with it;
-    do not step one in another thread while it is copied.
+    do not step one in another thread while it is copied. Parameters that arrive read-only in another process, such as
+    joblib's memory maps, become copies in the attribute `params`.
 
     Examples
     --------
@@ -127,7 +139,7 @@ class Stepper:
         b2: float = 0.999,
         eps: float = 1e-16,
         eps_root: float = 1e-16,
-        weight_decay: float = 0.0,
+        weight_decay: float | Callable[[int], float] = 0.0,
         mask: Container | Callable[[Container], Container] | None = None,
         *,
         clip_exponent: float | None = None,
@@ -139,7 +151,7 @@ class Stepper:
         engine: str | None = None,
         threads: int = 1,
     ) -> None:
-        self.functional = ACProp(
+        functional = ACProp(
             learning_rate,
             b1,
             b2,
@@ -152,9 +164,21 @@ class Stepper:
             moment_dtype=moment_dtype,
             compensate=compensate,
         )
+        self._begin(params, functional, clip_norm, nonfinite, engine, threads)
+
+    def _begin(
+        self,
+        params: Container,
+        functional: ACProp,
+        clip_norm: float | None,
+        nonfinite: str,
+        engine: str | None,
+        threads: int,
+    ) -> None:
+        self.functional = functional
         for name in ("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay", "clip_exponent"):
             value = getattr(self.functional, name)
-            if not (value is None or isinstance(value, float) or (name == "learning_rate" and callable(value))):
+            if not (value is None or isinstance(value, float) or callable(value)):
                 raise TypeError(f"{name} is {value!r}; a stepper takes numbers: convert it with float()")
         self.params = params
         self._clip_norm = None if clip_norm is None else adapt.check_number("clip_norm", clip_norm)
@@ -181,20 +205,19 @@ class Stepper:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy steps copies of the parameters, which are pickled or deep-copied along with it
-        return _restored, (type(self), self.params, self._options(self.functional), self.state)
+        return restored, (type(self), self.params, self.functional, self._options, self.state)
 
-    def _options(self, functional: ACProp) -> dict[str, Any]:
-        options = {field.name: getattr(functional, field.name) for field in dataclasses.fields(functional)}
-        options |= {"clip_norm": self._clip_norm, "nonfinite": self._nonfinite}
-        return options | {"engine": self._engine, "threads": self._threads}
+    @property
+    def _options(self) -> tuple[float | None, str, str | None, int]:
+        return self._clip_norm, self._nonfinite, self._engine, self._threads
 
     def _with(self, functional: ACProp) -> "Stepper":
         """Return a new stepper of the same parameters and options with other hyperparameters, their mask by name."""
         if isinstance(functional.mask, dict):
             names, like = self._matching.names, self._matching.containers
             mask = unflatten(like, [functional.mask.get(name, True) for name in names])
-            functional = dataclasses.replace(functional, mask=mask)
-        return type(self)(self.params, **self._options(functional))
+            functional = adapt.with_values(functional, mask=mask)
+        return new(type(self), self.params, functional, self._options)
 
     def _become(self, other: "Stepper") -> None:
         """Become another stepper of the same parameters, except for the lock on which threads wait."""
@@ -375,12 +398,6 @@ class Stepper:
         if self._work is not None and self._work.begun:
             self._work.finish()
             self._work = None
-
-
-def _restored(kind: type[Stepper], params: Container, options: dict[str, Any], state: State) -> Stepper:
-    stepper = kind(params, **options)
-    stepper.load_state(state)
-    return stepper
 
 
 def _copy(source: Array, target: Array, place: Callable[[], Any]) -> None:

@@ -18,6 +18,7 @@ from bad_input.rows import (
     CENTERING,
     COUNT,
     DECAY,
+    FINITE,
     HYPER,
     INTEGER,
     INTEGER_OR_ARRAY,
@@ -26,7 +27,6 @@ from bad_input.rows import (
     NUMBER,
     ONE_KIND,
     OWN_ERROR,
-    RANGE,
     REAL,
     STRUCTURE,
     THE_STATE,
@@ -213,15 +213,18 @@ CORE = [
          f"{LIBRARY}, the parameters are arrays of", "convert it, with float() or int()"),
     ], COUNT),
     *table("schedule: ", "schedule", "rate", [
-        ("NaN", math.nan, ValueError, f"{RATE} nan", RANGE),
-        ("infinite", math.inf, ValueError, f"{RATE} inf", RANGE),
-        ("negative", -0.1, ValueError, f"{RATE} -0.1", RANGE),
+        ("NaN", math.nan, ValueError, f"{RATE} nan; {FINITE}"),
+        ("infinite", math.inf, ValueError, f"{RATE} inf; {FINITE}"),
         ("a string", "0.1", TypeError, f"{RATE} '0.1'", NUMBER),
         ("None", None, TypeError, f"{RATE} None", NUMBER),
         ("a bool", True, TypeError, f"{RATE} True", NUMBER),
         ("an array with an axis", From(lambda w: w.array([0.1])), TypeError, NUMBER),
         ("a complex array", From(lambda w: w.array(0.1, "complex64")), TypeError, NUMBER),
     ], RATE),
+    bad("schedule: a decay of NaN", "update", {"weight_decay": lambda count: math.nan}, ValueError,
+        f"weight_decay(2) is nan; {FINITE}"),
+    bad("schedule: a decay that is a string", "update", {"weight_decay": lambda count: "0.1"}, TypeError,
+        f"weight_decay(2) is '0.1'; {NUMBER}"),
     bad("schedule: of another library", "schedule", {"rate": strict.asarray(0.1)}, TypeError,
         f"learning_rate {LIBRARY}", "convert it"),
     bad("schedule: raises", "update", {"learning_rate": boom}, KeyError, OWN_ERROR),
@@ -232,7 +235,8 @@ CORE = [
          "the mask has 'c', which the parameters lack; leave that out"),
         ("too deep", {"w": [True], "b": True}, ValueError, "the mask at 'w' is a container (list)", STRUCTURE),
         ("a string", "all", TypeError, f"mask of 'w' is 'all'; {DECAY}"),
-        ("a number", {"w": 1, "b": True}, TypeError, f"mask of 'w' is 1; {DECAY}"),
+        ("a number", {"w": 2, "b": True}, TypeError, f"mask of 'w' is 2; {DECAY}"),
+        ("a float", {"w": 1.0, "b": True}, TypeError, f"mask of 'w' is 1.0; {DECAY}"),
         ("an array", From(lambda w: {"w": True, "b": w.array(True, "bool")}), TypeError, "mask of 'b.0' is", DECAY),
         ("None for a parameter", {"w": None, "b": True}, TypeError, f"mask of 'w' is None; {DECAY}"),
         ("a callable without return", lambda params: None, TypeError, f"mask of 'w' is None; {DECAY}"),
@@ -278,7 +282,7 @@ NUMPY = [
         ("a negative array", np.asarray(-1), ValueError, MINUS_ONE),
     ], COUNT),
     bad("schedule: an array of NaN", "schedule", {"rate": np.asarray(math.nan)}, ValueError,
-        "learning_rate(2) is nan", RANGE),
+        "learning_rate(2) is nan", FINITE),
 ]
 
 # Hyperparameters, which belong to no array library: each kind of wrong value for each name
@@ -304,7 +308,8 @@ OPTIONS = [
 ]
 
 IN_JAX = [
-    ("sparse", From(lambda w: BCOO.fromdense(jnp.eye(2, 3))), TypeError, "is a BCOO", "not an array"),
+    ("sparse", From(lambda w: BCOO.fromdense(jnp.eye(2, 3))), TypeError,
+     "is sparse (BCOO); make it dense: todense()"),
     ("random keys", From(lambda w: jax.random.split(jax.random.key(0), (2, 3))), TypeError,
      "has dtype key<fry>", KINDS),
     ("an 8-bit float", From(lambda w: jnp.ones((2, 3), "float8_e4m3fn")), TypeError,

@@ -23,6 +23,7 @@ NUMBER = "use a number, or a 0-d floating-point array"
 SOME_NUMBER = "use a number"
 NUMBER_OR_NONE = "use a number or None"
 RANGE = "use a number that is at least 0 and "
+FINITE = "use a finite number"
 INTEGER = "pass an integer"
 INTEGER_OR_ARRAY = "pass an integer or a 0-d integer array"
 AN_INT = "pass an int"
@@ -119,6 +120,12 @@ WRONG_NUMBERS: list[tuple[str, Any, type[BaseException], str]] = [
     ("complex", 1j, TypeError, NUMBER),
     ("a decimal", Decimal("0.1"), TypeError, NUMBER),
     ("an array with an axis", np.asarray([0.1]), TypeError, NUMBER),
-    ("an integer array", jnp.asarray(1), TypeError, NUMBER),
+    ("a bool array", jnp.asarray(True), TypeError, NUMBER),
     ("a complex array", jnp.asarray(0.1j), TypeError, NUMBER),
+]
+# A schedule may return negative numbers
+WRONG_VALUES = [
+    (name, value, error, FINITE if words == RANGE else words)
+    for name, value, error, words in WRONG_NUMBERS
+    if "negative" not in name
 ]
