@@ -611,6 +611,17 @@ def test_optax_counts_beside_acprop_go_along(name: str) -> None:
         np.testing.assert_array_equal(x, y)
 
 
+def test_optax_leaves_that_are_not_optimized_are_left_out() -> None:
+    params, optimizer = {"w": jnp.ones(3), "i": jnp.arange(2), "key": jax.random.key(0)}, ACProp(**HYPER)
+    transform = acprop_optax.acprop(**HYPER)
+    _, state = transform.update({**dict.fromkeys(params), "w": jnp.ones(3)}, transform.init(params), params)
+    saved = acprop_optax.export_state(state, optimizer)
+    assert list(saved[1].mu) == ["w"]
+    again = acprop_optax.import_state(transform.init(params), optimizer, *saved)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True))
+
+
 def test_optax_refuses_a_state_after_updates_that_were_not_finite() -> None:
     params, optimizer = {"w": jnp.ones(3)}, ACProp(**HYPER)
     transform = optax.apply_if_finite(acprop_optax.acprop(**HYPER), 3)

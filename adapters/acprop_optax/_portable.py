@@ -136,7 +136,7 @@ def import_state(
     >>> zeros = {"w": np.zeros(2, np.float32)}
     >>> transform = acprop(1e-3, clip_exponent=0.25)
     >>> opt_state = import_state(transform.init(params), hyper, hyper, State(7, zeros, zeros))
-    >>> opt_state[0].counter
+    >>> opt_state[0].count
     Array(7, dtype=int32)
     """
     saved = checkpoint.check_portable(saved, saved_state)
@@ -292,8 +292,11 @@ def _is_leaf(x: Any) -> bool:
 
 
 def _named(tree: Any) -> dict[str, Any]:
+    """Return the leaves by name; None for integers, bools and keys, which are not optimized and have no moments."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return checkpoint.by_name((name_of(path), _value(x)) for path, x in pairs)
+    leaves = [_value(x) for _, x in pairs]
+    floats = [x if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None for x in leaves]
+    return checkpoint.by_name((name_of(path), x) for (path, _), x in zip(pairs, floats, strict=True))
 
 
 def _value(x: Any) -> Any:
