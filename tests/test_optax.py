@@ -14,10 +14,12 @@ import pytest
 from jax.test_util import check_grads
 from optax.contrib import mechanize, reduce_on_plateau, schedule_free
 
-from acprop_optax import acprop, scale_by_acprop
+from acprop_core import ACProp
+from acprop_optax import acprop, export_state, import_state, scale_by_acprop
 
 PARAMS = {"w": jnp.ones((2, 3)), "b": [jnp.zeros(3)]}
 HALF = ("float16", "bfloat16")
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
 
 
 @pytest.fixture
@@ -46,7 +48,8 @@ def scan(transform: optax.GradientTransformation, params: Any, grads: Any, **ext
     def step(carry: Any, grad: Any) -> Any:
         params, state = carry
         updates, state = transform.update(grad, state, params, **extra_args)
-        return (optax.apply_updates(params, updates), state), updates
+        with jax.numpy_dtype_promotion("standard"):
+            return (optax.apply_updates(params, updates), state), updates
 
     return jax.lax.scan(step, (params, transform.init(params)), grads)
 
@@ -86,6 +89,9 @@ def test_the_signature_begins_as_that_of_optax(name: str) -> None:
         {"learning_rate": optax.linear_schedule(0.1, 0.0, 10)},
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "mask": {"w": True, "b": [False]}},
+        {"weight_decay": SCHEDULE},
+        {"weight_decay": SCHEDULE, "learning_rate": SCHEDULE, "mask": {"w": True, "b": [False]}},
+        {"weight_decay": SCHEDULE, "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params)},
     ],
 )
 def test_the_state_is_that_of_optax(options: dict[str, Any]) -> None:
@@ -165,6 +171,12 @@ WRAPPERS = {
     "reduce_on_plateau": lambda f: optax.chain(f(0.1), reduce_on_plateau(patience=2)),
     "flatten": lambda f: optax.flatten(f(0.1)),
     "inject_hyperparams": lambda f: optax.inject_hyperparams(f)(optax.linear_schedule(0.1, 0.0, 20), b2=0.9),
+    "schedule of the decay": lambda f: f(0.1, weight_decay=SCHEDULE),
+    "schedule of the decay, masked": lambda f: f(SCHEDULE, weight_decay=SCHEDULE, mask={"w": 1, "b": [0]}),
+    "schedule of the decay, injected": lambda f: optax.inject_hyperparams(f)(0.1, weight_decay=SCHEDULE),
+    "schedule of the decay, below 0": lambda f: f(0.1, weight_decay=lambda count: 0.1 - 0.02 * count),
+    "schedule, below 0": lambda f: f(lambda count: 0.1 - 0.02 * count),
+    "mask of the decay, 0 and 1": lambda f: f(0.1, weight_decay=0.1, mask={"w": 1, "b": [np.int64(0)]}),
     "mask of the decay, callable": lambda f: f(
         0.1, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
     ),
@@ -290,7 +302,8 @@ def test_mixed_dtypes_never_drift(promotion: str, params: str, grads: str, x64: 
         injected = optax.inject_hyperparams(acprop, hyperparam_dtype=jnp.float32)(**hyper)
         for transform in (acprop(**hyper), injected):
             (x, state), updates = scan(transform, jnp.ones(3, params), jnp.ones((3, 3), grads))
-            assert x.dtype == updates.dtype == params
+            assert x.dtype == params
+            assert updates.dtype == max((params, grads), key=("float16", "bfloat16", "float32", "float64").index)
             assert optax.tree_utils.tree_get(state, "mu").dtype == ("float64" if params == "float64" else "float32")
             assert (x < 1.0).all()
 
@@ -340,13 +353,40 @@ def test_a_wide_number_does_not_widen_in_64_bit_mode(x64: None) -> None:
     assert updates.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("with_params", [True, False])
-def test_the_update_has_the_dtype_of_the_parameter(with_params: bool) -> None:
-    params, grads = jnp.ones(3, "bfloat16"), jnp.ones(3, "float32")
+KINDS = ("bfloat16", "float16", "float32", "float64", "complex64", "complex128")
+
+
+@pytest.mark.parametrize("grads", KINDS)
+@pytest.mark.parametrize("params", KINDS)
+def test_the_update_has_the_dtype_that_adamw_gives_it(params: str, grads: str, x64: None) -> None:
+    if "complex" in grads and "complex" not in params:
+        pytest.skip("complex gradients of real parameters are refused")
+    x, g = jnp.ones(3, params), jnp.ones(3, grads)
+    adamw = optax.adamw(0.1)
+    expected = adamw.update(g, adamw.init(x), x)[0].dtype
+    for transform in (acprop(0.1), acprop(0.1, weight_decay=0.1), scale_by_acprop()):
+        updates, state = transform.update(g, transform.init(x), x)
+        assert updates.dtype == expected
+        assert optax.tree_utils.tree_get(state, "mu").dtype == optax.tree_utils.tree_get(transform.init(x), "mu").dtype
+    finite = optax.apply_if_finite(acprop(0.1), 3)  # which compares the dtype with the gradient's
+    assert finite.update(g, finite.init(x), x)[0].dtype == expected if expected == grads else True
+    compensated = acprop(0.1, compensate=True)
+    updates, _ = compensated.update(g, compensated.init(x), x)
+    assert updates.dtype == (params if params in HALF else expected)
+
+
+def test_a_wide_update_is_not_rounded_to_the_parameter() -> None:
+    x, g = jnp.ones(3, "bfloat16"), jnp.array([0.3, -1.7, 2.0])
+    narrow, wide = (
+        acprop(1e-2, weight_decay=0.1).update(g, acprop(1e-2).init(p), p)[0] for p in (x, x.astype("float32"))
+    )
+    assert (narrow == wide).all()
+
+
+def test_without_params_the_update_has_the_dtype_of_the_gradient() -> None:
     for transform in (scale_by_acprop(), acprop(0.1)):
-        updates, state = transform.update(grads, transform.init(params), params if with_params else None)
-        assert updates.dtype == (params if with_params else grads).dtype
-        assert optax.tree_utils.tree_get(state, "mu").dtype == jnp.float32
+        updates, _ = transform.update(jnp.ones(3), transform.init(jnp.ones(3, "bfloat16")))
+        assert updates.dtype == jnp.float32
 
 
 def test_injected_integers_are_numbers() -> None:
@@ -405,6 +445,64 @@ def test_a_gradient_of_none_leaves_its_leaf_alone(compiled: bool, centering: str
     assert after[0].count == 2
 
 
+def of_each_kind() -> dict[str, Any]:
+    return {
+        "w": jnp.ones(2),
+        "i": jnp.arange(3),
+        "b": jnp.array(True),
+        "key": jax.random.key(0),
+        "n": np.arange(2, dtype="int32"),
+    }
+
+
+def test_init_takes_all_that_adamw_takes() -> None:
+    params = of_each_kind()
+    ours, adamw = acprop(0.1).init(params), optax.adamw(0.1).init(params)
+    assert jax.tree.structure(ours[0].mu) == jax.tree.structure(adamw[0].mu)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), ours[0].mu) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), adamw[0].mu
+    )
+    with pytest.raises(TypeError):
+        optax.adamw(0.1).init({"f": jnp.tanh})
+    with pytest.raises(TypeError, match="parameter 'f' is a"):
+        acprop(0.1).init({"f": jnp.tanh})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1, SCHEDULE])
+def test_what_has_no_derivative_is_left_alone(compiled: bool, weight_decay: Any) -> None:
+    params = of_each_kind()
+    transform = acprop(0.1, weight_decay=weight_decay, compensate=True)
+    state = transform.init(params)
+
+    def step(state: Any) -> Any:
+        grads = jax.grad(lambda p: (p["w"] ** 2).sum(), allow_int=True)(params)
+        assert grads["i"].dtype == jax.dtypes.float0
+        updates, state = transform.update(grads, state, params)
+        assert updates.pop("key") is None
+        rest = {name: x for name, x in params.items() if name != "key"}
+        return optax.apply_updates(rest, updates), state
+
+    moved, after = (jax.jit(step) if compiled else step)(state)
+    assert (moved["w"] != params["w"]).all()
+    for name in ("i", "b", "n"):
+        assert moved[name].dtype == params[name].dtype
+        assert (moved[name] == params[name]).all()
+        assert after[0].mu[name].dtype == params[name].dtype
+    nothing = dict.fromkeys(params)
+    updates, after = transform.update({**nothing, "w": params["w"]}, state, params)
+    assert [name for name in params if updates[name] is not None] == ["w"]
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_integers_with_a_gradient_are_refused() -> None:
+    params = {"i": jnp.arange(3)}
+    with pytest.raises(TypeError, match="parameter 'i' has dtype int32, which ACProp cannot use"):
+        acprop(0.1).update(params, acprop(0.1).init(params), params)
+    with pytest.raises(TypeError, match="has dtype void"):  # a float has a derivative
+        acprop(0.1).update(np.zeros(2, jax.dtypes.float0), acprop(0.1).init(jnp.ones(2)), jnp.ones(2))
+
+
 def test_params_are_optional_without_decay() -> None:
     for transform in (scale_by_acprop(), acprop(1.0), acprop(1.0, mask=True), acprop(1.0, weight_decay=jnp.zeros(()))):
         updates, state = transform.update(PARAMS, transform.init(PARAMS))
@@ -431,6 +529,87 @@ def test_hyperparameters_can_be_injected_and_traced() -> None:
     assert float(state.hyperparams["learning_rate"]) == pytest.approx(1e-2)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
         assert jnp.abs(a - b).max() <= 4 * jnp.finfo(a.dtype).eps
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float64", "int8", "uint32", "int64"])
+@pytest.mark.parametrize("kind", ["scalar", "array", "jax"])
+def test_numbers_of_any_dtype(dtype: str, kind: str, x64: None) -> None:
+    number = jnp.dtype(dtype).type(1)
+    value = {"scalar": number, "array": np.asarray(number), "jax": jnp.asarray(1).astype(dtype)}[kind]
+    options = ("learning_rate", "eps", "eps_root", "weight_decay", "clip_exponent")
+    ours = acprop(**dict.fromkeys(options, value), b1=value * 0, b2=value * 0)
+    expected = acprop(**dict.fromkeys(options, 1.0), b1=0.0, b2=0.0)
+    scheduled = acprop(lambda count: value, *[0, 0, 1, 1], weight_decay=lambda count: value, clip_exponent=1)
+    if dtype not in ("float8_e4m3fn", "uint32"):  # which optax cannot multiply or negate
+        run(optax.adamw(value, weight_decay=value))
+    for transform in (ours, scheduled):
+        assert_close(run(transform)[0], run(expected)[0], 1e-6)
+
+
+def test_a_16_bit_decay_rate_of_one_is_what_rounds_to_it() -> None:
+    for rate in (np.asarray(0.9999, "bfloat16"), jnp.bfloat16(0.9999), np.float16(0.9999)):
+        assert (run(acprop(0.1, b2=rate))[1][0].nu["w"] > 0.0).all()
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, np.float32("nan"), -math.inf])
+def test_a_schedule_must_be_finite(name: str, value: Any) -> None:
+    transform = acprop(**{"learning_rate": 0.1, name: lambda count: value})
+    with pytest.raises(ValueError, match=rf"{name}\(0\) is .*; use a finite number"):
+        transform.update(PARAMS, transform.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_schedule_is_called_with_the_count_of_optax(name: str) -> None:
+    counts = []
+    transform = acprop(**{"learning_rate": 0.1, name: lambda count: counts.append(int(count)) or 0.1})
+    state = transform.init(PARAMS)
+    i = 1 if name == "weight_decay" else 2
+    for _ in range(2):
+        _, state = transform.update(PARAMS, state, PARAMS)
+    own = (*state[:i], state[i]._replace(count=jnp.int32(7)), *state[i + 1 :])
+    transform.update(PARAMS, own, PARAMS)
+    assert counts == [0, 1, 7]
+
+
+ADDED = {
+    "a mask": {"mask": True},
+    "a schedule of learning_rate": {"learning_rate": SCHEDULE},
+    "a schedule of weight_decay": {"weight_decay": SCHEDULE},
+    "compensate": {"compensate": True},
+}
+
+
+@pytest.mark.parametrize("what", ADDED)
+@pytest.mark.parametrize("added", [True, False])
+def test_a_run_is_resumed_with_another_option(what: str, added: bool) -> None:
+    before = {"learning_rate": 0.1, "weight_decay": 0.1}
+    old, new = (before, before | ADDED[what])[:: 1 if added else -1]
+    params, state = run(acprop(**old))
+    have, want = ("without", "with")[:: 1 if added else -1]
+    difference = f"was made {have} {what}, the transformation {want} it"
+    if what == "compensate":
+        difference = f"does not belong to acprop with compensate={added}"
+    with pytest.raises((TypeError, ValueError), match=f"{difference}; .*import_state.*prefer='own'"):
+        acprop(**new).update(params, state, params)
+    saved = export_state(state, ACProp(**old))
+    resumed = import_state(acprop(**new).init(params), ACProp(**new), *saved, prefer="own")
+    assert jax.tree.structure(resumed) == jax.tree.structure(acprop(**new).init(params))
+    assert_close(resumed[0], state[0], 0.0)
+    assert {int(x) for x in jax.tree.leaves(resumed) if x.dtype == jnp.int32} == {4}
+    acprop(**new).update(params, resumed, params)
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"), [({"mu_dtype": "float32"}, "use moment_dtype"), ({"nesterov": True}, "leave it out")]
+)
+def test_options_of_adamw_are_explained(option: dict[str, Any], remedy: str) -> None:
+    optax.adamw(0.1, **option)
+    for function in (acprop, scale_by_acprop):
+        with pytest.raises(TypeError, match=f"{function.__name__} has no option {next(iter(option))}; {remedy}"):
+            function(**({"learning_rate": 0.1} if function is acprop else {}), **option)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'amsgrad'"):
+            function(**({"learning_rate": 0.1} if function is acprop else {}), amsgrad=True)
 
 
 @pytest.mark.parametrize("b2", [0.9, 0.999, 0.99999])

@@ -103,6 +103,88 @@ def test_equinox_gives_none_for_what_is_frozen() -> None:
     assert (after[0].nu.layers[0].weight == 0).all()
 
 
+MASK = {"mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params)}
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, **MASK}], ids=len)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_equinox_with_the_whole_module_as_params(options: dict[str, Any], frozen: bool) -> None:
+    equinox = pytest.importorskip("equinox")
+    model = equinox.nn.MLP(3, 1, 16, 1, activation=jnp.tanh, key=jax.random.key(0))
+    chosen = jax.tree.map(equinox.is_inexact_array, model)
+    if frozen:  # no moments, and no gradient
+        chosen = equinox.tree_at(lambda m: m.layers[0].weight, chosen, False)
+    params, static = equinox.partition(model, chosen)
+    grads = jax.grad(lambda p: mean_square(jax.vmap(equinox.combine(p, static))))(params)
+    if "mask" not in options:  # whose tree optax.masked compares with the module's
+        for theirs in (optax.adamw(1e-2, **options), optax.contrib.acprop(1e-2, **options)):
+            theirs.update(grads, theirs.init(params), model)
+    tx = acprop(1e-2, clip_exponent=0.25, **options)
+    whole, part = (tx.update(grads, tx.init(params), given) for given in (model, params))
+    assert_same(whole, part)
+    compiled = equinox.filter_jit(tx.update)(grads, tx.init(params), model)
+    assert jax.tree.structure(compiled) == jax.tree.structure(part)
+    assert whole[0].activation is None
+    assert (whole[0].layers[0].weight is None) == frozen
+    moved = equinox.apply_updates(model, whole[0])
+    assert moved.activation is jnp.tanh
+    assert (moved.layers[0].weight == model.layers[0].weight).all() == frozen
+
+
+def test_equinox_with_moments_of_all_arrays() -> None:
+    equinox = pytest.importorskip("equinox")
+
+    class Counting(equinox.Module):  # type: ignore[misc, name-defined]
+        linear: Any
+        steps: jax.Array
+        key: jax.Array
+        name: str
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.linear(x)
+
+    model = Counting(equinox.nn.Linear(3, 1, key=jax.random.key(0)), jnp.arange(3), jax.random.key(1), "a")
+    grads = equinox.filter_grad(lambda m: mean_square(jax.vmap(m)))(model)
+    for tx in (optax.adamw(1e-2), acprop(1e-2, weight_decay=0.1)):
+        state = tx.init(equinox.filter(model, equinox.is_array))  # integers and keys among them
+        assert state[0].mu.steps.dtype == jnp.int32
+    updates, after = tx.update(grads, state, model)
+    assert updates.steps is updates.key is updates.name is None
+    assert (updates.linear.weight != 0).all()
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    equinox.apply_updates(model, updates)
+
+
+def test_flax_with_frozen_parameters_and_other_leaves() -> None:
+    linen = pytest.importorskip("flax.linen")
+    model = linen.Sequential([linen.Dense(16), linen.tanh, linen.Dense(1)])
+    params = model.init(jax.random.key(0), X)["params"]
+    trained = {"layers_0": None, "layers_2": params["layers_2"], "activation": None}
+    grads = {
+        **trained,
+        "layers_2": jax.grad(lambda p: mean_square(lambda x: model.apply({"params": {**params, "layers_2": p}}, x)))(
+            params["layers_2"]
+        ),
+    }
+    tx = acprop(1e-2, weight_decay=0.1, **MASK)
+    updates, _ = tx.update(grads, tx.init(trained), {**params, "activation": "tanh"})
+    assert updates["layers_0"] is updates["activation"] is None
+    assert (updates["layers_2"]["kernel"] != 0).all()
+
+
+def test_haiku_with_frozen_parameters() -> None:
+    haiku = pytest.importorskip("haiku")
+    net = haiku.without_apply_rng(haiku.transform(lambda x: haiku.nets.MLP([16, 1])(x)))
+    params = net.init(jax.random.key(0), X)
+    frozen, trained = haiku.data_structures.partition(lambda module, name, x: "linear_0" in module, params)
+    grads = jax.grad(lambda p: mean_square(lambda x: net.apply(haiku.data_structures.merge(frozen, p), x)))(trained)
+    absent = dict.fromkeys(frozen)
+    tx = acprop(1e-2, weight_decay=0.1)
+    updates, _ = tx.update({**grads, **absent}, tx.init({**trained, **absent}), params)
+    assert all(updates[module] is None for module in frozen)
+    assert all((x != 0).any() for x in jax.tree.leaves(updates))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_orbax_saves_and_restores(tmp_path: Path, dtype: str) -> None:
     checkpoint = pytest.importorskip("orbax.checkpoint")

@@ -537,6 +537,99 @@ def test_optax_refuses_what_it_cannot_carry() -> None:
         acprop_optax.export_state(state, (1,))  # type: ignore[arg-type]
 
 
+BESIDE: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "apply_every": ("ApplyEvery", lambda t: optax.chain(t, optax.apply_every(2))),
+    "ema": ("EmaState", lambda t: optax.chain(t, optax.ema(0.9))),
+    "trace": ("TraceState", lambda t: optax.chain(optax.trace(0.9), t)),
+    "schedule_free": ("ScheduleFreeState", lambda t: optax.contrib.schedule_free(t, 0.1)),
+    "conditional": (
+        "ConditionallyTransformState",
+        lambda t: optax.conditionally_transform(t, lambda step, *_, **__: step > 1),
+    ),
+    "conditional mask": (
+        "ConditionallyMaskState",
+        lambda t: optax.transforms.conditionally_mask(t, lambda step, *_, **__: step > 1),
+    ),
+    "noise": ("AddNoiseState", lambda t: optax.chain(optax.add_noise(0.1, 0.5, 0), t)),
+    "plateau": ("ReduceLROnPlateauState", lambda t: optax.chain(t, optax.contrib.reduce_on_plateau())),
+    "adam": ("ScaleByAdamState", lambda t: optax.chain(t, optax.scale_by_adam())),
+    "adam of other leaves": (
+        "ScaleByAdamState",
+        lambda t: optax.partition({"a": t, "b": optax.adam(0.1)}, {"w": "a", "v": "b"}),
+    ),
+    "lookahead": ("LookaheadState", lambda t: optax.lookahead(t, 5, 0.5)),
+    "mechanic": ("MechanicState", lambda t: optax.contrib.mechanize(t)),
+    "in MultiSteps": ("EmaState", lambda t: optax.MultiSteps(optax.chain(t, optax.ema(0.9)), 2)),
+    "in inject_hyperparams": (
+        "EmaState",
+        lambda t: optax.inject_hyperparams(lambda decay: optax.chain(t, optax.ema(decay)))(0.9),
+    ),
+    "one's own": (
+        "ArrayImpl",
+        lambda t: optax.chain(t, optax.GradientTransformation(lambda p: {"mine": jnp.ones(3)}, lambda u, s, p: (u, s))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_optax_refuses_states_that_would_begin_again(name: str) -> None:
+    kind, wrap = BESIDE[name]
+    params, optimizer = {"w": jnp.ones(3), "v": jnp.ones(2)}, ACProp(**HYPER)
+    plain = acprop_optax.acprop(**HYPER)
+    saved = acprop_optax.export_state(plain.init(params), optimizer)
+    init = wrap(plain).init
+    state = init(optax.LookaheadParams.init_synced(params) if name == "lookahead" else params)
+    for call in (
+        lambda: acprop_optax.export_state(state, optimizer),
+        lambda: acprop_optax.import_state(state, optimizer, *saved),
+    ):
+        with pytest.raises(ValueError, match=f"holds {kind}, which a portable state cannot hold"):
+            call()
+
+
+CARRIED: dict[str, Callable[[Any], Any]] = {
+    "a schedule of the decay": lambda t: optax.chain(t, optax.add_decayed_weights(schedule)),
+    "masked": lambda t: optax.chain(t, optax.add_decayed_weights(schedule, mask={"w": True})),
+    "a schedule": lambda t: optax.chain(t, optax.scale_by_schedule(schedule)),
+    "masked and partitioned": lambda t: optax.partition({"a": t, "b": optax.set_to_zero()}, {"w": "a"}),
+    "named": lambda t: optax.named_chain(("clip", optax.clip_by_global_norm(1.0)), ("acprop", t)),
+    "reports": lambda t: optax.chain(optax.zero_nans(), optax.apply_if_finite(t, 3), optax.keep_params_nonnegative()),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_optax_counts_beside_acprop_go_along(name: str) -> None:
+    transform, params, optimizer = CARRIED[name](acprop_optax.acprop(**HYPER)), {"w": jnp.ones(3)}, ACProp(**HYPER)
+    params, state = optax_steps(transform, params, transform.init(params), 5)
+    saved = acprop_optax.export_state(state, optimizer)
+    again = acprop_optax.import_state(transform.init(params), optimizer, *saved)
+    for x, y in zip(
+        jax.tree.leaves(optax_steps(transform, params, state, 3)),
+        jax.tree.leaves(optax_steps(transform, params, again, 3)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_optax_leaves_that_are_not_optimized_are_left_out() -> None:
+    params, optimizer = {"w": jnp.ones(3), "i": jnp.arange(2), "key": jax.random.key(0)}, ACProp(**HYPER)
+    transform = acprop_optax.acprop(**HYPER)
+    _, state = transform.update({**dict.fromkeys(params), "w": jnp.ones(3)}, transform.init(params), params)
+    saved = acprop_optax.export_state(state, optimizer)
+    assert list(saved[1].mu) == ["w"]
+    again = acprop_optax.import_state(transform.init(params), optimizer, *saved)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True))
+
+
+def test_optax_refuses_a_state_after_updates_that_were_not_finite() -> None:
+    params, optimizer = {"w": jnp.ones(3)}, ACProp(**HYPER)
+    transform = optax.apply_if_finite(acprop_optax.acprop(**HYPER), 3)
+    _, state = transform.update({"w": jnp.full(3, jnp.nan)}, transform.init(params), params)
+    with pytest.raises(ValueError, match="apply_if_finite has skipped the last 1 updates"):
+        acprop_optax.export_state(state, optimizer)
+
+
 def test_optax_counts_stop_where_optax_stops() -> None:
     params = {"w": jnp.ones(3)}
     x = {"w": np.ones(3, np.float32)}

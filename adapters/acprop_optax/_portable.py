@@ -4,9 +4,8 @@ The state of ACProp may be anywhere in the state of a whole optimizer: a chain, 
 keeps other counts of the same updates next to it, a schedule's for example; they are set with it.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +13,36 @@ import numpy as np
 import optax
 
 from acprop_core import ACProp, State, checkpoint
-from acprop_core.adapt import check_count
+from acprop_core.adapt import check_count, with_values
 from acprop_optax._transform import CarryState
 from acprop_optax._trees import name_of
 
-# States that count updates, and the field with the count. By name, because optax does not export all of them.
-_COUNTS = {
-    "ScaleByScheduleState": "count",
-    "WrappedScheduleState": "count",
-    "InjectHyperparamsState": "count",
-    "InjectStatefulHyperparamsState": "count",
-    "MultiStepsState": "gradient_step",
+
+class _Kind(NamedTuple):
+    """What a portable state knows of a class of states: which field counts updates, and which need not be kept.
+
+    The other fields hold more states.
+    """
+
+    counter: str | None = None
+    unused: tuple[str, ...] = ()
+
+
+# By name, because optax does not export all of them.
+_KINDS = {
+    "ScaleByBeliefState": _Kind("count", ("mu", "nu")),
+    "CarryState": _Kind(None, ("carry",)),
+    "ScaleByScheduleState": _Kind("count"),
+    "WeightDecaySchedule": _Kind("count"),
+    "WrappedScheduleState": _Kind("count"),
+    "InjectHyperparamsState": _Kind("count", ("hyperparams",)),
+    "InjectStatefulHyperparamsState": _Kind("count", ("hyperparams",)),
+    "MultiStepsState": _Kind("gradient_step", ("mini_step", "acc_grads", "skip_state")),  # 0 and zeros after an update
+    "MaskedState": _Kind(),
+    "PartitionState": _Kind(),
+    # reports of the last update; `_check` refuses if they have an effect on the next one
+    "ApplyIfFiniteState": _Kind(None, ("notfinite_count", "last_finite", "total_notfinite")),
+    "ZeroNansState": _Kind(None, ("found_nan",)),
 }
 
 
@@ -49,8 +67,10 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     Raises
     ------
     ValueError
-        If there is no such state or more than one, `compensate` differs between hyperparameters and state,
-        MultiSteps is between two updates, or schedules have counted other updates than ACProp.
+        If there is no such state or more than one, `compensate` differs between hyperparameters and state, schedules
+        have counted other updates than ACProp, or there is a state that a portable state cannot hold: of another
+        transformation that keeps arrays, of MultiSteps between two updates, or of ``apply_if_finite`` after an update
+        that was not finite.
     TypeError
         If the arrays are traced or abstract.
 
@@ -104,8 +124,8 @@ def import_state(
     Raises
     ------
     ValueError
-        If hyperparameters differ, names are missing or surplus, shapes differ, or there is no state of ACProp or more
-        than one.
+        If hyperparameters differ, names are missing or surplus, shapes differ, there is no state of ACProp or more
+        than one, or there is a state that a portable state cannot hold, as in `export_state`.
     TypeError
         If dtypes differ.
 
@@ -140,26 +160,25 @@ def import_state(
             return optax.ScaleByBeliefState(_counted(x.count, saved_state.count), mu, nu)
         if isinstance(x, CarryState):
             return CarryState(*carry)
-        field = _COUNTS.get(type(x).__name__)
+        field = _KINDS[type(x).__name__].counter
         return x if field is None else x._replace(**{field: _counted(getattr(x, field), saved_state.count)})
 
     return _rewritten(state, continued)
 
 
 def _is_known(x: Any) -> bool:
-    return isinstance(x, optax.ScaleByBeliefState | CarryState) or type(x).__name__ in _COUNTS
+    return type(x).__name__ in _KINDS and hasattr(x, "_fields")
 
 
 def _rewritten(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """Return `tree` with `change` applied to every state that counts, also within others."""
+    """Return `tree` with `change` applied to every state of a known class, also within others."""
 
     def visit(x: Any) -> Any:
         if not _is_known(x):
             return x
+        unused = _KINDS[type(x).__name__].unused
         x = change(x)
-        if isinstance(x, optax.ScaleByBeliefState | CarryState):
-            return x
-        return x._replace(**{field: _rewritten(getattr(x, field), change) for field in x._fields})
+        return x._replace(**{name: _rewritten(getattr(x, name), change) for name in x._fields if name not in unused})
 
     return jax.tree.map(visit, tree, is_leaf=_is_known)
 
@@ -190,18 +209,38 @@ def _carry(tree: Any) -> Any:
 
 
 def _counts(tree: Any) -> list[tuple[str, int]]:
-    """Return how many updates each other state has counted; refuse accumulated gradients."""
+    """Return how many updates each state next to ACProp's has counted; refuse what a portable state cannot hold."""
+    _check(tree)
     counts = []
     for x in _known(tree):
         name = type(x).__name__
+        field = _KINDS[name].counter
         if name == "MultiStepsState" and (mini_step := int(_value(x.mini_step))):
             raise ValueError(
                 f"MultiSteps has accumulated the gradients of {mini_step} mini-steps, which a portable state cannot "
                 "hold; call this after an update"
             )
-        if name in _COUNTS:
-            counts.append((name, int(_value(getattr(x, _COUNTS[name])))))
+        if name == "ApplyIfFiniteState" and (n := int(_value(x.notfinite_count))):
+            raise ValueError(
+                f"apply_if_finite has skipped the last {n} updates, which a portable state cannot hold; call this "
+                "after an update that was finite"
+            )
+        if field is not None and not isinstance(x, optax.ScaleByBeliefState):
+            counts.append((name, int(_value(getattr(x, field)))))
     return counts
+
+
+def _check(tree: Any) -> None:
+    """Refuse states of other classes if they hold arrays, because these would begin again."""
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "_fields")):
+        if _is_known(x):
+            counter, unused = _KINDS[type(x).__name__]
+            _check([getattr(x, name) for name in x._fields if name != counter and name not in unused])
+        elif jax.tree.leaves(x):
+            raise ValueError(
+                f"the optax state holds {type(x).__name__}, which a portable state cannot hold: its transformation "
+                "would begin again. Pass the part of the state that is acprop's, and save the rest yourself"
+            )
 
 
 def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
@@ -224,7 +263,7 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if optimizer.mask is not None and not callable(optimizer.mask):
         marks = jax.tree.map(lambda mark, tree: [mark] * len(jax.tree.leaves(tree)), optimizer.mask, mu)
         values["mask"] = dict(zip(present, jax.tree.leaves(marks), strict=True))
-    return checkpoint.to_portable(dataclasses.replace(optimizer, **values), present)
+    return checkpoint.to_portable(with_values(optimizer, **values), present)
 
 
 def _numbers_in(x: Any) -> list[str]:
@@ -253,8 +292,11 @@ def _is_leaf(x: Any) -> bool:
 
 
 def _named(tree: Any) -> dict[str, Any]:
+    """Return the leaves by name; None for integers, bools and keys, which are not optimized and have no moments."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return checkpoint.by_name((name_of(path), _value(x)) for path, x in pairs)
+    leaves = [_value(x) for _, x in pairs]
+    floats = [x if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None for x in leaves]
+    return checkpoint.by_name((name_of(path), x) for (path, _), x in zip(pairs, floats, strict=True))
 
 
 def _value(x: Any) -> Any:

@@ -1,17 +1,20 @@
 """The transformations: `acprop`, and `scale_by_acprop` without learning rate and weight decay."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from acprop_core import ACProp
-from acprop_core.adapt import Row, check_array, check_count, check_params, is_compensated, step_at
-from acprop_optax._trees import join, marks, named_leaves, side_by_side
+from acprop_core.adapt import Row, check_count, check_params, is_compensated, step_at, with_values
+from acprop_optax._trees import join, marks, named_leaves, side_by_side, widened
 from acprop_optax._xla import in_order
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class CarryState(NamedTuple):
@@ -32,13 +35,33 @@ class CarryState(NamedTuple):
     carry: Any
 
 
+def _explains(function: _F) -> _F:
+    """Return the function with errors that explain options which optax's Adam has and ACProp has not."""
+
+    @functools.wraps(function)
+    def explained(*args: Any, **options: Any) -> Any:
+        for name, remedy in _OF_ADAM.items():
+            if name in options:
+                raise TypeError(f"{function.__name__} has no option {name}; {remedy}")
+        return function(*args, **options)
+
+    return cast("_F", explained)
+
+
+_OF_ADAM = {
+    "mu_dtype": "use moment_dtype, which is the dtype of both moments",
+    "nesterov": "leave it out: the direction of ACProp is made from the gradient, not from the momentum",
+}
+
+
+@_explains
 def acprop(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-16,
     eps_root: jax.typing.ArrayLike = 1e-16,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     clip_exponent: jax.typing.ArrayLike | None = None,
@@ -51,12 +74,13 @@ def acprop(
     Parameters
     ----------
     learning_rate : float, 0-d array, or schedule
-        At least 0. A schedule is called with the count of updates done, 0 at the first step.
+        At least 0. A schedule is called with the count of updates done, 0 at the first step, and may return any finite
+        number.
     b1, b2 : float or 0-d array
         Decay rates of the two moments, in [0, 1); as in `scale_by_acprop`.
     eps, eps_root : float or 0-d array
         Added to the root of the second moment, and to the second moment at every step; at least 0.
-    weight_decay : float or 0-d array
+    weight_decay : float, 0-d array, or schedule
         Decoupled decay, multiplied by the learning rate; as in ``optax.add_decayed_weights``.
     mask : pytree of bool, prefix of one, or callable, optional
         Which parameters decay; as in ``optax.add_decayed_weights``.
@@ -75,16 +99,22 @@ def acprop(
     -------
     optax.GradientTransformationExtraArgs
         Its state is the state of the chain of `scale_by_acprop`, ``optax.add_decayed_weights`` and
-        ``optax.scale_by_learning_rate``, with `compensate` followed by a `CarryState`. Its updates have the dtypes of
-        the parameters; with 16-bit parameters they are rounded once, after the learning rate. Extra arguments of
-        `update` are accepted and not used.
+        ``optax.scale_by_learning_rate``, with `compensate` followed by a `CarryState`. An update has
+        the wider of the gradient's and the parameter's dtype, as in ``optax.adamw``; where there is a carry, the
+        parameter's. It is rounded once, after the learning rate. Extra arguments of `update` are accepted and not used.
+
+        A gradient of None leaves its leaf alone: the moments stay, the update is None, and where there are no moments
+        the leaf of `params` may be of any type, such as a function. The same holds for integers, bools and keys, whose
+        gradients may have the dtype float0 too; then the update is 0.
 
     Raises
     ------
     TypeError, ValueError
         As in `scale_by_acprop`; from `init` and `update`, for a mask of another structure, or with leaves that are
-        not bools; for a learning rate or weight decay that is not a number, negative or not finite (arrays are not
-        read); from `update`, if there is weight decay or `compensate` and no `params`.
+        not bools; for a learning rate or weight decay that is not a number, negative or not finite, or a value of a
+        schedule that is not a finite number (arrays are not read); from `update`, if there is weight decay or
+        `compensate` and no `params`, or the state was made with another `compensate`, or with or
+        without a mask or schedule.
 
     Notes
     -----
@@ -112,14 +142,15 @@ def acprop(
         moment_dtype=moment_dtype,
         compensate=compensate,
     )
+    schedules = {name: x for name in ("learning_rate", "weight_decay") if callable(x := getattr(optimizer, name))}
     decays = isinstance(optimizer.weight_decay, jax.core.Tracer) or bool(optimizer.weight_decay != 0.0)
     # Which parameters decay is read from optax's own `masked`: it marks them with True, and leaves the others alone.
-    marked = optax.stateless(lambda params, _: jax.tree.map(lambda _: True, params))
+    decay = optax.GradientTransformation(optax.add_decayed_weights(optimizer.weight_decay).init, _mark)
     if mask is not None:
-        marked = optax.masked(marked, lambda params: marks(mask, params))
+        decay = optax.masked(decay, lambda params: marks(mask, params))
     # The states come from the three transformations. The rule itself applies the last two, in its own dtypes, so that
     # an array of another dtype widens no other, and 16-bit updates are rounded once, after the learning rate.
-    chain = optax.chain(_scale_by(optimizer), marked, optax.scale_by_learning_rate(optimizer.learning_rate))
+    chain = optax.chain(_scale_by(optimizer), decay, optax.scale_by_learning_rate(optimizer.learning_rate))
 
     def init(params: optax.Params) -> optax.OptState:
         state = chain.init(params)
@@ -136,33 +167,44 @@ def acprop(
         if isinstance(state, optax.ScaleByBeliefState) or not isinstance(state, tuple | list) or len(state) != parts:
             raise TypeError(
                 f"the state is a {type(state).__name__} that does not belong to acprop with compensate={compensate}; "
-                "pass the one that its init or update returned"
+                f"pass the one that its init or update returned, or {_RESUME}"
             )
         moments, decay_state, rate_state, *carry_state = state
+        counters = {"learning_rate": rate_state, "weight_decay": getattr(decay_state, "inner_state", decay_state)}
+        _check_origin("a mask", mask is not None, hasattr(decay_state, "inner_state"))
+        for name in counters if _COUNTS_DECAY else ("learning_rate",):
+            _check_origin(f"a schedule of {name}", name in schedules, _counts(counters[name]))
         rows, tree = side_by_side(grads, moments, params, compensate, *(x.carry for x in carry_state))
-        now = optimizer
-        if callable(optimizer.learning_rate):
-            now = replace(optimizer, learning_rate=_number("learning_rate", optimizer.learning_rate(rate_state.count)))
+        values = {}
+        for name, schedule in schedules.items():  # each is called with the count that optax keeps for it
+            counter = counters[name] if _counts(counters[name]) else moments
+            values[name] = _number(name, schedule(counter.count))
+        # as callables, because `step_at` then says which schedule returned a number that is not finite
+        now = with_values(optimizer, **{name: lambda _, x=x: x for name, x in values.items()})
+        if "learning_rate" in schedules:
             rate_state = rate_state._replace(count=optax.safe_increment(rate_state.count))
         decayed = [False] * len(rows)
         if decays:
-            marked_tree, decay_state = marked.update(params, decay_state)
-            decayed = [mark is True for mark in tree.flatten_up_to(marked_tree)]
+            # from the rows, because leaves of `params` without gradient and moments may be of any type
+            marked, decay_state = decay.update(tree.unflatten([row.param for row in rows]), decay_state)
+            decayed = [mark is True for mark in tree.flatten_up_to(marked)]
         step = step_at(now, jnp.asarray(check_count(moments.count)), jnp)
-        results = list(map(step, rows, decayed))
+        results = list(map(step, map(widened, rows), decayed))
 
         def written(row: Row, update: Any) -> Any:
             # the caller will compute the same; XLA sees that, and computes it once
-            return update if params is None else optax.apply_updates(row.param, update)
+            with jax.numpy_dtype_promotion("standard"):
+                return update if params is None else optax.apply_updates(row.param, update)
 
         results = in_order(rows, results, written, moments.count, optimizer.centering == "previous")
-        updates, moments = join(tree, results, moments)
+        updates, moments = join(tree, results, moments, grads)
         carry_state = [CarryState(tree.unflatten([result[3] for result in results])) for _ in carry_state]
         return updates, (moments, decay_state, rate_state, *carry_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@_explains
 def scale_by_acprop(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -193,7 +235,7 @@ def scale_by_acprop(
     -------
     optax.GradientTransformation
         Its state is an ``optax.ScaleByBeliefState``: `count`, 0-d int32; `mu` and `nu`, pytrees like the parameters.
-        A gradient of None leaves the moments of its parameter as they are, and gives an update of None.
+        Gradients of None, and the dtypes of updates, are as in `acprop`.
 
     Raises
     ------
@@ -232,14 +274,17 @@ def scale_by_acprop(
 
 def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
     def init(params: optax.Params) -> optax.ScaleByBeliefState:
-        names, leaves, tree = named_leaves("parameter", params)
-        for name, x in zip(names, leaves, strict=True):
-            check_array("parameter", name, x)
+        _, leaves, tree = named_leaves("parameter", params)
         # Parameters may be abstract, so only the dtypes come from the core; zeros_like keeps each parameter's sharding.
-        abstract = jax.eval_shape(optimizer.init, leaves)
+        # Integers, bools and keys have zeros of their own dtype, as in optax; `update` refuses gradients of them.
+        floats = [x if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None for x in leaves]
+        abstract = jax.eval_shape(optimizer.init, floats)
         mu, nu = (
             tree.unflatten(
-                [None if x is None else jnp.zeros_like(x, m.dtype) for x, m in zip(leaves, like, strict=True)]
+                [
+                    None if x is None else jnp.zeros_like(x, None if m is None else m.dtype)
+                    for x, m in zip(leaves, like, strict=True)
+                ]
             )
             for like in (abstract.mu, abstract.nu)
         )
@@ -250,11 +295,42 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
         rows, tree = side_by_side(grads, state, params)
         step = step_at(optimizer, jnp.asarray(check_count(state.count)), jnp).without_rate()
-        results = [step(row, decays=False) for row in rows]
+        results = [step(widened(row), decays=False) for row in rows]
         results = in_order(rows, results, lambda _, d: d, state.count, optimizer.centering == "previous")
-        return join(tree, results, state)
+        return join(tree, results, state, grads)
 
     return optax.GradientTransformation(init, update)
+
+
+def _mark(params: Any, state: Any, _: Any = None) -> tuple[Any, Any]:
+    """Mark the parameters that decay with True; count as ``optax.add_decayed_weights`` does if it has a schedule."""
+    if _counts(state):
+        state = state._replace(count=optax.safe_increment(state.count))
+    return jax.tree.map(lambda _: True, params), state
+
+
+def _counts(state: Any) -> bool:
+    return "count" in getattr(state, "_fields", ())  # because every tuple has a method of this name
+
+
+# Older versions of optax have no schedules of weight decay and no state for them; then the count of ACProp is used.
+_COUNTS_DECAY = _counts(optax.add_decayed_weights(lambda count: count).init(None))
+
+
+_RESUME = (
+    "resume another run with import_state(init(params), hyperparameters, "
+    "*export_state(state, its_hyperparameters), prefer='own')"
+)
+
+
+def _check_origin(what: str, wanted: bool, given: bool) -> None:
+    """Refuse the state of a transformation with a schedule or mask in one without, and the reverse."""
+    if wanted != given:
+        have, want = ("with" if x else "without" for x in (given, wanted))
+        raise ValueError(
+            f"the state was made {have} {what}, the transformation {want} it; pass the one that its init or update "
+            f"returned, or {_RESUME}"
+        )
 
 
 def _optimizer(**hyperparameters: Any) -> ACProp:
@@ -262,16 +338,18 @@ def _optimizer(**hyperparameters: Any) -> ACProp:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Return a hyperparameter as the rule can use it: a number as it is, an array in JAX's own width of float.
+    """Return a hyperparameter as the rule can use it: NumPy's numbers as floats, JAX's in JAX's own width of float.
 
     inject_hyperparams turns numbers into arrays: 0 into an int32, others into the dtype of the parameters. In bfloat16
     0.999 is 1.
     """
-    if not isinstance(value, jax.Array) or value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
+    if not isinstance(value, jax.Array | np.ndarray | np.generic) or value.ndim:
         return value
-    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+    if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
         return value
     below_one = _BELOW_ONE.get(value.dtype.name) if name in ("b1", "b2") else None
+    if not isinstance(value, jax.Array):
+        return below_one if below_one is not None and value == 1 else float(value)
     value = value.astype(float)
     return value if below_one is None else jnp.where(value == 1.0, below_one, value)
 
