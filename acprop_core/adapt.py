@@ -48,6 +48,8 @@ __all__ = [
     "rows_of",
     "step_at",
     "unflatten",
+    "warn",
+    "with_values",
 ]
 
 
@@ -227,3 +229,24 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
         check_library(name, value, xp)
     check_library("the step count (state.count)", count, xp)
     return Step(numbers_of(hyper, count, xp), flags_of(hyper), xp)
+
+
+def with_values(optimizer: Any, **values: float) -> Any:
+    """Return a copy of an optimizer with any finite numbers."""
+    import copy
+
+    made = copy.copy(optimizer)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of the line that called the library, however many of its functions are in between."""
+    import sys
+    import warnings
+
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("acprop_"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -126,7 +126,9 @@ def to_portable(optimizer: ACProp, like: Container) -> ACProp:
         names, leaves = names_and_leaves(like)
         marks = check_mask(list(align(optimizer.mask, like, "the mask", prefix=True)), names, leaves)
         values["mask"] = by_name(zip(names, marks, strict=True))
-    return ACProp(**values)
+    from acprop_core.adapt import with_values
+
+    return with_values(optimizer, **values)
 
 
 def check_portable(saved: ACProp, state: State) -> ACProp:
