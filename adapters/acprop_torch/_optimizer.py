@@ -1,6 +1,6 @@
 """The optimizer: its public methods, the preparation of a step, and the choice of a way to step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,14 @@ from acprop_core.adapt import Row
 from acprop_torch import _fused, _lists, _tiles, _traced
 from acprop_torch import _private as private
 from acprop_torch._numba import Memory
-from acprop_torch._options import called, check_options, hyperparameters_of
+from acprop_torch._options import (
+    called,
+    check_options,
+    hyperparameters_of,
+    lacks_residual,
+    plain_options,
+    warn_of_no_residual,
+)
 from acprop_torch._rows import Batch, check_shapes, local_columns
 from acprop_torch._state_dict import begin, check_steps, checked, has_carry, restore_dtypes, step_count
 
@@ -26,13 +33,18 @@ class ACProp(torch.optim.Optimizer):
     params : iterable of tensors, of (name, tensor) pairs, or of dicts that define parameter groups
         Floating-point parameters. As everywhere in torch.optim, a complex one counts as two real ones.
     lr : float or 1-element tensor
-        Learning rate, at least 0.
-    betas : tuple of two floats or of two 1-element tensors
+        Learning rate, at least 0. At a step it may be any finite number, because some schedules end a little below 0.
+    betas : two floats, or two 1-element tensors
         Decay rates b1, b2 of the two moments, in [0, 1).
-    eps, eps_root : float
-        Added to the root of the second moment, and to the second moment at every step; at least 0.
+    eps : float
+        Added to the root of the second moment; at least 0.
     weight_decay : float
-        Decoupled weight decay, multiplied by `lr`; at least 0. A 0-d tensor if derivatives by it are wanted.
+        Decoupled weight decay, multiplied by `lr`; at least 0, and as `lr` at a step. A 0-d tensor if derivatives by it
+        are wanted.
+    amsgrad : bool
+        Must be False. It is here for programs that set all options of AdamW.
+    eps_root : float
+        Added to the second moment at every step; at least 0.
     decoupled_weight_decay : bool
         If False, weight_decay times the parameter is added to the gradient instead, the L2 form.
     maximize : bool
@@ -65,6 +77,11 @@ class ACProp(torch.optim.Optimizer):
     RuntimeError
         If `fused` is asked for together with `foreach` or `differentiable`.
 
+    Warns
+    -----
+    UserWarning
+        If b1 is 0 with ``centering="current"`` and no clip, where steps explode.
+
     Notes
     -----
     Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip is ours. As with all optimizers of torch, use one in
@@ -82,11 +99,12 @@ class ACProp(torch.optim.Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        betas: Sequence[float] | tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-16,
-        eps_root: float = 1e-16,
         weight_decay: float | Tensor = 0.0,
         *,
+        amsgrad: bool = False,
+        eps_root: float = 1e-16,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -102,8 +120,8 @@ class ACProp(torch.optim.Optimizer):
             "lr": lr,
             "betas": betas,
             "eps": eps,
-            "eps_root": eps_root,
             "weight_decay": weight_decay,
+            "eps_root": eps_root,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
             "foreach": foreach,
@@ -115,9 +133,10 @@ class ACProp(torch.optim.Optimizer):
             "moment_dtype": moment_dtype,
             "compensate": compensate,
         }
-        check_options(defaults)
-        defaults["betas"] = tuple(map(private.to_scalar, betas))
-        super().__init__(params, defaults)
+        check_options({**defaults, "amsgrad": amsgrad})
+        super().__init__(params, {**defaults, **plain_options(defaults)})
+        if any(map(lacks_residual, self.param_groups)):
+            warn_of_no_residual()
         self._known: dict[int, Memory] = {}  # for each group, where a fused step has found its tensors
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -154,7 +173,10 @@ class ACProp(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):  # or else the base class refuses it
             check_options({**self.defaults, **param_group})
+            param_group.update(plain_options(param_group))
         super().add_param_group(param_group)
+        if hasattr(self, "_known") and lacks_residual(param_group):  # the constructor warns once for all groups
+            warn_of_no_residual()
         self._say_who_unscales()
 
     def _say_who_unscales(self) -> None:
@@ -205,7 +227,7 @@ class ACProp(torch.optim.Optimizer):
         # anything that can be refused is refused here, before anything is written
         if len(self.param_groups) > 1 and not torch.compiler.is_compiling():  # `_init_group` asks again, of its group
             for group in self.param_groups:
-                check_options(group, step=True)
+                self._check_options(group)
         runs = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]
         for run in runs:
             if run is not None:
@@ -255,6 +277,12 @@ class ACProp(torch.optim.Optimizer):
             case _:
                 return _tiles.prepare(batch)
 
+    def _check_options(self, group: dict[str, Any]) -> None:
+        def owner() -> str:
+            return f" of parameter group {next(i for i, x in enumerate(self.param_groups) if x is group)}"
+
+        check_options(group, True, owner)
+
     def _check_ways(
         self, group: dict[str, Any], params: list[Tensor], steps: list[Tensor], foreach: bool, scales: bool
     ) -> None:
@@ -286,7 +314,7 @@ class ACProp(torch.optim.Optimizer):
 
         State is made where there is none. Returns whether a parameter is complex.
         """
-        check_options(group, step=True)
+        self._check_options(group)
         has_complex = False
         compensates = group["compensate"]
         for p in group["params"]:

@@ -1,6 +1,7 @@
 """The state of a parameter: how it begins, checks of a loaded one, and the translation of the authors' own."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
@@ -152,9 +153,9 @@ def _group_of_authors(i: int, saved: dict[str, Any], group: dict[str, Any]) -> d
 def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return a state_dict, translated if it is the authors'; refuse one that this optimizer cannot continue."""
     saved = translated(state_dict, optimizer.param_groups)
-    for group in saved["param_groups"]:
+    for i, group in enumerate(saved["param_groups"]):
         options = {**optimizer.defaults, **group}
-        check_options(options, step=True)
+        check_options(options, True, functools.partial(str, f" of parameter group {i}"))
         check_flags(options)
     keys = {key for group in saved["param_groups"] for key in group["params"]}
     if strays := [key for key in saved["state"] if isinstance(key, int) and key not in keys]:

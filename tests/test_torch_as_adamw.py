@@ -1,0 +1,273 @@
+"""What users of AdamW do, done with ACProp: AdamW itself is the yardstick of what is accepted."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+import copy
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import lr_scheduler
+
+import acprop_core
+from acprop_torch import ACProp, export_state, import_state
+
+BOTH = (ACProp, torch.optim.AdamW)
+
+
+def parameter(size: int = 3, **options: Any) -> torch.Tensor:
+    x = torch.ones(size, requires_grad=True, **options)
+    x.grad = torch.ones_like(x)
+    return x
+
+
+# Positional arguments, and options spelt out
+
+
+def test_positional_arguments_are_in_the_order_of_adamw() -> None:
+    groups = [cls([parameter()], 0.01, (0.8, 0.95), 1e-6, 0.1).param_groups[0] for cls in BOTH]
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        assert groups[0][name] == groups[1][name]
+    assert groups[0]["eps_root"] == 1e-16
+    with pytest.raises(TypeError, match="positional argument"):
+        ACProp([parameter()], 0.01, (0.8, 0.95), 1e-6, 0.1, 1e-8)  # type: ignore[call-arg, misc]
+
+
+def test_amsgrad_may_be_spelt_out_if_false() -> None:
+    for cls in BOTH:
+        cls([parameter()], amsgrad=False).step()
+        cls([{"params": [parameter()], "amsgrad": False}]).step()
+    with pytest.raises(ValueError, match="amsgrad is True, which is another algorithm than ACProp's; omit it"):
+        ACProp([{"params": [parameter()], "amsgrad": True}])
+
+
+# Rates that schedules leave below 0
+
+
+def overshooting(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 - t / 5)  # planned for five steps, and continued
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=9, anneal_strategy="linear", three_phase=True)
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+
+
+def below_zero(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.CosineAnnealingLR(optimizer, T_max=5, eta_min=-1e-5)
+
+
+def linear(start: float, total: int) -> Callable[[torch.optim.Optimizer], Any]:
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        return lr_scheduler.LinearLR(optimizer, start_factor=start, end_factor=0.0, total_iters=total)
+
+    return make
+
+
+LINEAR = [linear(start, total) for start, total in itertools.product((1.0, 1 / 3, 0.5), (3, 4, 5, 6, 7, 9, 11, 50))]
+SCHEDULES = [*LINEAR, overshooting, one_cycle, cosine, below_zero]
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["float", "tensor"])
+def test_any_schedule_runs_that_runs_with_adamw(flags: dict[str, bool], lr: Any) -> None:
+    if flags.get("foreach") and isinstance(lr, torch.Tensor):
+        pytest.skip("refused, as by AdamW")
+    negative = 0
+    for make in SCHEDULES:
+        rates = []
+        for cls in BOTH:
+            optimizer = cls([parameter()], lr=copy.deepcopy(lr), **flags)
+            schedule = make(optimizer)
+            rates.append([])
+            for _ in range(55 if make in LINEAR else 9):
+                optimizer.step()
+                schedule.step()
+                rates[-1].append(float(optimizer.param_groups[0]["lr"]))
+        assert rates[0] == rates[1]
+        negative += min(rates[0]) < 0.0
+    assert negative > 4
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_negative_value_at_a_step_has_the_effect_that_it_has_in_adamw(name: str, flags: dict[str, bool]) -> None:
+    """The sign of the update turns. Without decay, the first step of both is minus the rate times the sign."""
+    for cls in BOTH:
+        x = parameter()
+        optimizer = cls([x], **{"lr": 0.1, "weight_decay": 0.0, "eps": 1e-16}, **flags)
+        optimizer.param_groups[0][name] = -0.5
+        optimizer.step()
+        torch.testing.assert_close(x.detach(), torch.full((3,), {"lr": 1.5, "weight_decay": 0.95}[name]))
+
+
+def test_a_run_whose_rate_is_below_zero_is_saved_loaded_and_exported() -> None:
+    model = torch.nn.ParameterDict({"a": torch.ones(3), "b": torch.ones(2)})
+
+    def made() -> ACProp:
+        groups = [{"params": [model["a"]]}, {"params": [model["b"]], "weight_decay": 0.0}]
+        return ACProp(groups, lr=1e-3, weight_decay=0.1, clip_exponent=0.25)
+
+    optimizer = made()
+    for x in model.values():
+        x.grad = torch.ones_like(x)
+    optimizer.step()
+    optimizer.param_groups[0].update(lr=-1.5e-20, weight_decay=-0.1)
+    optimizer.param_groups[1].update(lr=-1.5e-20)
+    optimizer.step()
+    loaded, imported = made(), made()
+    loaded.load_state_dict(optimizer.state_dict())
+    hyper, state = export_state(optimizer, model)
+    assert (hyper.learning_rate, hyper.weight_decay, hyper.mask) == (-1.5e-20, -0.1, {"a": True, "b": False})
+    import_state(imported, model, hyper, state, prefer="saved")
+    for resumed in (loaded, imported):
+        resumed.step()
+        assert [group["lr"] for group in resumed.param_groups] == [-1.5e-20] * 2
+        assert [group["weight_decay"] for group in resumed.param_groups] == [-0.1, 0.0]
+
+
+# Numbers of other libraries
+
+
+def numbers(value: float) -> Iterator[Any]:
+    for kind in (np.float16, np.float32, np.float64, np.longdouble):
+        yield kind(value)
+        yield np.array(value, kind)
+    yield torch.tensor(value, dtype=torch.float64)
+    if ml_dtypes := pytest.importorskip("ml_dtypes"):
+        yield ml_dtypes.bfloat16(value)
+        yield np.array(value, ml_dtypes.bfloat16)
+
+
+class ListConfig(Sequence[float]):
+    """A sequence that is not a list, as Hydra's."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.values[i]
+
+
+PAIRS = [
+    [0.5, 0.75],
+    np.array([0.5, 0.75]),
+    np.array([0.5, 0.75], np.float32),
+    torch.tensor([0.5, 0.75]),
+    ListConfig(0.5, 0.75),
+    (np.float32(0.5), np.array(0.75)),
+]
+FLAGS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
+
+
+def trained(flags: dict[str, bool], made: dict[str, Any], later: dict[str, Any]) -> torch.Tensor:
+    """Return a parameter after three steps, with some options from the start and some after the first step."""
+    x = parameter()
+    optimizer = ACProp([x], **{"lr": 0.5, "clip_exponent": 0.25, **made}, **flags)
+    for i in range(3):
+        x.grad = torch.linspace(-1.0, 1.0 + i, 3)
+        optimizer.step()
+        optimizer.param_groups[0].update(later)
+    return x.detach()
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("name", ["lr", "eps", "eps_root", "weight_decay", "clip_exponent"])
+def test_a_number_of_any_library_means_what_a_float_means(name: str, flags: dict[str, bool]) -> None:
+    for value in numbers(0.25):
+        if isinstance(value, torch.Tensor) and (name == "clip_exponent" or flags.get("foreach")):
+            continue  # refused, the second as by AdamW
+        assert torch.equal(trained(flags, {name: value}, {}), trained(flags, {name: 0.25}, {})), repr(value)
+        assert torch.equal(trained(flags, {}, {name: value}), trained(flags, {}, {name: 0.25})), repr(value)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: type(pair).__name__)
+def test_any_sequence_of_two_is_a_pair_of_betas(pair: Any, flags: dict[str, bool]) -> None:
+    if isinstance(pair, torch.Tensor) and flags.get("foreach"):
+        pytest.skip("refused, as by AdamW")
+    expected = trained(flags, {"betas": (0.5, 0.75)}, {})
+    torch.testing.assert_close(trained(flags, {"betas": pair}, {}), expected)
+    torch.testing.assert_close(trained(flags, {}, {"betas": pair}), trained(flags, {}, {"betas": (0.5, 0.75)}))
+    optimizer = ACProp([parameter()], betas=pair)
+    optimizer.add_param_group({"params": [parameter()], "betas": pair})
+    for group in optimizer.param_groups:
+        assert type(group["betas"]) is tuple
+        assert group["betas"] == (0.5, 0.75)
+
+
+def test_numbers_of_numpy_do_not_hinder_loading() -> None:
+    options = {"lr": np.float64(0.5), "betas": np.array([0.5, 0.75]), "weight_decay": np.float32(0.25)}
+    optimizer = ACProp([parameter()], **options)
+    optimizer.add_param_group({"params": [parameter()], **options})
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
+# Weight decay that changes
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_a_scheduler_may_write_weight_decay(flags: dict[str, bool]) -> None:
+    """The synchronous and the asynchronous direction differ, their decay does not: with a gradient of 0 both decay."""
+    for kind in (float, np.float32, torch.tensor):
+        results = []
+        for cls in BOTH:
+            x = parameter()
+            x.grad = torch.zeros_like(x)
+            optimizer = cls([x], lr=0.5, weight_decay=0.0, **flags)
+            for decay in (0.0, 0.25, 0.5, 0.0):
+                optimizer.param_groups[0]["weight_decay"] = kind(decay)
+                optimizer.step()
+            results.append(x.detach())
+        assert torch.equal(*results)
+        assert results[0][0] == 0.875 * 0.75
+
+
+# b1 = 0
+
+
+def test_no_residual_is_warned_of_once() -> None:
+    for betas in ((0, 0.99), (0.0, 0.9), (torch.tensor(0.0), torch.tensor(0.99))):
+        groups = [{"params": [parameter()]}, {"params": [parameter()]}]
+        with pytest.warns(UserWarning, match=r"betas\[0\] is 0 .* use clip_exponent=0.25, or") as caught:
+            optimizer = ACProp(groups, betas=betas)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"betas\[0\] is 0") as caught:
+        optimizer.add_param_group({"params": [parameter()], "betas": (0, 0.9)})
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer).state_dict())
+        x = parameter()
+        for remedy in ({"clip_exponent": 0.25}, {"centering": "previous"}):
+            ACProp([x], betas=(0, 0.99), **remedy).step()
+
+
+def test_a_run_without_residual_is_exported_without_a_warning() -> None:
+    model = {"w": parameter()}
+    with pytest.warns(UserWarning, match=r"betas\[0\] is 0"):
+        optimizer = ACProp(model.values(), betas=(0.0, 0.99))
+    optimizer.step()
+    hyper, _ = export_state(optimizer, model)
+    assert isinstance(hyper, acprop_core.ACProp)
+    assert hyper.b1 == 0.0
