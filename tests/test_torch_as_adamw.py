@@ -7,16 +7,33 @@ pytest.importorskip("torch")
 import copy
 import io
 import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
+import array_api_compat.torch
 import numpy as np
 import torch
 from torch.optim import lr_scheduler
 
 import acprop_core
 from acprop_torch import ACProp, export_state, import_state
+from hosts import (
+    capturable_on_cpu,
+    failing_torch_compile,
+    forget_compiled_torch_step,
+    interrupted_after_kernel,
+    numba_not_found,
+    numba_unusable,
+    torch_operation,
+    torch_threads,
+)
 
 BOTH = (ACProp, torch.optim.AdamW)
 
@@ -271,3 +288,162 @@ def test_a_run_without_residual_is_exported_without_a_warning() -> None:
     hyper, _ = export_state(optimizer, model)
     assert isinstance(hyper, acprop_core.ACProp)
     assert hyper.b1 == 0.0
+
+
+# A step that fails or is interrupted before parameters change
+
+
+def everything(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [x.detach().clone() for p in params for x in (p, *optimizer.state[p].values())]
+
+
+def in_two_groups(begun: bool, **flags: Any) -> ACProp:
+    """Return an optimizer of float32 and float64 parameters, which may have taken a step."""
+    groups = [{"params": [parameter(3), parameter(70_000)]}, {"params": [parameter(4, dtype=torch.float64)]}]
+    optimizer = ACProp(groups, lr=0.5, clip_exponent=0.25, foreach=False)
+    if begun:
+        optimizer.step()
+    for group in optimizer.param_groups:
+        group.update({"foreach": None, "fused": None, **flags})
+    return optimizer
+
+
+def assert_nothing_changes(optimizer: ACProp, error: type[BaseException], match: str, begun: bool) -> None:
+    before = everything(optimizer)
+    with pytest.raises(error, match=match):
+        optimizer.step()
+    after = everything(optimizer)
+    if begun:
+        assert all(map(torch.equal, before, after))
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all((p == 1.0).all() or begun for p in params)
+    assert {optimizer.state[p]["step"].item() for p in params if optimizer.state[p]} <= {float(begun)}
+
+
+begun = pytest.mark.parametrize("begun", [False, True])
+
+
+@begun
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("what", [RuntimeError, KeyboardInterrupt])
+def test_a_compiler_that_fails_changes_nothing_in_any_group(
+    begun: bool, dtype: torch.dtype, what: type[BaseException]
+) -> None:
+    forget_compiled_torch_step()
+    optimizer = in_two_groups(begun, fused=True)
+    try:
+        with numba_not_found(), failing_torch_compile(what, dtype):
+            match = "no working compiler"
+            if what is RuntimeError:
+                match = (
+                    r"fused=True finds no compiler: Numba cannot be used \(.*\), and torch.compile raises RuntimeError "
+                    r"\(no working compiler\); install one, or use fused=False"
+                )
+            assert_nothing_changes(optimizer, what, match, begun)
+    finally:
+        forget_compiled_torch_step()
+    for group in optimizer.param_groups:
+        group["fused"] = False
+    twin = in_two_groups(begun)
+    for x in (optimizer, twin):
+        x.step()
+    assert all(map(torch.equal, everything(optimizer), everything(twin)))
+
+
+@begun
+def test_threads_that_cannot_start_change_nothing(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    optimizer = in_two_groups(begun, fused=True)
+    for group in optimizer.param_groups:
+        group["params"] = group["params"][-1:]
+    optimizer.param_groups.pop()
+    torch_threads(monkeypatch, 3, least=5)
+    start, started = threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        assert_nothing_changes(optimizer, RuntimeError, "can't start new thread", begun)
+    optimizer.step()
+    assert {*optimizer.state[optimizer.param_groups[0]["params"][0]]["step"].view(1).tolist()} == {1.0 + begun}
+
+
+@begun
+@pytest.mark.parametrize("flags", [{"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("what", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_of_the_first_operation_changes_nothing(
+    begun: bool, flags: dict[str, bool], what: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise what("no memory")
+
+    with capturable_on_cpu():
+        optimizer = in_two_groups(begun, **flags)
+        monkeypatch.setattr(array_api_compat.torch, "sqrt", fail)
+        torch_operation(monkeypatch, "sqrt", fail)
+        assert_nothing_changes(optimizer, what, "no memory", begun)
+
+
+def test_an_interrupt_after_the_kernel_finds_the_step_counted() -> None:
+    pytest.importorskip("numba")
+    optimizer = ACProp([x := parameter()], lr=0.5, fused=True)
+    with interrupted_after_kernel(), pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert optimizer.state[x]["step"] == 1
+    assert torch.equal(x.detach(), torch.full((3,), 0.5))
+
+
+# Numba that is installed and cannot be used
+
+
+def test_unusable_numba_is_warned_of_once_and_replaced_by_torch_compile() -> None:
+    x, y = parameter(), parameter()
+    optimizer = ACProp([x], lr=0.5, fused=True)
+    with numba_unusable():
+        with pytest.warns(RuntimeWarning, match="because Numba cannot be used: ImportError: Numba needs NumPy 1") as caught:
+            optimizer.step()
+        assert sum(warning.category is RuntimeWarning for warning in caught) == 1
+        optimizer.step()
+        ACProp([y], lr=0.5, fused=True).step()
+    assert optimizer.state[x]["step"] == 2
+    assert torch.equal(y.detach(), torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("compiler", [None, "/nonexistent"])
+def test_a_process_whose_numba_is_switched_off(compiler: str | None) -> None:
+    program = """
+import warnings, torch
+from acprop_torch import ACProp
+x = torch.ones(3, requires_grad=True)
+x.grad = torch.ones(3)
+optimizer = ACProp([x], lr=0.5, fused=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        optimizer.step()
+        optimizer.step()
+    except RuntimeError as error:
+        print(error)
+print(*[w.message for w in caught if w.category is RuntimeWarning], sep="\\n")
+print(x.tolist(), optimizer.state[x]["step"].item())
+"""
+    pytest.importorskip("numba")
+    with tempfile.TemporaryDirectory() as cache:  # no program of another run
+        env = {**os.environ, "NUMBA_DISABLE_JIT": "1", "TORCHINDUCTOR_CACHE_DIR": cache}
+        env |= {"CXX": compiler, "CC": compiler} if compiler else {}
+        done = subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True, text=True)
+    *said, last = done.stdout.splitlines()
+    assert sum("fused=True compiles by torch.compile, because Numba cannot be used: " in line for line in said) == 1
+    assert "NUMBA_DISABLE_JIT" in done.stdout
+    if compiler:
+        assert "fused=True finds no compiler: Numba cannot be used (" in said[0]
+        assert last == "[1.0, 1.0, 1.0] 0.0"
+    else:
+        assert len(said) == 1
+        assert last.endswith("2.0")
