@@ -817,7 +817,7 @@ def fused_as_on_an_accelerator() -> contextlib.AbstractContextManager[Any]:
     """Run the fused step on a CPU as on an accelerator, where no value may be read."""
     from acprop_torch import _fused, _inductor
 
-    def prepare(batch: Any, known: Any, group: int) -> Any:
+    def prepare(batch: Any, *rest: Any) -> Any:
         return _inductor.prepare_on_accelerator(batch)
 
     return mock.patch.object(_fused, "prepare", prepare)

@@ -8,14 +8,15 @@ import copy
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import array_api_compat.torch
 import numpy as np
@@ -406,7 +407,9 @@ def test_unusable_numba_is_warned_of_once_and_replaced_by_torch_compile() -> Non
     x, y = parameter(), parameter()
     optimizer = ACProp([x], lr=0.5, fused=True)
     with numba_unusable():
-        with pytest.warns(RuntimeWarning, match="because Numba cannot be used: ImportError: Numba needs NumPy 1") as caught:
+        with pytest.warns(
+            RuntimeWarning, match="because Numba cannot be used: ImportError: Numba needs NumPy 1"
+        ) as caught:
             optimizer.step()
         assert sum(warning.category is RuntimeWarning for warning in caught) == 1
         optimizer.step()
@@ -447,3 +450,121 @@ print(x.tolist(), optimizer.state[x]["step"].item())
     else:
         assert len(said) == 1
         assert last.endswith("2.0")
+
+
+# States that were edited by hand, and tensors that cannot be stepped
+
+EDITS: dict[str, tuple[Any, type[Exception], str]] = {
+    "a list": ([0.0] * 4, TypeError, "is a list; load a floating-point tensor"),
+    "None": (None, TypeError, "is a NoneType; load a floating-point tensor"),
+    "integers": (torch.zeros(4, dtype=torch.int32), TypeError, "is a torch.int32; load a floating-point tensor"),
+    "bools": (torch.zeros(4, dtype=torch.bool), TypeError, "is a torch.bool; load a floating-point tensor"),
+    "complex": (torch.zeros(4, dtype=torch.complex64), TypeError, "is a torch.complex64; load a floating-point tensor"),
+    "sparse": (torch.zeros(4).to_sparse(), ValueError, "is sparse; load a dense tensor"),
+    "without values": (torch.zeros(4, device="meta"), ValueError, "is without values; load a dense tensor"),
+    "expanded": (torch.zeros(1).expand(4), RuntimeError, "is expanded: several of its elements are one number"),
+    "another shape": (torch.zeros(5), RuntimeError, r"have the shapes .*\(5,\)"),
+    "no axis": (torch.zeros(()), RuntimeError, r"have the shapes .*\(\)"),
+}
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_var"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_state_is_refused_before_any_group_has_stepped(edit: str, key: str, flags: dict[str, bool]) -> None:
+    value, error, match = EDITS[edit]
+    with capturable_on_cpu():
+        optimizer = in_two_groups(begun=True, **flags)
+        optimizer.step()
+        before = everything(optimizer)
+        p = optimizer.param_groups[1]["params"][0]
+        good = optimizer.state[p][key]
+        for _ in range(2):
+            optimizer.state[p][key] = value
+            with pytest.raises(error, match=match):
+                optimizer.step()
+            optimizer.state[p][key] = good
+            assert all(map(torch.equal, before, everything(optimizer)))
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_var", "step"])
+def test_a_state_that_lacks_a_part_is_refused(key: str, flags: dict[str, bool]) -> None:
+    optimizer = in_two_groups(begun=True, **flags)
+    del optimizer.state[optimizer.param_groups[1]["params"][0]][key]
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=f"the state of parameter 0 of its group lacks '{key}'; clear"):
+        optimizer.step()
+    assert all(map(torch.equal, before, everything(optimizer)))
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_a_carry_that_is_a_list_is_refused(flags: dict[str, bool]) -> None:
+    x = parameter(dtype=torch.bfloat16)
+    optimizer = ACProp([x], compensate=True, **flags)
+    optimizer.step()
+    optimizer.state[x]["carry"] = [0.0] * 3
+    with pytest.raises(TypeError, match="carry of parameter 0 of its group is a list; load a floating-point tensor"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_a_parameter_that_is_expanded_later_is_refused_as_by_adamw(flags: dict[str, bool]) -> None:
+    for cls in BOTH if not flags.get("fused") else (ACProp,):  # AdamW's fused step writes past its end
+        first, x = parameter(), parameter()
+        optimizer = cls([{"params": [first]}, {"params": [x]}], lr=0.5, foreach=False)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group.update({"foreach": None, **flags})
+        x.data = torch.ones(1).expand(3)
+        before = first.detach().clone()
+        with pytest.raises(RuntimeError, match="is expanded" if cls is ACProp else "more than one element|overlap"):
+            optimizer.step()
+        assert cls is not ACProp or torch.equal(first, before)
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_jagged_tensors_are_called_by_their_name(flags: dict[str, bool]) -> None:
+    offsets = torch.tensor([0, 2, 5])
+    x, g = (torch.nested.nested_tensor_from_jagged(torch.ones(5), offsets) for _ in range(2))
+    x.requires_grad_()
+    x.grad = g
+    with pytest.raises(RuntimeError, match="parameter 0 of its group is a nested tensor"):
+        ACProp([x], **flags).step()
+    with pytest.raises(NotImplementedError):
+        torch.optim.AdamW([x], **flags).step()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+def test_complex_numbers_of_16_bits_are_refused_by_name() -> None:
+    x = torch.ones(2).to(torch.complex32)
+    x.grad = torch.ones(2).to(torch.complex32)
+    with pytest.raises(TypeError, match=r"has dtype torch.complex32, which ACProp cannot use; use one of"):
+        ACProp([x]).step()
+
+
+# Parameters that grow
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("clip", [None, 0.25])
+def test_the_recipe_for_a_parameter_that_grows(clip: float | None, flags: dict[str, bool]) -> None:
+    """Without the clip, moments of zeros explode at a count above 0."""
+    page = (Path(__file__).parents[1] / "docs" / "torch.md").read_text()
+    (recipe,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "torch.cat" in block)
+    x = parameter()
+    optimizer = ACProp([{"params": [x]}], lr=1e-3, clip_exponent=clip, **flags)
+    for i in range(10):
+        x.grad = torch.linspace(-1.0, 1.0 + i, 3)
+        optimizer.step()
+    moments = optimizer.state[x]["exp_avg"].clone()
+    names = {"optimizer": optimizer, "old": x, "rows": torch.ones(2)}
+    exec(recipe.split("# begin\n")[-1], {"torch": torch, **names})
+    (grown,) = optimizer.param_groups[0]["params"]
+    assert grown.shape == (5,)
+    assert torch.equal(optimizer.state[grown]["exp_avg"], torch.cat([moments, torch.zeros(2)]))
+    assert optimizer.state[grown]["step"] == 10
+    grown.grad = torch.ones(5)
+    optimizer.step()
+    moved = (grown.detach()[3:] - 1.0).abs().max()
+    assert moved > 1e4 if clip is None else moved <= 1e-3 * 11**0.25 * 1.0001

@@ -20,7 +20,17 @@ from acprop_torch._options import (
     warn_of_no_residual,
 )
 from acprop_torch._rows import Batch, check_shapes, local_columns
-from acprop_torch._state_dict import begin, check_steps, checked, has_carry, restore_dtypes, step_count
+from acprop_torch._state_dict import (
+    begin,
+    check_moments,
+    check_steps,
+    check_tensors,
+    checked,
+    has_carry,
+    refuse_expanded,
+    restore_dtypes,
+    step_count,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -245,9 +255,16 @@ class ACProp(torch.optim.Optimizer):
         has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_vars, carries, steps)
         if not params:
             return None
-        columns = local_columns(Row(params, grads, exp_avgs, exp_avg_vars, carries), has_complex)
         compiling = torch.compiler.is_compiling()
         fused, capturable, differentiable = group["fused"], group["capturable"], group["differentiable"]
+
+        def check() -> None:
+            check_moments(params, exp_avgs + exp_avg_vars, self.state, lambda i: called(group, params[i]))
+
+        # a fused step checks when its tensors have changed
+        if not (compiling or differentiable or (fused and i in self._known)):
+            check()
+        columns = local_columns(Row(params, grads, exp_avgs, exp_avg_vars, carries), has_complex)
         foreach = group["foreach"]
         if foreach is None and fused is None:
             _, foreach = private.default_to_fused_or_foreach(params, differentiable)
@@ -261,11 +278,11 @@ class ACProp(torch.optim.Optimizer):
         if traced or counts is None:  # a count of shape (1,) would widen its parameter, or not be stacked with others
             steps = [step.squeeze() if step.ndim else step for step in steps]
         batch = Batch(columns, steps, counts, hyperparameters_of(group, traced), grad_scale, found_inf)
-        if not compiling and not fused:  # the fused step checks when its tensors have changed
+        if not compiling and not fused:
             check_shapes(columns)
         match fused or False, traced, foreach or False:
             case True, False, _:
-                return _fused.prepare(batch, self._known, i)
+                return _fused.prepare(batch, self._known, i, check)
             case True, True, _:
                 return _traced.prepare_fused(batch)
             case False, True, True:
@@ -321,7 +338,12 @@ class ACProp(torch.optim.Optimizer):
             grad = p.grad
             if grad is None:
                 continue
-            if grad.layout is not torch.strided:
+            if grad.layout is not torch.strided or p.is_nested:
+                if p.is_nested or grad.is_nested:
+                    raise RuntimeError(
+                        f"{called(group, p)} is a nested tensor, or has a nested gradient; make the dense tensor of "
+                        "its values() the parameter"
+                    )
                 raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
             state = self.state[p]
             if not state:
@@ -330,11 +352,7 @@ class ACProp(torch.optim.Optimizer):
                         f"{called(group, p)} has dtype {p.dtype}, which ACProp cannot use; use one of "
                         f"{', '.join(map(str, _DTYPES))}, or no gradient"
                     )
-                if p.numel() and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
-                    raise RuntimeError(
-                        f"{called(group, p)} is expanded: several of its elements are one number in memory; pass the "
-                        "tensor that it was expanded from, or a clone"
-                    )
+                refuse_expanded(called(group, p), p)
                 if group["fused"]:
                     private.device_dtype_check_for_fused(p)
                 state.update(begin(group, p))
@@ -346,17 +364,23 @@ class ACProp(torch.optim.Optimizer):
                     state.pop("carry", None)
                 elif carry is None:
                     carry = state["carry"] = torch.zeros_like(p)
-                elif carry.dtype != p.dtype:
+                elif getattr(carry, "dtype", None) != p.dtype:
+                    check_tensors(called(group, p), state, p)
                     carry = state["carry"] = carry.to(p.dtype)
-            if group["differentiable"] and getattr(state["step"], "requires_grad", False):
+            if group["differentiable"] and getattr(state.get("step"), "requires_grad", False):
                 raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
             has_complex |= p.is_complex()
+            try:
+                exp_avgs.append(state["exp_avg"])
+                exp_avg_vars.append(state["exp_avg_var"])
+                steps.append(state["step"])
+            except KeyError as error:
+                raise ValueError(
+                    f"the state of {called(group, p)} lacks {error}; clear `optimizer.state`, or load a state_dict"
+                ) from None
             params.append(p)
             grads.append(grad)
-            exp_avgs.append(state["exp_avg"])
-            exp_avg_vars.append(state["exp_avg_var"])
             carries.append(carry)
-            steps.append(state["step"])
         return has_complex
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from acprop_core.adapt import dtype_name, moment_dtypes
 from acprop_torch._options import check_flags, check_options, is_number
-from acprop_torch._private import scalar_dtype
+from acprop_torch._private import overlap, scalar_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_var")
+
+_REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_COMPLEX = frozenset({torch.complex64, torch.complex128})
+_EXPANDED = 1  # what `overlap` returns
 
 
 def begin(group: dict[str, Any], p: Tensor, count: float = 0.0) -> dict[str, Tensor]:
@@ -66,21 +70,41 @@ def check_steps(steps: Sequence[Any], name: Callable[[int], str]) -> list[int] |
     return None
 
 
+def check_moments(params: list[Tensor], moments: list[Any], state: Any, name: Callable[[int], str]) -> None:
+    """Refuse parameters and moments that a step cannot read and write; `moments` are those in the state."""
+    kinds = _REAL | _COMPLEX if any(map(Tensor.is_complex, params)) else _REAL
+    with contextlib.suppress(AttributeError, TypeError):  # raised by anything but tensors
+        if (
+            kinds.issuperset(map(attrgetter("dtype"), moments))
+            and {*map(attrgetter("layout"), moments)} == {torch.strided}
+            and {*map(attrgetter("device"), moments)} == {*map(attrgetter("device"), params)}
+            and _EXPANDED not in map(overlap, [*params, *moments])
+        ):
+            return
+    for i, p in enumerate(params):
+        check_tensors(name(i), state[p], p)
+        refuse_expanded(name(i), p)
+        for key in MOMENTS:
+            refuse_expanded(f"{key} of {name(i)}", state[p][key])
+
+
+def refuse_expanded(name: str, x: Tensor) -> None:
+    """Refuse a tensor that cannot be written."""
+    if overlap(x) == _EXPANDED:
+        raise RuntimeError(
+            f"{name} is expanded: several of its elements are one number in memory; pass the tensor that it was "
+            "expanded from, or a clone"
+        )
+
+
 def check_state(key: Any, own: Any, p: Tensor) -> None:
     """Refuse the saved state of a parameter if no step of it could be taken."""
+    check_tensors(f"parameter {key}", own, p)
     for name in (*MOMENTS, *(["carry"] if "carry" in own else [])):
-        x = own[name]
-        if not isinstance(x, Tensor) or not (x.is_floating_point() or (x.is_complex() and p.is_complex())):
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} of parameter {key} is a {kind}; load a floating-point tensor")
-        if x.shape != p.shape:
+        if own[name].shape != p.shape:
             raise ValueError(
-                f"{name} of parameter {key} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}; load the state "
-                "of this model"
-            )
-        if x.layout is not torch.strided or (x.is_meta and not p.is_meta):
-            raise ValueError(
-                f"{name} of parameter {key} is {'sparse' if not x.is_meta else 'without values'}; load a dense tensor"
+                f"{name} of parameter {key} has shape {tuple(own[name].shape)}, the parameter {tuple(p.shape)}; load "
+                "the state of this model"
             )
     if "carry" in own and p.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(
@@ -94,6 +118,18 @@ def check_state(key: Any, own: Any, p: Tensor) -> None:
         raise TypeError(f"step of parameter {key} is {step!r}; load a number, or a floating-point tensor of one")
     if not (float(step) >= 0.0 and float(step).is_integer()):
         raise ValueError(f"step of parameter {key} is {step!r}; load a whole number that is at least 0")
+
+
+def check_tensors(owner: str, own: dict[str, Any], p: Tensor) -> None:
+    """Refuse moments and a carry that are not dense floating-point tensors."""
+    for name in (*MOMENTS, *(["carry"] if "carry" in own else [])):
+        x = own[name]
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or (x.is_complex() and p.is_complex())):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} of {owner} is a {kind}; load a floating-point tensor")
+        if x.layout is not torch.strided or (x.is_meta and not p.is_meta):
+            kind = "without values" if x.is_meta else "nested" if x.is_nested else "sparse"
+            raise ValueError(f"{name} of {owner} is {kind}; load a dense tensor")
 
 
 def translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
