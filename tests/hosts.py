@@ -780,6 +780,7 @@ def engines_of(stepper: Any) -> list[str]:
 @contextlib.contextmanager
 def numba_not_found() -> Iterator[None]:
     """Have Python find no Numba; what would use it fails."""
+    from acprop_core import kernels
     from acprop_torch import _numba
 
     _numba.has_numba.cache_clear()
@@ -791,7 +792,7 @@ def numba_not_found() -> Iterator[None]:
     try:
         with (
             mock.patch.object(importlib.util, "find_spec", found),
-            mock.patch.object(_numba, "why_no_numba", return_value="it is not installed"),
+            mock.patch.object(kernels, "why_no_numba", return_value="it is not installed"),
             mock.patch.object(_numba, "memory_of", None),
         ):
             yield
@@ -802,12 +803,13 @@ def numba_not_found() -> Iterator[None]:
 @contextlib.contextmanager
 def numba_unusable() -> Iterator[None]:
     """Have Numba be installed, and fail."""
+    from acprop_core import kernels
     from acprop_torch import _numba
 
     _numba.has_numba.cache_clear()
     why = "ImportError: Numba needs NumPy 1.26 or less"
     try:
-        with mock.patch.object(_numba, "why_no_numba", return_value=why), mock.patch.object(_numba, "memory_of", None):
+        with mock.patch.object(kernels, "why_no_numba", return_value=why), mock.patch.object(_numba, "memory_of", None):
             yield
     finally:
         _numba.has_numba.cache_clear()

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acprop_core import kernels
 from acprop_core.adapt import Row
 from acprop_core.rule import Flags, Numbers
-from acprop_torch import _numba, _rows
+from acprop_torch import _rows
 from acprop_torch._private import compiled, foreach_add_, foreach_copy_
 from acprop_torch._rows import PLAIN, Batch, blocks, bring, map_row, step_of
 from acprop_torch._traced import step_in_place
@@ -28,7 +29,7 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
         try:
             _compile(Row(*(column[0] for column in batch.columns)), size, numbers, step.flags, None)
         except Exception as error:
-            if (why := _numba.why_no_numba()) is None:
+            if (why := kernels.why_no_numba()) is None:
                 raise
             said = str(error).partition("\n")[0]
             raise RuntimeError(

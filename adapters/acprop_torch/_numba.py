@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from acprop_core import kernels
 from acprop_core.adapt import Row, warn
-from acprop_core.kernels import why_no_numba
 from acprop_torch._private import is_zerotensor, likeness_of
 from acprop_torch._rows import PLAIN, Batch, check_shapes, count_steps, step_of
 
@@ -33,7 +33,7 @@ class Memory(NamedTuple):
 @functools.cache
 def has_numba() -> bool:
     """Return whether Numba can be used. Warn if it is installed and cannot."""
-    why = why_no_numba()
+    why = kernels.why_no_numba()
     if why is not None and importlib.util.find_spec("numba") is not None:
         warn(f"fused=True compiles by torch.compile, because Numba cannot be used: {why}", RuntimeWarning)
     return why is None

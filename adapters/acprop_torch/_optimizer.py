@@ -10,29 +10,18 @@ from torch.optim.optimizer import ParamsT
 from acprop_core.adapt import Row
 from acprop_torch import _fused, _lists, _tiles, _traced
 from acprop_torch import _private as private
+from acprop_torch import _state_dict as states
 from acprop_torch._numba import Memory
 from acprop_torch._options import (
     called,
     check_options,
+    check_ways,
     hyperparameters_of,
     lacks_residual,
     plain_options,
     warn_of_no_residual,
 )
 from acprop_torch._rows import Batch, check_shapes, local_columns
-from acprop_torch._state_dict import (
-    begin,
-    check_moments,
-    check_steps,
-    check_tensors,
-    checked,
-    has_carry,
-    refuse_expanded,
-    restore_dtypes,
-    step_count,
-)
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class ACProp(torch.optim.Optimizer):
@@ -157,7 +146,7 @@ class ACProp(torch.optim.Optimizer):
                 group.setdefault(name, value)
             for p in group["params"]:
                 if (own := self.state.get(p)) and not torch.is_tensor(own["step"]):
-                    own["step"] = step_count(group, p, float(own["step"]))
+                    own["step"] = states.step_count(group, p, float(own["step"]))
         self._say_who_unscales()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -259,7 +248,7 @@ class ACProp(torch.optim.Optimizer):
         fused, capturable, differentiable = group["fused"], group["capturable"], group["differentiable"]
 
         def check() -> None:
-            check_moments(params, exp_avgs + exp_avg_vars, self.state, lambda i: called(group, params[i]))
+            states.check_moments(params, exp_avgs + exp_avg_vars, self.state, lambda i: called(group, params[i]))
 
         # a fused step checks when its tensors have changed
         if not (compiling or differentiable or (fused and i in self._known)):
@@ -272,8 +261,8 @@ class ACProp(torch.optim.Optimizer):
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         counts = None
         if not compiling:
-            counts = check_steps(steps, lambda i: called(group, params[i]))
-            self._check_ways(group, params, steps, foreach, grad_scale is not None or found_inf is not None)
+            counts = states.check_steps(steps, lambda i: called(group, params[i]))
+            check_ways(group, params, steps, foreach, grad_scale is not None or found_inf is not None)
         traced = compiling or differentiable or (capturable and not fused)
         if traced or counts is None:  # a count of shape (1,) would widen its parameter, or not be stacked with others
             steps = [step.squeeze() if step.ndim else step for step in steps]
@@ -300,23 +289,6 @@ class ACProp(torch.optim.Optimizer):
 
         check_options(group, True, owner)
 
-    def _check_ways(
-        self, group: dict[str, Any], params: list[Tensor], steps: list[Tensor], foreach: bool, scales: bool
-    ) -> None:
-        """Refuse inputs that the chosen way to step does not support."""
-        if group["capturable"] and not group["fused"]:
-            supported = private.capturable_devices()
-            for p, step in zip(params, steps, strict=True):
-                if not p.device.type == step.device.type in supported:
-                    raise AssertionError(
-                        f"If capturable=True, params and state_steps must be on supported devices: {supported}. "
-                        f"{called(group, p)} is on {p.device}, its step count on {step.device}"
-                    )
-        if scales and not group["fused"]:
-            raise AssertionError("Expected grad_scale and found_inf to be None: only fused steps unscale gradients")
-        if foreach and group["differentiable"]:
-            raise AssertionError("_foreach ops don't support autograd")
-
     def _init_group(
         self,
         group: dict[str, Any],
@@ -339,45 +311,32 @@ class ACProp(torch.optim.Optimizer):
             if grad is None:
                 continue
             if grad.layout is not torch.strided or p.is_nested:
-                if p.is_nested or grad.is_nested:
-                    raise RuntimeError(
-                        f"{called(group, p)} is a nested tensor, or has a nested gradient; make the dense tensor of "
-                        "its values() the parameter"
-                    )
-                raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
+                states.refuse_layout(called(group, p), p, grad)
             state = self.state[p]
             if not state:
-                if p.dtype not in _DTYPES:
-                    raise TypeError(
-                        f"{called(group, p)} has dtype {p.dtype}, which ACProp cannot use; use one of "
-                        f"{', '.join(map(str, _DTYPES))}, or no gradient"
-                    )
-                refuse_expanded(called(group, p), p)
+                states.check_parameter(called(group, p), p)
                 if group["fused"]:
                     private.device_dtype_check_for_fused(p)
-                state.update(begin(group, p))
+                state.update(states.begin(group, p))
             carry = state.get("carry")
             # not as wanted at the first step, and after a change of option or dtype
             if compensates or carry is not None:
-                if not has_carry(group, p):
+                if not states.has_carry(group, p):
                     carry = None
                     state.pop("carry", None)
                 elif carry is None:
                     carry = state["carry"] = torch.zeros_like(p)
                 elif getattr(carry, "dtype", None) != p.dtype:
-                    check_tensors(called(group, p), state, p)
+                    states.check_tensors(called(group, p), state, p)
                     carry = state["carry"] = carry.to(p.dtype)
             if group["differentiable"] and getattr(state.get("step"), "requires_grad", False):
                 raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
             has_complex |= p.is_complex()
-            try:
-                exp_avgs.append(state["exp_avg"])
-                exp_avg_vars.append(state["exp_avg_var"])
-                steps.append(state["step"])
-            except KeyError as error:
-                raise ValueError(
-                    f"the state of {called(group, p)} lacks {error}; clear `optimizer.state`, or load a state_dict"
-                ) from None
+            if not state.keys() >= states.KEYS:
+                states.refuse_incomplete(called(group, p), state)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_vars.append(state["exp_avg_var"])
+            steps.append(state["step"])
             params.append(p)
             grads.append(grad)
             carries.append(carry)
@@ -421,11 +380,11 @@ class ACProp(torch.optim.Optimizer):
         saved: dict[str, Any] = {}
 
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            saved.update(checked(state_dict, self))
+            saved.update(states.checked(state_dict, self))
             return saved
 
         def restore(optimizer: torch.optim.Optimizer) -> None:
-            restore_dtypes(saved, self)
+            states.restore_dtypes(saved, self)
 
         # between the hooks that others have registered
         hooks = [

@@ -13,6 +13,7 @@ from torch import Tensor
 import acprop_core
 from acprop_core.adapt import dtype_name, warn
 from acprop_core.rule import Hyperparameters
+from acprop_torch import _private as private
 from acprop_torch._private import to_scalar, untraced
 
 _NUMBERS = ("lr", "eps", "eps_root", "weight_decay", "clip_exponent")
@@ -54,7 +55,7 @@ def check_options(options: dict[str, Any], step: bool = False, owner: Callable[[
         if not low <= value < below:
             upper = "finite" if below == math.inf else f"below {below:g}"
             wanted = "a finite number" if low < 0.0 else f"a number that is at least 0 and {upper}"
-            raise ValueError(f"Invalid {what}: {x}; use {wanted} for {name}{owner()}")
+            raise ValueError(f"Invalid {what}: {x}; use {wanted} for {name + owner()}")
     if not step:  # afterwards schedulers may have replaced one of the two
         if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
             raise ValueError("betas must be either both floats or both Tensors")
@@ -115,6 +116,22 @@ def check_flags(options: dict[str, Any]) -> None:
             raise TypeError(f"{name} is {options[name]!r}; use True or False")
 
 
+def check_ways(group: dict[str, Any], params: list[Tensor], steps: list[Tensor], foreach: bool, scales: bool) -> None:
+    """Refuse inputs that the chosen way to step does not support."""
+    if group["capturable"] and not group["fused"]:
+        supported = private.capturable_devices()
+        for p, step in zip(params, steps, strict=True):
+            if not p.device.type == step.device.type in supported:
+                raise AssertionError(
+                    f"If capturable=True, params and state_steps must be on supported devices: {supported}. "
+                    f"{called(group, p)} is on {p.device}, its step count on {step.device}"
+                )
+    if scales and not group["fused"]:
+        raise AssertionError("Expected grad_scale and found_inf to be None: only fused steps unscale gradients")
+    if foreach and group["differentiable"]:
+        raise AssertionError("_foreach ops don't support autograd")
+
+
 def is_number(x: Any) -> bool:
     """Return whether `x` is a real number of Python, or of a library of arrays, such as a NumPy scalar or 0-d array."""
     if isinstance(x, Real):
@@ -160,10 +177,10 @@ def _value_of(name: str, what: str, x: Any, step: bool, known: bool, owner: Call
         if x.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
         if x.is_complex() or x.dtype is torch.bool or x.is_meta:
-            raise TypeError(f"Invalid {what}: {x}; use a number, or a tensor of one real number, for {name}{owner()}")
+            raise TypeError(f"Invalid {what}: {x}; use a number, or a tensor of one real number, for {name + owner()}")
         return x.item() if not step or (known and x.is_cpu) else 0.0
     if not is_number(x):
-        raise TypeError(f"Invalid {what}: {x!r}; use a number for {name}{owner()}")
+        raise TypeError(f"Invalid {what}: {x!r}; use a number for {name + owner()}")
     try:
         return float(x)
     except OverflowError:

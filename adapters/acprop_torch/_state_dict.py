@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from acprop_torch._private import overlap, scalar_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_var")
 
-_REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_COMPLEX = frozenset({torch.complex64, torch.complex128})
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+_REAL = frozenset(_DTYPES[:4])
+KEYS = {"step", *MOMENTS}
 _EXPANDED = 1  # what `overlap` returns
 
 
@@ -72,7 +73,7 @@ def check_steps(steps: Sequence[Any], name: Callable[[int], str]) -> list[int] |
 
 def check_moments(params: list[Tensor], moments: list[Any], state: Any, name: Callable[[int], str]) -> None:
     """Refuse parameters and moments that a step cannot read and write; `moments` are those in the state."""
-    kinds = _REAL | _COMPLEX if any(map(Tensor.is_complex, params)) else _REAL
+    kinds = frozenset(_DTYPES) if any(map(Tensor.is_complex, params)) else _REAL
     with contextlib.suppress(AttributeError, TypeError):  # raised by anything but tensors
         if (
             kinds.issuperset(map(attrgetter("dtype"), moments))
@@ -86,6 +87,31 @@ def check_moments(params: list[Tensor], moments: list[Any], state: Any, name: Ca
         refuse_expanded(name(i), p)
         for key in MOMENTS:
             refuse_expanded(f"{key} of {name(i)}", state[p][key])
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Refuse a parameter that cannot have a state."""
+    if p.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} has dtype {p.dtype}, which ACProp cannot use; use one of {', '.join(map(str, _DTYPES))}, or no "
+            "gradient"
+        )
+    refuse_expanded(name, p)
+
+
+def refuse_layout(name: str, p: Tensor, grad: Tensor) -> NoReturn:
+    """Refuse a nested parameter, or a gradient that is not dense."""
+    if p.is_nested or grad.is_nested:
+        raise RuntimeError(
+            f"{name} is a nested tensor, or has a nested gradient; make the dense tensor of its values() the parameter"
+        )
+    raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
+
+
+def refuse_incomplete(name: str, state: dict[str, Any]) -> NoReturn:
+    """Refuse a state that lacks something."""
+    missing = ", ".join(sorted(map(repr, KEYS - state.keys())))
+    raise ValueError(f"the state of {name} lacks {missing}; clear `optimizer.state`, or load a state_dict")
 
 
 def refuse_expanded(name: str, x: Tensor) -> None:
