@@ -787,16 +787,36 @@ def engines_of(stepper: Any) -> list[str]:
 @contextlib.contextmanager
 def numba_not_found() -> Iterator[None]:
     """Have Python find no Numba; what would use it fails."""
+    from acprop_core import kernels
     from acprop_torch import _numba
 
     _numba.has_numba.cache_clear()
-    find_spec = importlib.util.find_spec
 
     def found(name: str, *args: Any) -> Any:
         return None if name == "numba" else find_spec(name, *args)
 
+    find_spec = importlib.util.find_spec
     try:
-        with mock.patch.object(importlib.util, "find_spec", found), mock.patch.object(_numba, "memory_of", None):
+        with (
+            mock.patch.object(importlib.util, "find_spec", found),
+            mock.patch.object(kernels, "why_no_numba", return_value="it is not installed"),
+            mock.patch.object(_numba, "memory_of", None),
+        ):
+            yield
+    finally:
+        _numba.has_numba.cache_clear()
+
+
+@contextlib.contextmanager
+def numba_unusable() -> Iterator[None]:
+    """Have Numba be installed, and fail."""
+    from acprop_core import kernels
+    from acprop_torch import _numba
+
+    _numba.has_numba.cache_clear()
+    why = "ImportError: Numba needs NumPy 1.26 or less"
+    try:
+        with mock.patch.object(kernels, "why_no_numba", return_value=why), mock.patch.object(_numba, "memory_of", None):
             yield
     finally:
         _numba.has_numba.cache_clear()
@@ -806,7 +826,7 @@ def fused_as_on_an_accelerator() -> contextlib.AbstractContextManager[Any]:
     """Run the fused step on a CPU as on an accelerator, where no value may be read."""
     from acprop_torch import _fused, _inductor
 
-    def prepare(batch: Any, known: Any, group: int) -> Any:
+    def prepare(batch: Any, *rest: Any) -> Any:
         return _inductor.prepare_on_accelerator(batch)
 
     return mock.patch.object(_fused, "prepare", prepare)
@@ -817,11 +837,9 @@ def lists_on_a_cpu() -> Iterator[None]:
     """Have foreach=True with numbers of the host, the default on accelerators, run on lists on a CPU too."""
     from acprop_core.adapt import Step
     from acprop_torch import _lists
-    from acprop_torch._rows import blocks
 
-    def in_lists(rows: Any, step: Any) -> None:
-        for chunk in _lists._chunks(blocks(rows)):
-            _lists._step_list(chunk, Step(step.numbers, step.flags, _lists._namespace))
+    def in_lists(batch: Any, step: Any) -> None:
+        _lists._in_lists(batch, Step(step.numbers, step.flags, _lists._namespace))
 
     with mock.patch.object(_lists, "in_tiles", in_lists):
         yield
@@ -835,6 +853,47 @@ def interrupted_kernel() -> contextlib.AbstractContextManager[Any]:
         raise KeyboardInterrupt
 
     return mock.patch.object(cpu, "kernel_of", return_value=kernel)
+
+
+def interrupted_after_kernel() -> contextlib.AbstractContextManager[Any]:
+    """Have Ctrl-C come while the fused step of torch runs in Numba, so that Python handles it when that returns."""
+    from acprop_core.kernels import cpu
+
+    kernel_of = cpu.kernel_of
+
+    def interrupted(*args: Any) -> Any:
+        kernel = kernel_of(*args)
+
+        def run(table: Any, sizes: Any, *rest: Any) -> None:
+            kernel(table, sizes, *rest)
+            if sizes.size:
+                raise KeyboardInterrupt
+
+        return run
+
+    return mock.patch.object(cpu, "kernel_of", interrupted)
+
+
+def failing_torch_compile(error: type[BaseException], at: Any) -> contextlib.AbstractContextManager[Any]:
+    """Have torch.compile raise where it would compile the fused step for this dtype."""
+    from acprop_torch import _inductor
+
+    def compiled(function: Any) -> Any:
+        def run(row: Any, *rest: Any) -> None:
+            if row.mu.dtype is at:
+                raise error("no working compiler\nand more")
+            function(row, *rest)
+
+        return run
+
+    return mock.patch.object(_inductor, "compiled", compiled)
+
+
+def torch_operation(patch: "pytest.MonkeyPatch", name: str, function: Any) -> None:
+    """Replace an operation of the program that steps tiles."""
+    from acprop_torch import _tiles
+
+    patch.setattr(_tiles, "_OPERATIONS", _tiles._OPERATIONS._replace(**{name: function}))
 
 
 def forget_compiled_torch_step() -> None:

@@ -12,8 +12,11 @@ from acprop_torch._rows import Batch, by_kind, check_shapes, columns_of, contigu
 from acprop_torch._tiles import prepare as prepare_tiles
 
 
-def prepare(batch: Batch, known: dict[int, Memory], group: int) -> Callable[[], None]:
-    """Return the step of a batch; `known` remembers for each group where its rows are."""
+def prepare(batch: Batch, known: dict[int, Memory], group: int, check: Callable[[], None]) -> Callable[[], None]:
+    """Return the step of a batch.
+
+    `known` remembers for each group where its rows are. `check` refuses bad tensors of a group that has changed.
+    """
     batches = [batch]
     if not all(map(attrgetter("is_cpu"), batch.columns.param)):
         devices: dict[torch.device, list[int]] = {}
@@ -25,7 +28,7 @@ def prepare(batch: Batch, known: dict[int, Memory], group: int) -> Callable[[], 
         if not members.columns.param[0].is_cpu:
             runs.append(_inductor.prepare_on_accelerator(members))
         elif members.found_inf is None or not members.found_inf.item():
-            runs += _prepare_on_cpu(members, known, group)
+            runs += _prepare_on_cpu(members, known, group, check)
 
     def run() -> None:
         for part in runs:
@@ -34,13 +37,16 @@ def prepare(batch: Batch, known: dict[int, Memory], group: int) -> Callable[[], 
     return run
 
 
-def _prepare_on_cpu(batch: Batch, known: dict[int, Memory], group: int) -> list[Callable[[], None]]:
+def _prepare_on_cpu(
+    batch: Batch, known: dict[int, Memory], group: int, check: Callable[[], None]
+) -> list[Callable[[], None]]:
     if _numba.has_numba() and (memory := _numba.memory_of(batch.columns, known.get(group))) is not None:
         known[group] = memory
         counts = {*batch.counts} if batch.counts else ()
         if len(counts) == 1:  # the usual case
             return [_numba.prepare(batch, memory, *counts)]
-    known.pop(group, None)
+    if known.pop(group, None) is not None:
+        check()
     check_shapes(batch.columns)
     return [run for count, members in by_kind(batch) for run in _prepare_kind(members, count)]
 

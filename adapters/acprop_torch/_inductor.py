@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acprop_core import kernels
 from acprop_core.adapt import Row
-from acprop_core.rule import Numbers
+from acprop_core.rule import Flags, Numbers
 from acprop_torch import _rows
 from acprop_torch._private import compiled, foreach_add_, foreach_copy_
 from acprop_torch._rows import PLAIN, Batch, blocks, bring, map_row, step_of
 from acprop_torch._traced import step_in_place
+
+_LARGE = 2**20  # elements: as many are enough for torch to choose a program for large tensors
 
 
 def prepare(batch: Batch, count: int) -> Callable[[], None]:
@@ -22,11 +25,23 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
     # Tensors, because the compiled function would contain Python numbers, and convert them anew for every few elements
     dtype = batch.columns.mu[0].dtype
     numbers = Numbers(*(_rows.as_tensor(x, dtype) for x in step.numbers))
+    for size in _sizes_of_blocks(batch.columns.mu):
+        try:
+            _compile(Row(*(column[0] for column in batch.columns)), size, numbers, step.flags, None)
+        except Exception as error:
+            if (why := kernels.why_no_numba()) is None:
+                raise
+            said = str(error).partition("\n")[0]
+            raise RuntimeError(
+                f"fused=True finds no compiler: Numba cannot be used ({why}), and torch.compile raises "
+                f"{type(error).__name__} ({said}); install one, or use fused=False"
+            ) from error
+    program, _ = _program()
 
     def run() -> None:
         torch.autograd.graph.increment_version(batch.columns.param)
         for block in blocks(batch.rows, tile=sys.maxsize):
-            _program()(map_row(_memory, block.row), numbers, step.flags, None)
+            program(map_row(_memory, block.row), numbers, step.flags, None)
             for i in (0, 2, 3) if block.members else ():
                 bring([block.row[i]], i, [block], foreach_copy_)
         _rows.count_steps(batch.steps)
@@ -40,18 +55,46 @@ def prepare_on_accelerator(batch: Batch) -> Callable[[], None]:
     device = batch.columns.param[0].device
     scale, found = (None if x is None else x.to(device, non_blocking=True) for x in (batch.grad_scale, batch.found_inf))
     batch = batch._replace(grad_scale=scale)
+    skip = None if found is None else found.squeeze() != 0
+    step = step_of(batch, torch.stack(batch.steps))
+    numbers = list(map(_rows.as_tensor, step.numbers))
+    calls = [
+        (_as_memory(row), Numbers(*(x[i] if x.ndim == 1 else x for x in numbers))) for i, row in enumerate(batch.rows)
+    ]
+    for row, own in calls:
+        _compile(row, row.param.numel() if row.param.ndim == 1 else None, own, step.flags, skip)
+    program, _ = _program()
 
     def run() -> None:
-        skip = None if found is None else found.squeeze() != 0
-        step = step_of(batch, torch.stack(batch.steps))
-        numbers = list(map(_rows.as_tensor, step.numbers))
-        for i, row in enumerate(batch.rows):
-            own = Numbers(*(x[i] if x.ndim == 1 else x for x in numbers))
-            _program()(map_row(Tensor.detach, _as_memory(row)), own, step.flags, skip)
+        for row, own in calls:
+            program(map_row(Tensor.detach, row), own, step.flags, skip)
         torch.autograd.graph.increment_version(batch.columns.param)
         foreach_add_(batch.steps, 1 if skip is None else (~skip).to(batch.steps[0].dtype))
 
     return run
+
+
+def _sizes_of_blocks(tensors: list[Tensor]) -> list[int]:
+    """Return one size for each program that `blocks` of these need: torch has others for 0 elements, 1, and more."""
+    sizes = [x.numel() for x in tensors if not _rows.is_small(x)]
+    if small := [x.numel() for x in tensors if _rows.is_small(x)]:
+        sizes.append(sum(small))
+    return list({min(size, 2): size for size in sorted(sizes)}.values())
+
+
+def _compile(row: Row, size: int | None, numbers: Numbers, flags: Flags, skip: Tensor | None) -> None:
+    """Call the program on other tensors if it is not compiled for such a row yet.
+
+    Compiling takes seconds; if it fails or Ctrl-C arrives then, nothing has changed. The tensors have this size, on
+    which the compiler's choices depend, or are copies.
+    """
+    program, known = _program()
+    kinds = (None if x is None else (type(x), x.dtype) for x in row)
+    key = (flags, skip is None, row.param.ndim, None if size is None else min(size, 2), *kinds)
+    if key not in known:
+        n = min(size or 0, _LARGE)
+        program(map_row(Tensor.clone if size is None else lambda x: x.new_zeros(n), row), numbers, flags, skip)
+        known.add(key)
 
 
 def _as_memory(row: Row) -> Row:
@@ -67,5 +110,6 @@ def _memory(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _program() -> Any:
-    return compiled(step_in_place)
+def _program() -> tuple[Any, set[Any]]:
+    """Return the program, and for what it has been compiled."""
+    return compiled(step_in_place), set()

@@ -19,13 +19,10 @@ def prepare(batch: Batch) -> Callable[[], None]:
 
     def run() -> None:
         for count, members in kinds:
-            count_steps(members.steps)
             if members.columns.param[0].is_cpu:  # there torch's operations on lists are loops themselves
-                in_tiles(members.rows, step_of(members, count))
-                continue
-            step = step_of(members, count, _namespace)
-            for chunk in _chunks(blocks(members.rows)):
-                _step_list(chunk, step)
+                in_tiles(members, step_of(members, count))
+            else:
+                _in_lists(members, step_of(members, count, _namespace))
 
     return run
 
@@ -41,7 +38,8 @@ def prepare_traced(batch: Batch) -> Callable[[], None]:
             step = step_of(members, torch.stack(members.steps), _namespace)
             start = 0
             for chunk in _chunks(map(Block, members.rows)):
-                _step_list(chunk, step.map_numbers(_own(slice(start, start + len(chunk)))))
+                own = step.map_numbers(_own(slice(start, start + len(chunk))))
+                write(chunk, _results_of(chunk, own))
                 start += len(chunk)
         private.foreach_add_(batch.steps, 1)
 
@@ -53,11 +51,19 @@ def _own(part: slice) -> Callable[[Any], Any]:
     return lambda x: TensorList(x[part].unbind()) if isinstance(x, Tensor) and x.ndim == 1 else x
 
 
-def _step_list(chunk: list[Block], step: Step) -> None:
+def _in_lists(batch: Batch, step: Step) -> None:
+    for i, chunk in enumerate(_chunks(blocks(batch.rows))):
+        results = _results_of(chunk, step)
+        if i == 0:  # what has failed so far has changed nothing
+            count_steps(batch.steps)
+        write(chunk, results)
+
+
+def _results_of(chunk: list[Block], step: Step) -> list[Any]:
     columns = zip(*(block.row for block in chunk), strict=True)
     results = step(Row(*(None if tensors[0] is None else TensorList(tensors) for tensors in columns)))
     lists = ([None] * len(chunk) if x is None else x.tensors for x in results)
-    write(chunk, list(zip(*lists, strict=True)))
+    return list(zip(*lists, strict=True))
 
 
 def _chunks(blocks: Iterable[Block]) -> Iterable[list[Block]]:

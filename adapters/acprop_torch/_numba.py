@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import itertools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
@@ -10,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from acprop_core.adapt import Row
+from acprop_core import kernels
+from acprop_core.adapt import Row, warn
 from acprop_torch._private import is_zerotensor, likeness_of
 from acprop_torch._rows import PLAIN, Batch, check_shapes, count_steps, step_of
 
@@ -29,8 +32,11 @@ class Memory(NamedTuple):
 
 @functools.cache
 def has_numba() -> bool:
-    """Return whether Numba is installed."""
-    return importlib.util.find_spec("numba") is not None
+    """Return whether Numba can be used. Warn if it is installed and cannot."""
+    why = kernels.why_no_numba()
+    if why is not None and importlib.util.find_spec("numba") is not None:
+        warn(f"fused=True compiles by torch.compile, because Numba cannot be used: {why}", RuntimeWarning)
+    return why is None
 
 
 def memory_of(columns: Row, known: Memory | None) -> Memory | None:
@@ -98,22 +104,44 @@ def prepare(batch: Batch, memory: Memory, count: int) -> Callable[[], None]:
     # Call the kernel on zero tensors first. Compiling takes seconds; if Ctrl-C arrives then, nothing has changed.
     kernel(memory.table[:, :0], sizes[:0], *rest)
     threads = min(torch.get_num_threads(), int(sizes.sum()) // _MIN_PER_THREAD)
-    own, moments = row.param.element_size(), row.mu.element_size()
+    widths = row.param.element_size(), row.mu.element_size()
+    done = rest[-1]
+    done[0] = 0
 
     def run() -> None:
-        # Both before the compiled step, because Python handles signals when it returns, and their exceptions must
-        # find everything done.
-        count_steps(batch.steps)
         torch.autograd.graph.increment_version(batch.columns.param)  # because autograd does not see the step
-        if threads < 2:
-            kernel(memory.table, sizes, *rest)
-            return
-
-        def part(first: int, last: int) -> None:
-            kernel(*cpu.part_of(memory.table, sizes, (own, moments), first, last), *rest)
-
-        cuts = np.linspace(0, sizes.sum(), threads + 1).astype(np.int64)
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(part, cuts[:-1], cuts[1:]))
+        try:
+            if threads < 2:
+                kernel(memory.table, sizes, *rest)
+            else:
+                cuts = np.linspace(0, sizes.sum(), threads + 1).astype(np.int64)
+                parts = [cpu.part_of(memory.table, sizes, widths, *pair) for pair in itertools.pairwise(cuts)]
+                _in_threads([functools.partial(kernel, *part, *rest) for part in parts], done)
+        finally:
+            # Python handles signals when the kernel returns; their exceptions must find the step counted, and an
+            # exception before it must not.
+            if done[0]:
+                count_steps(batch.steps)
 
     return run
+
+
+def _in_threads(functions: list[Callable[[], None]], done: Any) -> None:
+    """Call each function in a thread of its own, once all threads have started; if one cannot start, call none."""
+    gate = threading.Lock()  # not an Event, because a release is one call in C, which no signal interrupts
+    gate.acquire()
+    started = False
+
+    def call(function: Callable[[], None]) -> None:
+        with gate:
+            pass
+        if started:
+            function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        try:
+            for function in functions:
+                pool.submit(call, function)
+            done[0] = started = True
+        finally:
+            gate.release()

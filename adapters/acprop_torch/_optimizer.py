@@ -1,6 +1,6 @@
 """The optimizer: its public methods, the preparation of a step, and the choice of a way to step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,18 @@ from torch.optim.optimizer import ParamsT
 from acprop_core.adapt import Row
 from acprop_torch import _fused, _lists, _tiles, _traced
 from acprop_torch import _private as private
+from acprop_torch import _state_dict as states
 from acprop_torch._numba import Memory
-from acprop_torch._options import called, check_options, hyperparameters_of
+from acprop_torch._options import (
+    called,
+    check_options,
+    check_ways,
+    hyperparameters_of,
+    lacks_residual,
+    plain_options,
+    warn_of_no_residual,
+)
 from acprop_torch._rows import Batch, check_shapes, local_columns
-from acprop_torch._state_dict import begin, check_steps, checked, has_carry, restore_dtypes, step_count
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class ACProp(torch.optim.Optimizer):
@@ -26,13 +32,18 @@ class ACProp(torch.optim.Optimizer):
     params : iterable of tensors, of (name, tensor) pairs, or of dicts that define parameter groups
         Floating-point parameters. As everywhere in torch.optim, a complex one counts as two real ones.
     lr : float or 1-element tensor
-        Learning rate, at least 0.
-    betas : tuple of two floats or of two 1-element tensors
+        Learning rate, at least 0. At a step it may be any finite number, because some schedules end a little below 0.
+    betas : two floats, or two 1-element tensors
         Decay rates b1, b2 of the two moments, in [0, 1).
-    eps, eps_root : float
-        Added to the root of the second moment, and to the second moment at every step; at least 0.
+    eps : float
+        Added to the root of the second moment; at least 0.
     weight_decay : float
-        Decoupled weight decay, multiplied by `lr`; at least 0. A 0-d tensor if derivatives by it are wanted.
+        Decoupled weight decay, multiplied by `lr`; at least 0, and as `lr` at a step. A 0-d tensor if derivatives by it
+        are wanted.
+    amsgrad : bool
+        Must be False. It is here for programs that set all options of AdamW.
+    eps_root : float
+        Added to the second moment at every step; at least 0.
     decoupled_weight_decay : bool
         If False, weight_decay times the parameter is added to the gradient instead, the L2 form.
     maximize : bool
@@ -65,6 +76,11 @@ class ACProp(torch.optim.Optimizer):
     RuntimeError
         If `fused` is asked for together with `foreach` or `differentiable`.
 
+    Warns
+    -----
+    UserWarning
+        If b1 is 0 with ``centering="current"`` and no clip, where steps explode.
+
     Notes
     -----
     Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip is ours. As with all optimizers of torch, use one in
@@ -82,11 +98,12 @@ class ACProp(torch.optim.Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        betas: Sequence[float] | tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-16,
-        eps_root: float = 1e-16,
         weight_decay: float | Tensor = 0.0,
         *,
+        amsgrad: bool = False,
+        eps_root: float = 1e-16,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -102,8 +119,8 @@ class ACProp(torch.optim.Optimizer):
             "lr": lr,
             "betas": betas,
             "eps": eps,
-            "eps_root": eps_root,
             "weight_decay": weight_decay,
+            "eps_root": eps_root,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
             "foreach": foreach,
@@ -115,9 +132,10 @@ class ACProp(torch.optim.Optimizer):
             "moment_dtype": moment_dtype,
             "compensate": compensate,
         }
-        check_options(defaults)
-        defaults["betas"] = tuple(map(private.to_scalar, betas))
-        super().__init__(params, defaults)
+        check_options({**defaults, "amsgrad": amsgrad})
+        super().__init__(params, {**defaults, **plain_options(defaults)})
+        if any(map(lacks_residual, self.param_groups)):
+            warn_of_no_residual()
         self._known: dict[int, Memory] = {}  # for each group, where a fused step has found its tensors
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,7 +146,7 @@ class ACProp(torch.optim.Optimizer):
                 group.setdefault(name, value)
             for p in group["params"]:
                 if (own := self.state.get(p)) and not torch.is_tensor(own["step"]):
-                    own["step"] = step_count(group, p, float(own["step"]))
+                    own["step"] = states.step_count(group, p, float(own["step"]))
         self._say_who_unscales()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -154,7 +172,10 @@ class ACProp(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):  # or else the base class refuses it
             check_options({**self.defaults, **param_group})
+            param_group.update(plain_options(param_group))
         super().add_param_group(param_group)
+        if hasattr(self, "_known") and lacks_residual(param_group):  # the constructor warns once for all groups
+            warn_of_no_residual()
         self._say_who_unscales()
 
     def _say_who_unscales(self) -> None:
@@ -205,7 +226,7 @@ class ACProp(torch.optim.Optimizer):
         # anything that can be refused is refused here, before anything is written
         if len(self.param_groups) > 1 and not torch.compiler.is_compiling():  # `_init_group` asks again, of its group
             for group in self.param_groups:
-                check_options(group, step=True)
+                self._check_options(group)
         runs = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]
         for run in runs:
             if run is not None:
@@ -223,9 +244,16 @@ class ACProp(torch.optim.Optimizer):
         has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_vars, carries, steps)
         if not params:
             return None
-        columns = local_columns(Row(params, grads, exp_avgs, exp_avg_vars, carries), has_complex)
         compiling = torch.compiler.is_compiling()
         fused, capturable, differentiable = group["fused"], group["capturable"], group["differentiable"]
+
+        def check() -> None:
+            states.check_moments(params, exp_avgs + exp_avg_vars, self.state, lambda i: called(group, params[i]))
+
+        # a fused step checks when its tensors have changed
+        if not (compiling or differentiable or (fused and i in self._known)):
+            check()
+        columns = local_columns(Row(params, grads, exp_avgs, exp_avg_vars, carries), has_complex)
         foreach = group["foreach"]
         if foreach is None and fused is None:
             _, foreach = private.default_to_fused_or_foreach(params, differentiable)
@@ -233,17 +261,17 @@ class ACProp(torch.optim.Optimizer):
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         counts = None
         if not compiling:
-            counts = check_steps(steps, lambda i: called(group, params[i]))
-            self._check_ways(group, params, steps, foreach, grad_scale is not None or found_inf is not None)
+            counts = states.check_steps(steps, lambda i: called(group, params[i]))
+            check_ways(group, params, steps, foreach, grad_scale is not None or found_inf is not None)
         traced = compiling or differentiable or (capturable and not fused)
         if traced or counts is None:  # a count of shape (1,) would widen its parameter, or not be stacked with others
             steps = [step.squeeze() if step.ndim else step for step in steps]
         batch = Batch(columns, steps, counts, hyperparameters_of(group, traced), grad_scale, found_inf)
-        if not compiling and not fused:  # the fused step checks when its tensors have changed
+        if not compiling and not fused:
             check_shapes(columns)
         match fused or False, traced, foreach or False:
             case True, False, _:
-                return _fused.prepare(batch, self._known, i)
+                return _fused.prepare(batch, self._known, i, check)
             case True, True, _:
                 return _traced.prepare_fused(batch)
             case False, True, True:
@@ -255,22 +283,11 @@ class ACProp(torch.optim.Optimizer):
             case _:
                 return _tiles.prepare(batch)
 
-    def _check_ways(
-        self, group: dict[str, Any], params: list[Tensor], steps: list[Tensor], foreach: bool, scales: bool
-    ) -> None:
-        """Refuse inputs that the chosen way to step does not support."""
-        if group["capturable"] and not group["fused"]:
-            supported = private.capturable_devices()
-            for p, step in zip(params, steps, strict=True):
-                if not p.device.type == step.device.type in supported:
-                    raise AssertionError(
-                        f"If capturable=True, params and state_steps must be on supported devices: {supported}. "
-                        f"{called(group, p)} is on {p.device}, its step count on {step.device}"
-                    )
-        if scales and not group["fused"]:
-            raise AssertionError("Expected grad_scale and found_inf to be None: only fused steps unscale gradients")
-        if foreach and group["differentiable"]:
-            raise AssertionError("_foreach ops don't support autograd")
+    def _check_options(self, group: dict[str, Any]) -> None:
+        def owner() -> str:
+            return f" of parameter group {next(i for i, x in enumerate(self.param_groups) if x is group)}"
+
+        check_options(group, True, owner)
 
     def _init_group(
         self,
@@ -286,49 +303,43 @@ class ACProp(torch.optim.Optimizer):
 
         State is made where there is none. Returns whether a parameter is complex.
         """
-        check_options(group, step=True)
+        self._check_options(group)
         has_complex = False
         compensates = group["compensate"]
         for p in group["params"]:
             grad = p.grad
             if grad is None:
                 continue
-            if grad.layout is not torch.strided:
-                raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
+            if grad.layout is not torch.strided or p.is_nested:
+                states.refuse_layout(called(group, p), p, grad)
             state = self.state[p]
             if not state:
-                if p.dtype not in _DTYPES:
-                    raise TypeError(
-                        f"{called(group, p)} has dtype {p.dtype}, which ACProp cannot use; use one of "
-                        f"{', '.join(map(str, _DTYPES))}, or no gradient"
-                    )
-                if p.numel() and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
-                    raise RuntimeError(
-                        f"{called(group, p)} is expanded: several of its elements are one number in memory; pass the "
-                        "tensor that it was expanded from, or a clone"
-                    )
+                states.check_parameter(called(group, p), p)
                 if group["fused"]:
                     private.device_dtype_check_for_fused(p)
-                state.update(begin(group, p))
+                state.update(states.begin(group, p))
             carry = state.get("carry")
             # not as wanted at the first step, and after a change of option or dtype
             if compensates or carry is not None:
-                if not has_carry(group, p):
+                if not states.has_carry(group, p):
                     carry = None
                     state.pop("carry", None)
                 elif carry is None:
                     carry = state["carry"] = torch.zeros_like(p)
-                elif carry.dtype != p.dtype:
+                elif getattr(carry, "dtype", None) != p.dtype:
+                    states.check_tensors(called(group, p), state, p)
                     carry = state["carry"] = carry.to(p.dtype)
-            if group["differentiable"] and getattr(state["step"], "requires_grad", False):
+            if group["differentiable"] and getattr(state.get("step"), "requires_grad", False):
                 raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
             has_complex |= p.is_complex()
-            params.append(p)
-            grads.append(grad)
+            if not state.keys() >= states.KEYS:
+                states.refuse_incomplete(called(group, p), state)
             exp_avgs.append(state["exp_avg"])
             exp_avg_vars.append(state["exp_avg_var"])
-            carries.append(carry)
             steps.append(state["step"])
+            params.append(p)
+            grads.append(grad)
+            carries.append(carry)
         return has_complex
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -369,11 +380,11 @@ class ACProp(torch.optim.Optimizer):
         saved: dict[str, Any] = {}
 
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            saved.update(checked(state_dict, self))
+            saved.update(states.checked(state_dict, self))
             return saved
 
         def restore(optimizer: torch.optim.Optimizer) -> None:
-            restore_dtypes(saved, self)
+            states.restore_dtypes(saved, self)
 
         # between the hooks that others have registered
         hooks = [

@@ -8,8 +8,10 @@ from torch import Tensor
 
 import acprop_core
 from acprop_core import State
+from acprop_core.adapt import with_values
 from acprop_core.checkpoint import check_portable, choose, match_names, to_numpy
 from acprop_torch._optimizer import ACProp
+from acprop_torch._options import is_number, pair_of
 from acprop_torch._state_dict import MOMENTS, begin, dtype_of_moments, has_carry
 
 if TYPE_CHECKING:  # slow to import; where there are sharded tensors, it has been imported
@@ -206,8 +208,9 @@ def _hyperparameters(optimizer: ACProp, named: _Named) -> acprop_core.ACProp:
                 f"parameter group {i} has weight_decay={decay} with decoupled_weight_decay=False, the L2 form, which "
                 f"the other hosts do not have; {remedy}"
             )
-        b1, b2 = map(float, group["betas"])
-        records.append({"learning_rate": float(group["lr"]), "b1": b1, "b2": b2, **{k: group[k] for k in _OPTIONS}})
+        b1, b2 = map(float, pair_of(group["betas"]))
+        others = {key: float(x) if is_number(x := group[key]) else x for key in _OPTIONS}
+        records.append({"learning_rate": float(group["lr"]), "b1": b1, "b2": b2, **others})
     for i, record in enumerate(records):
         if apart := [f"{key} {records[0][key]} and {x}" for key, x in record.items() if x != records[0][key]]:
             raise ValueError(
@@ -220,14 +223,15 @@ def _hyperparameters(optimizer: ACProp, named: _Named) -> acprop_core.ACProp:
             f"{remedy}"
         )
     mask = (
-        None if len(set(decays)) == 1 else {name: i is not None and decays[i] > 0.0 for name, (_, i) in named.items()}
+        None if len(set(decays)) == 1 else {name: i is not None and decays[i] != 0.0 for name, (_, i) in named.items()}
     )
-    return acprop_core.ACProp(**records[0], weight_decay=max(decays), mask=mask)
+    # not by the constructor, because a schedule may have left numbers below 0
+    return with_values(acprop_core.ACProp(), **records[0], weight_decay=max(decays, key=abs), mask=mask)
 
 
 def _options(optimizer: ACProp, named: _Named, saved: acprop_core.ACProp) -> Iterator[dict[str, Any]]:
     """Yield the options of each group that correspond to the saved hyperparameters."""
-    for name in ("learning_rate", "mask"):
+    for name in ("learning_rate", "weight_decay", "mask"):
         if callable(getattr(saved, name)):
             raise ValueError(
                 f"the saved {name} is a callable, which a torch optimizer cannot have; pass another to load, or "

@@ -41,6 +41,8 @@ foreach_round = torch._foreach_round
 foreach_sqrt = torch._foreach_sqrt
 foreach_sub = torch._foreach_sub
 
+# 1 for an expanded tensor, whose elements share memory; otherwise look for a stride of 0 along more than one element.
+overlap = torch._debug_has_internal_overlap
 is_zerotensor = Tensor._is_zerotensor  # zeros without memory; otherwise `data_ptr() == 0` says it too
 
 

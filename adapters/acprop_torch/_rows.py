@@ -156,7 +156,7 @@ def blocks(rows: Sequence[Row], tile: int | None = None) -> Iterator[Block]:
     gathered = 0
     for row in rows:
         size = row.mu.nbytes
-        if size < _SMALL and row.param.is_cpu:
+        if is_small(row.mu):
             if small and gathered + size > _CPU_TILE:
                 yield _gathered(small)
                 small, gathered = [], 0
@@ -168,6 +168,11 @@ def blocks(rows: Sequence[Row], tile: int | None = None) -> Iterator[Block]:
             yield Block(row)
     if small:
         yield _gathered(small)
+
+
+def is_small(x: Tensor) -> bool:
+    """Return whether `blocks` gathers a row of such tensors with others."""
+    return x.is_cpu and x.nbytes < _SMALL
 
 
 def tile_of(row: Row) -> int:

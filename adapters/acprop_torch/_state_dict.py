@@ -1,18 +1,24 @@
 """The state of a parameter: how it begins, checks of a loaded one, and the translation of the authors' own."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from acprop_core.adapt import dtype_name, moment_dtypes
 from acprop_torch._options import check_flags, check_options, is_number
-from acprop_torch._private import scalar_dtype
+from acprop_torch._private import overlap, scalar_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_var")
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+_REAL = frozenset(_DTYPES[:4])
+KEYS = {"step", *MOMENTS}
+_EXPANDED = 1  # what `overlap` returns
 
 
 def begin(group: dict[str, Any], p: Tensor, count: float = 0.0) -> dict[str, Tensor]:
@@ -65,21 +71,66 @@ def check_steps(steps: Sequence[Any], name: Callable[[int], str]) -> list[int] |
     return None
 
 
+def check_moments(params: list[Tensor], moments: list[Any], state: Any, name: Callable[[int], str]) -> None:
+    """Refuse parameters and moments that a step cannot read and write; `moments` are those in the state."""
+    kinds = frozenset(_DTYPES) if any(map(Tensor.is_complex, params)) else _REAL
+    with contextlib.suppress(AttributeError, TypeError):  # raised by anything but tensors
+        if (
+            kinds.issuperset(map(attrgetter("dtype"), moments))
+            and {*map(attrgetter("layout"), moments)} == {torch.strided}
+            and {*map(attrgetter("device"), moments)} == {*map(attrgetter("device"), params)}
+            and _EXPANDED not in map(overlap, [*params, *moments])
+        ):
+            return
+    for i, p in enumerate(params):
+        check_tensors(name(i), state[p], p)
+        refuse_expanded(name(i), p)
+        for key in MOMENTS:
+            refuse_expanded(f"{key} of {name(i)}", state[p][key])
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Refuse a parameter that cannot have a state."""
+    if p.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} has dtype {p.dtype}, which ACProp cannot use; use one of {', '.join(map(str, _DTYPES))}, or no "
+            "gradient"
+        )
+    refuse_expanded(name, p)
+
+
+def refuse_layout(name: str, p: Tensor, grad: Tensor) -> NoReturn:
+    """Refuse a nested parameter, or a gradient that is not dense."""
+    if p.is_nested or grad.is_nested:
+        raise RuntimeError(
+            f"{name} is a nested tensor, or has a nested gradient; make the dense tensor of its values() the parameter"
+        )
+    raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
+
+
+def refuse_incomplete(name: str, state: dict[str, Any]) -> NoReturn:
+    """Refuse a state that lacks something."""
+    missing = ", ".join(sorted(map(repr, KEYS - state.keys())))
+    raise ValueError(f"the state of {name} lacks {missing}; clear `optimizer.state`, or load a state_dict")
+
+
+def refuse_expanded(name: str, x: Tensor) -> None:
+    """Refuse a tensor that cannot be written."""
+    if overlap(x) == _EXPANDED:
+        raise RuntimeError(
+            f"{name} is expanded: several of its elements are one number in memory; pass the tensor that it was "
+            "expanded from, or a clone"
+        )
+
+
 def check_state(key: Any, own: Any, p: Tensor) -> None:
     """Refuse the saved state of a parameter if no step of it could be taken."""
+    check_tensors(f"parameter {key}", own, p)
     for name in (*MOMENTS, *(["carry"] if "carry" in own else [])):
-        x = own[name]
-        if not isinstance(x, Tensor) or not (x.is_floating_point() or (x.is_complex() and p.is_complex())):
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} of parameter {key} is a {kind}; load a floating-point tensor")
-        if x.shape != p.shape:
+        if own[name].shape != p.shape:
             raise ValueError(
-                f"{name} of parameter {key} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}; load the state "
-                "of this model"
-            )
-        if x.layout is not torch.strided or (x.is_meta and not p.is_meta):
-            raise ValueError(
-                f"{name} of parameter {key} is {'sparse' if not x.is_meta else 'without values'}; load a dense tensor"
+                f"{name} of parameter {key} has shape {tuple(own[name].shape)}, the parameter {tuple(p.shape)}; load "
+                "the state of this model"
             )
     if "carry" in own and p.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(
@@ -93,6 +144,18 @@ def check_state(key: Any, own: Any, p: Tensor) -> None:
         raise TypeError(f"step of parameter {key} is {step!r}; load a number, or a floating-point tensor of one")
     if not (float(step) >= 0.0 and float(step).is_integer()):
         raise ValueError(f"step of parameter {key} is {step!r}; load a whole number that is at least 0")
+
+
+def check_tensors(owner: str, own: dict[str, Any], p: Tensor) -> None:
+    """Refuse moments and a carry that are not dense floating-point tensors."""
+    for name in (*MOMENTS, *(["carry"] if "carry" in own else [])):
+        x = own[name]
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or (x.is_complex() and p.is_complex())):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} of {owner} is a {kind}; load a floating-point tensor")
+        if x.layout is not torch.strided or (x.is_meta and not p.is_meta):
+            kind = "without values" if x.is_meta else "nested" if x.is_nested else "sparse"
+            raise ValueError(f"{name} of {owner} is {kind}; load a dense tensor")
 
 
 def translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -152,9 +215,9 @@ def _group_of_authors(i: int, saved: dict[str, Any], group: dict[str, Any]) -> d
 def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return a state_dict, translated if it is the authors'; refuse one that this optimizer cannot continue."""
     saved = translated(state_dict, optimizer.param_groups)
-    for group in saved["param_groups"]:
+    for i, group in enumerate(saved["param_groups"]):
         options = {**optimizer.defaults, **group}
-        check_options(options, step=True)
+        check_options(options, True, functools.partial(str, f" of parameter group {i}"))
         check_flags(options)
     keys = {key for group in saved["param_groups"] for key in group["params"]}
     if strays := [key for key in saved["state"] if isinstance(key, int) and key not in keys]:

@@ -20,20 +20,23 @@ def prepare(batch: Batch) -> Callable[[], None]:
 
     def run() -> None:
         for count, members in kinds:
-            count_steps(members.steps)
-            in_tiles(members.rows, step_of(members, count))
+            in_tiles(members, step_of(members, count))
 
     return run
 
 
-def in_tiles(rows: list[Row], step: Step) -> None:
+def in_tiles(batch: Batch, step: Step) -> None:
     """Step rows that are alike in device and dtypes, as much at once as `blocks` says."""
+    rows = batch.rows
     if _takes_outputs(rows):
-        _by_program(rows, step)
+        _by_program(rows, step, batch.steps)
         return
     step = step.map_numbers(as_tensor)  # torch would make a tensor of a Python number in every operation
-    for block in blocks(rows):
-        write([block], [step(block.row)])
+    for i, block in enumerate(blocks(rows)):
+        results = [step(block.row)]
+        if i == 0:  # what has failed so far has changed nothing
+            count_steps(batch.steps)
+        write([block], results)
 
 
 def _takes_outputs(rows: list[Row]) -> bool:
@@ -44,7 +47,7 @@ def _takes_outputs(rows: list[Row]) -> bool:
     return first.param.is_cpu and plain and dtypes in ({torch.float32}, {torch.float64})
 
 
-def _by_program(rows: list[Row], step: Step) -> None:
+def _by_program(rows: list[Row], step: Step, steps: list[Tensor]) -> None:
     # The operations write into a few registers that stay in the cache, because operators would make a tensor each.
     dtype = rows[0].mu.dtype
     numbers, flags, *_ = step.cast_for(dtype, dtype)
@@ -52,13 +55,15 @@ def _by_program(rows: list[Row], step: Step) -> None:
     memory = torch.empty((program.registers, 0), dtype=dtype, device="cpu")
     registers: list[Tensor] = []
     shape = None
-    for block in blocks(rows):
+    for number, block in enumerate(blocks(rows)):
         if block.row.param.shape != shape:
             shape = block.row.param.shape
             if shape.numel() > memory.shape[1]:
                 memory = memory.new_empty((program.registers, shape.numel()))
             registers = [x[: shape.numel()].view(shape) for x in memory]
         update = program.run([*block.row[:4], *program.numbers, *registers])
+        if number == 0:  # as above
+            count_steps(steps)
         # added in place, not to a copy that is written later, because another parameter may share the memory
         bring([update], 0, [block], foreach_add_)
         for i in (2, 3) if block.members else ():  # copies, which the program has written

@@ -257,7 +257,8 @@ OTHERS = [
     ("moment_dtype", np.float32, TypeError, A_DTYPE),
     ("moment_dtype", torch.int32, ValueError, f"moment_dtype is torch.int32; {SOME_KIND}"),
     ("moment_dtype", torch.complex64, ValueError, f"moment_dtype is torch.complex64; {SOME_KIND}"),
-    ("amsgrad", True, TypeError, "unexpected keyword argument 'amsgrad'"),
+    ("amsgrad", True, ValueError, "amsgrad is True, which is another algorithm than ACProp's; omit it, or use torch"),
+    ("nesterov", True, TypeError, "unexpected keyword argument 'nesterov'"),
 ]
 TORCH_OPTIONS: list[Bad] = [
     *(row for name, what in TORCH_NAMES.items()
@@ -266,7 +267,9 @@ TORCH_OPTIONS: list[Bad] = [
           f"Tensor {name} must be 1-element") for name in TORCH_NAMES for kind, size in SIZES),
     *(bad(f"betas: {betas}", "new", {"betas": betas}, error, *words) for betas, error, *words in BETAS),
     *table("betas: ", "new", "betas", [
-        ("a tensor", torch.tensor([0.9, 0.99]), ValueError, *PAIR),
+        ("a tensor of three", torch.tensor([0.9, 0.99, 0.9]), ValueError, *PAIR),
+        ("a matrix", np.full((2, 2), 0.9), ValueError, *PAIR),
+        ("a set", {0.9, 0.99}, ValueError, *PAIR),
         ("b1 a tensor", (torch.tensor(0.9), 0.99), ValueError, BOTH_KINDS),
         ("b2 a tensor", (0.9, torch.tensor(0.99)), ValueError, BOTH_KINDS),
         ("a tensor of two elements", (torch.tensor(0.9), torch.tensor([0.9, 0.9])), ValueError,
@@ -329,6 +332,8 @@ TORCH_PARAMETERS: list[Bad] = [
     *(bad(f"group: {kind}", "add_parameter", {"name": "c", name: x}, error, words) for kind, name, x, error, words in (
         ("lr a string", "lr", "x", TypeError, "Invalid learning rate: 'x'"),
         ("lr negative", "lr", -1.0, ValueError, "Invalid learning rate: -1.0"),
+        ("weight_decay negative", "weight_decay", np.float32(-1.0), ValueError, "Invalid weight_decay value: -1.0"),
+        ("amsgrad", "amsgrad", True, ValueError, "amsgrad is True, which is another algorithm"),
         ("maximize a string", "maximize", "no", TypeError, f"maximize is 'no'; {TRUE_OR_FALSE}"),
         ("betas out of range", "betas", (1.0, 0.9), ValueError, f"{RATE}0: 1.0"),
     )),
@@ -389,14 +394,18 @@ STEPS = [
 ]
 # Options of a group, written there after it was made
 SPOILT: list[tuple[str, Any, type[Exception], str]] = [
-    ("lr", math.nan, ValueError, "Invalid learning rate: nan"),
+    ("lr", math.nan, ValueError, "Invalid learning rate: nan; use a finite number for lr of parameter group 1"),
+    ("lr", -math.inf, ValueError, "Invalid learning rate: -inf; use a finite number for lr of parameter group 1"),
+    ("lr", np.float32(math.nan), ValueError, "Invalid learning rate: nan"),
     ("lr", "x", TypeError, f"Invalid learning rate: 'x'; {SOME_NUMBER} for lr"),
     ("lr", None, TypeError, f"Invalid learning rate: None; {SOME_NUMBER} for lr"),
     ("lr", True, TypeError, f"Invalid learning rate: True; {SOME_NUMBER} for lr"),
     ("betas", None, ValueError, "Invalid betas: None; use two decay rates"),
     ("betas", (1.0, 0.9), ValueError, f"{RATE}0: 1.0"),
     ("eps", -1.0, ValueError, "Invalid epsilon value: -1.0"),
-    ("weight_decay", math.inf, ValueError, "Invalid weight_decay value: inf"),
+    ("weight_decay", math.inf, ValueError,
+     "Invalid weight_decay value: inf; use a finite number for weight_decay of parameter group 1"),
+    ("weight_decay", torch.tensor(math.nan), ValueError, "Invalid weight_decay value: nan"),
     ("clip_exponent", "x", TypeError, f"clip_exponent is 'x'; {NUMBER_OR_NONE}"),
     ("clip_exponent", [0.25], TypeError, f"clip_exponent is [0.25]; {NUMBER_OR_NONE}"),
     ("clip_exponent", -1.0, ValueError, "clip_exponent is -1.0"),
