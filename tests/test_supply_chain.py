@@ -26,7 +26,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # urllib, http, asyncio, multiprocessing, tempfile ...) is not on the list.
 STANDARD = {
     "collections", "concurrent", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib", "importlib",
-    "itertools", "json", "math", "mmap", "numbers", "operator", "os", "queue", "sys", "threading", "types", "typing",
+    "itertools", "json", "math", "mmap", "numbers", "operator", "os", "queue", "stat", "sys", "threading", "types",
+    "typing", "warnings",
 }  # fmt: skip
 FRAMEWORKS = {
     "acprop_core": {"array_api_compat", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"},  # llvmlite: Numba's
@@ -43,8 +44,8 @@ NAMES = {"eval", "exec", "compile", "__import__", "breakpoint", "input", "print"
 OF_MODULES = {
     "ctypes": {"c_int64"},
     "os": {"PathLike", "fsdecode", "getpid", "name", "path", "register_at_fork", "urandom"}
-    | {"O_RDONLY", "chmod", "close", "fstat", "fsync", "open", "replace", "unlink"},
-    "sys": {"maxsize"},
+    | {"O_RDONLY", "chmod", "chown", "close", "fstat", "fsync", "open", "replace", "stat", "stat_result", "unlink"},
+    "sys": {"_getframe", "float_info", "maxsize"},
     "importlib": {"import_module", "util"},
     "concurrent": {"futures"},
 }

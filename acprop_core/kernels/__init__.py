@@ -22,7 +22,7 @@ def why_no_numba() -> str | None:
         function = numba.njit("int64(int64)")(_add_one)
         if function(1) != 2 or not getattr(function, "signatures", None):
             return "Numba compiles nothing, because NUMBA_DISABLE_JIT is set"
-    except Exception as error:  # of any type: whatever it is, the caller can do without
+    except Exception as error:  # of any type: the caller can do without Numba
         if isinstance(error, ModuleNotFoundError) and error.name == "numba":
             return NOT_INSTALLED
         return f"Numba does not work here ({type(error).__name__}: {error})"
