@@ -47,6 +47,9 @@ class State(NamedTuple):
 class ACProp:
     r"""ACProp: momentum centering and asynchronous update (Zhuang et al. 2021).
 
+    Each of these two ideas can be switched off: `centering` and `asynchronous`. Without them the same rule is AdaShift,
+    AdaBelief, Adam or AdamW; see the notes.
+
     Step :math:`t = 1, 2, \dots`, with :math:`m_0 = s_0 = 0` and :math:`\hat s_0 := 1`:
 
     .. math::
@@ -83,9 +86,10 @@ class ACProp:
         Use 0.25 unless you must follow the published recurrence to the letter: without a clip, an element takes a
         step millions of times too large at its first nonzero gradient after zeros, and likewise where its moments are
         zeros at a count above 0, as those of elements that were added during training.
-    centering : {"current", "previous"}
+    centering : {"current", "previous", "none"}
         "current" centres the second moment on :math:`m_t`, as the paper and its authors' code do; "previous" on
-        :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` does.
+        :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` and of ``optax.adabelief`` does. With "none" it is the
+        average of :math:`|g_t|^2`, as in Adam.
     moment_dtype : dtype or its name, optional
         Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters. The array library
         itself must have it.
@@ -94,6 +98,9 @@ class ACProp:
         large enough. It is an array of the parameter's dtype in the state, the carry. Otherwise updates smaller than
         half the last place of a parameter are lost. Parameter and carry together step as the equations say. No
         effect on other parameters.
+    asynchronous : bool
+        True divides the gradient :math:`g_t` by the root of the previous second moment :math:`\hat s_{t-1}`. False
+        divides the mean of gradients :math:`\hat m_t` by that of the new one, :math:`\hat s_t`, as in Adam.
 
     Raises
     ------
@@ -112,6 +119,21 @@ class ACProp:
     Zhuang, Ding, Tang, Dvornek, Tatikonda, Duncan: "Momentum Centering and Asynchronous Update for Adaptive Gradient
     Methods", NeurIPS 2021, arXiv:2110.05454, algorithm 2. The clip is ours, not the paper's; optax issue #1132
     describes the problem.
+
+    The paper compares four optimizers, which the two switches make. With ``asynchronous=False``
+
+    .. math::
+
+        d_t = \mathrm{clip}(\hat m_t / (\sqrt{\hat s_t} + \varepsilon),\ -t^p,\ t^p), \quad
+        \hat m_t = m_t / (1 - \beta_1^t), \quad \hat s_t = s_t / (1 - \beta_2^t)
+
+    - ``asynchronous=True, centering="none"``: AdaShift with n = 1 (Zhou et al. 2019, arXiv:1810.00143), except its
+      first step, which AdaShift leaves out. `b1` has no effect on the steps.
+    - ``asynchronous=False, centering="current"``: AdaBelief (Zhuang et al. 2020, arXiv:2010.07468); with "previous" as
+      ``optax.adabelief``.
+    - ``asynchronous=False, centering="none"``: Adam (Kingma and Ba 2015, arXiv:1412.6980), with weight decay AdamW
+      (Loshchilov and Hutter 2019, arXiv:1711.05101). ``eps=1e-8, eps_root=0.0, weight_decay=0.01`` are the defaults of
+      ``torch.optim.AdamW``. Where nothing moves between frameworks, that one is the better choice.
 
     With PyTorch, call `update` and `apply` under ``torch.no_grad()`` unless you want to differentiate through them,
     because PyTorch records all operations on parameters that require gradients.
@@ -143,6 +165,7 @@ class ACProp:
     centering: str = "current"
     moment_dtype: Any = None
     compensate: bool = False
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
         self._check(lowest=0.0)
@@ -161,8 +184,8 @@ class ACProp:
             if not (may_be_scheduled and callable(value)) and not (name == "clip_exponent" and value is None):
                 below = 1.0 if name in ("b1", "b2") else math.inf
                 checked[name] = check_number(name, value, below, lowest if may_be_scheduled else 0.0)
-        if self.centering not in ("current", "previous"):
-            raise ValueError(f"centering is {self.centering!r}; use 'current' or 'previous'")
+        if self.centering not in ("current", "previous", "none"):
+            raise ValueError(f"centering is {self.centering!r}; use 'current', 'previous' or 'none'")
         if self.moment_dtype is not None:
             checked["moment_dtype"] = dtype_name(self.moment_dtype)
             if checked["moment_dtype"] not in FLOATS:
@@ -170,8 +193,9 @@ class ACProp:
                     f"moment_dtype is {self.moment_dtype!r}; use one of {', '.join(FLOATS)}, or None for the "
                     "parameter's own (float32 for 16-bit parameters)"
                 )
-        if not isinstance(self.compensate, bool):
-            raise TypeError(f"compensate is {self.compensate!r}; use True or False")
+        for name in ("compensate", "asynchronous"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; use True or False")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

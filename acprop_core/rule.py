@@ -1,5 +1,7 @@
 """The arithmetic of ACProp: one step for one array, and the numbers that the step needs.
 
+With two switches the same rule is AdaShift, AdaBelief or Adam: see `Hyperparameters`.
+
 Written once. Every host runs these very functions: eagerly on the arrays of any library, traced by JAX and by torch,
 or compiled by Numba. So they use operators and a few functions of a namespace ``xp``, write to no argument, and do no
 arithmetic between two numbers inside `step`: `numbers_of` has computed all of them before.
@@ -30,7 +32,8 @@ class Centering(IntEnum):
     """Which first moment the second moment is centred on."""
 
     CURRENT = 0  # m_t: the paper, and its authors' code
-    PREVIOUS = 1  # m_{t-1}: the code of optax.contrib.acprop
+    PREVIOUS = 1  # m_{t-1}: the code of optax.contrib.acprop and of optax.adabelief
+    NONE = 2  # 0: the raw second moment, as in Adam and AdaShift
 
 
 class Decay(IntEnum):
@@ -79,6 +82,8 @@ class Numbers(NamedTuple):
     ----------
     scale, offset : float or 0-d array
         shat = nu * scale + offset: bias correction, and shat_0 = 1 without a branch.
+    mean_scale : float or 0-d array
+        mhat = mu * mean_scale: bias correction; used with a synchronous update.
     eps : float or 0-d array
         Added to the root.
     limit : float or 0-d array
@@ -101,6 +106,7 @@ class Numbers(NamedTuple):
 
     scale: Any
     offset: Any
+    mean_scale: Any
     eps: Any
     limit: Any
     old_weight1: Any
@@ -121,6 +127,8 @@ class Flags(NamedTuple):
     ----------
     centering : Centering
         What the second moment is centred on.
+    asynchronous : bool
+        Whether the direction is made from g_t and s_{t-1}, or else from m_t and s_t.
     decay : Decay
         Whether this parameter decays, and in which form.
     clipped : bool
@@ -138,6 +146,7 @@ class Flags(NamedTuple):
     """
 
     centering: Any = Centering.CURRENT
+    asynchronous: bool = True
     decay: Any = Decay.NONE
     clipped: bool = False
     old_is_lighter1: bool | None = False
@@ -151,7 +160,7 @@ class Flags(NamedTuple):
 def step(
     param: Array, grad: Array, mu: Array, nu: Array, carry: Array | None, numbers: Numbers, flags: Flags, xp: Any
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Return u_t, m_t, s_t and c_t: one step of ACProp for one array. No argument is written to.
+    """Return u_t, m_t, s_t and c_t: one step for one array. No argument is written to.
 
     Parameters
     ----------
@@ -199,8 +208,12 @@ def step(
         grad = grad * numbers.grad_scale
     if flags.decay == Decay.L2:
         grad = grad + numbers.weight_decay * param
-    d = _direction(grad, nu, numbers, flags, xp)  # with s_{t-1}: this is the asynchronous update
-    new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)
+    if flags.asynchronous:  # from g_t and s_{t-1}, which do not depend on each other
+        d = _direction(grad, nu, numbers, flags, xp)
+        new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)
+    else:  # from mhat_t and s_t
+        new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)
+        d = _direction(new_mu * numbers.mean_scale, new_nu, numbers, flags, xp)
     if flags.decay == Decay.DECOUPLED:
         d = d + numbers.weight_decay * param
     update = numbers.rate * d if flags.rated else d
@@ -209,9 +222,9 @@ def step(
     return update, new_mu, new_nu, carry
 
 
-def _direction(grad: Array, nu: Array, numbers: Numbers, flags: Flags, xp: Any) -> Array:
-    """Return d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped."""
-    d = grad / (xp.sqrt(nu * numbers.scale + numbers.offset) + numbers.eps)
+def _direction(numerator: Array, nu: Array, numbers: Numbers, flags: Flags, xp: Any) -> Array:
+    """Return d_t, clipped: the numerator g_t or mhat_t over sqrt(shat) + eps, with shat from s_{t-1} or s_t."""
+    d = numerator / (xp.sqrt(nu * numbers.scale + numbers.offset) + numbers.eps)
     if not flags.clipped:
         return d
     limit = numbers.limit
@@ -222,11 +235,18 @@ def _direction(grad: Array, nu: Array, numbers: Numbers, flags: Flags, xp: Any) 
 
 
 def _moments(grad: Array, mu: Array, nu: Array, numbers: Numbers, flags: Flags, xp: Any) -> tuple[Array, Array]:
-    """Return m_t = b1 m_{t-1} + (1 - b1) g_t and s_t = b2 s_{t-1} + (1 - b2) |g_t - m|^2 + eps_root."""
+    """Return m_t = b1 m_{t-1} + (1 - b1) g_t and s_t = b2 s_{t-1} + (1 - b2) |r_t|^2 + eps_root."""
     new_mu = _average(mu, grad, numbers.old_weight1, numbers.new_weight1, flags.old_is_lighter1, xp)
-    square = _square(grad - (mu if flags.centering == Centering.PREVIOUS else new_mu), flags, xp)
+    square = _square(_residual(grad, mu, new_mu, flags), flags, xp)
     new_nu = _average(nu, square, numbers.old_weight2, numbers.new_weight2, flags.old_is_lighter2, xp)
     return new_mu, new_nu + numbers.eps_root
+
+
+def _residual(grad: Array, mu: Array, new_mu: Array, flags: Flags) -> Array:
+    """Return r_t: g_t - m_t, g_t - m_{t-1} or g_t."""
+    if flags.centering == Centering.NONE:
+        return grad
+    return grad - (mu if flags.centering == Centering.PREVIOUS else new_mu)
 
 
 def _square(residual: Array, flags: Flags, xp: Any) -> Array:
@@ -272,6 +292,17 @@ def _compensated(update: Array, param: Array, carry: Array, numbers: Numbers, lo
 class Hyperparameters(NamedTuple):
     """The options from which the numbers and flags of a step are made. They are not checked.
 
+    Two of them make the four optimizers that the paper compares:
+
+    ============ ================ ==================================================
+    asynchronous centering        optimizer
+    ============ ================ ==================================================
+    True         "current"        ACProp (the default)
+    True         "none"           AdaShift with n = 1
+    False        "current"        AdaBelief; with "previous" as optax.adabelief
+    False        "none"           Adam; AdamW with decoupled weight decay
+    ============ ================ ==================================================
+
     Attributes
     ----------
     learning_rate : float or 0-d array
@@ -284,8 +315,10 @@ class Hyperparameters(NamedTuple):
         Factor of weight decay.
     clip_exponent : float, 0-d array or None
         p: at step t no element of the direction exceeds t**p; None for no clip.
-    centering : {"current", "previous"}
-        What the second moment is centred on.
+    centering : {"current", "previous", "none"}
+        What the second moment is centred on: m_t, m_{t-1} or 0.
+    asynchronous : bool
+        Whether the direction is made from g_t and s_{t-1}, or else from mhat_t and shat_t.
     compensate : bool
         Whether 16-bit parameters keep a carry.
     l2 : bool
@@ -302,6 +335,7 @@ class Hyperparameters(NamedTuple):
     weight_decay: Any = 0.0
     clip_exponent: Any = None
     centering: str = "current"
+    asynchronous: bool = True
     compensate: bool = False
     l2: bool = False
     maximize: bool = False
@@ -322,7 +356,8 @@ def flags_of(hyper: Hyperparameters) -> Flags:
     """
     decay = (Decay.L2 if hyper.l2 else Decay.DECOUPLED) if has_decay(hyper.weight_decay) else Decay.NONE
     return Flags(
-        centering=Centering.PREVIOUS if hyper.centering == "previous" else Centering.CURRENT,
+        centering=Centering[hyper.centering.upper()],
+        asynchronous=hyper.asynchronous,
         decay=decay,
         clipped=hyper.clip_exponent is not None,
         old_is_lighter1=hyper.b1 < 0.5 if isinstance(hyper.b1, float) else None,
@@ -366,7 +401,8 @@ def numbers_of(hyper: Hyperparameters, count: Any, xp: Any) -> Numbers:
     Numbers
         Python floats and 0-d arrays.
     """
-    scale, offset = _bias_correction(hyper.b2, count, xp)
+    before = count if isinstance(count, int) else xp.astype(count, _widest_float(xp))  # a float: its sum cannot wrap
+    scale, offset = _bias_correction(hyper.b2, before if hyper.asynchronous else before + 1, xp)
     rate, weight_decay = -hyper.learning_rate, hyper.weight_decay
     if hyper.maximize:
         # The moments of -g are the moments of g with mu negated. So only the direction differs, and g is not copied.
@@ -374,8 +410,9 @@ def numbers_of(hyper: Hyperparameters, count: Any, xp: Any) -> Numbers:
     return Numbers(
         scale=scale,
         offset=offset,
+        mean_scale=1.0 if hyper.asynchronous else _bias_correction(hyper.b1, before + 1, xp)[0],
         eps=hyper.eps,
-        limit=math.inf if hyper.clip_exponent is None else _limit(hyper.clip_exponent, count, xp),
+        limit=math.inf if hyper.clip_exponent is None else _limit(hyper.clip_exponent, before + 1),
         old_weight1=hyper.b1,
         new_weight1=1.0 - hyper.b1,
         old_weight2=hyper.b2,
@@ -419,29 +456,29 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
     return numbers._replace(eps=xp.where(eps < smallest_normal, xp.full_like(eps, smallest_normal), eps))
 
 
-def _bias_correction(b2: Any, count: Any, xp: Any) -> tuple[Any, Any]:
-    # 1 - b2^count as -expm1(count log b2), because the plain form cancels: by 1.4e-3 in float32 at b2 = 0.99999.
-    # For count 0 use n = 1 and a numerator of 0, so that value and derivative stay free of 1/0.
-    is_known = isinstance(count, int)
-    first = float(count == 0) if is_known else xp.astype(count == 0, _widest_float(xp))
-    n = (count if is_known else xp.astype(count, _widest_float(xp))) + first
-    expm1 = math.expm1 if is_known and isinstance(b2, float) else xp.expm1
-    return (first - 1.0) / expm1(n * _log(b2, xp)), first
+def _bias_correction(b: Any, steps: Any, xp: Any) -> tuple[Any, Any]:
+    """Return 1 / (1 - b^steps) and 0, or 0 and 1 before the first step."""
+    # 1 - b^steps as -expm1(steps log b), because the plain form cancels: by 1.4e-3 in float32 at b = 0.99999.
+    # For 0 steps use 1 and a numerator of 0, so that value and derivative stay free of 1/0.
+    is_known = isinstance(steps, int)
+    first = float(steps == 0) if is_known else xp.astype(steps == 0, _widest_float(xp))
+    expm1 = math.expm1 if is_known and isinstance(b, float) else xp.expm1
+    return (first - 1.0) / expm1((steps + first) * _log(b, xp)), first
 
 
-def _log(b2: Any, xp: Any) -> Any:
-    if isinstance(b2, float):
-        return math.log(b2) if b2 > 0.0 else -math.inf
-    b2 = xp.astype(b2, _widest_float(xp))
-    zero = b2 == 0  # kept out of the logarithm and its derivative
-    return xp.where(zero, xp.full_like(b2, -math.inf), xp.log(xp.where(zero, xp.ones_like(b2), b2)))
+def _log(b: Any, xp: Any) -> Any:
+    if isinstance(b, float):
+        return math.log(b) if b > 0.0 else -math.inf
+    b = xp.astype(b, _widest_float(xp))
+    zero = b == 0  # kept out of the logarithm and its derivative
+    return xp.where(zero, xp.full_like(b, -math.inf), xp.log(xp.where(zero, xp.ones_like(b), b)))
 
 
-def _limit(exponent: Any, count: Any, xp: Any) -> Any:
-    if isinstance(count, int):
+def _limit(exponent: Any, step: Any) -> Any:
+    if isinstance(step, int):
         # a limit larger than float32's range has no effect
-        return float(count + 1) ** exponent if exponent * math.log2(count + 1) < 127.0 else 2.0**127
-    return (xp.astype(count, _widest_float(xp)) + 1.0) ** exponent
+        return float(step) ** exponent if exponent * math.log2(step) < 127.0 else 2.0**127
+    return step**exponent
 
 
 def _dither(count: Any, xp: Any) -> Any:

@@ -5,7 +5,7 @@ independent of its step before. Where nothing decays the parameters are zeros: a
 its update exactly, as the parameter after the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,13 +216,24 @@ _HYPERS: dict[str, Hyper] = {
 }
 
 
+# The other corners of the rule, each with the eps of its origin: AdaShift (n = 1), AdaBelief as its authors and as
+# optax have it, and Adam.
+CORNERS: dict[str, Hyper] = {
+    "adashift": {"centering": "none", "eps": 1e-10, "eps_root": 0.0},
+    "adabelief": {"asynchronous": False},
+    "adabelief-previous": {"asynchronous": False, "centering": "previous"},
+    "adam": {"asynchronous": False, "centering": "none", "eps": 1e-8, "eps_root": 0.0},
+}
+# As WORST_SEEDS, for each corner.
+WORST_CORNERS: dict[str, tuple[int, ...]] = {}
+
 # Of 4,000 random cases those that came out furthest from the oracle (tests/benchmarks/bounds.py --random 4000):
 # b1 or b2 so close to 1 that an average changes by less than half a unit in its last place, or a constant gradient.
 WORST_SEEDS = (846, 1887, 2745, 3202, 3498)
 
 
-def random_case(seed: int) -> Case:
-    """Return a case with hyperparameters, stream and dtype drawn at random."""
+def random_case(seed: int, corner: str | None = None) -> Case:
+    """Return a case with hyperparameters, stream and dtype drawn at random, of a corner where it is named."""
     rng = np.random.default_rng(seed)
 
     def decay_rate() -> float:
@@ -239,8 +250,11 @@ def random_case(seed: int) -> Case:
         "clip_exponent": rng.choice([None, rng.random()]),
         "centering": str(rng.choice(["current", "previous"])),
     }
+    if corner is not None:
+        hyper |= {name: x for name, x in CORNERS[corner].items() if name in ("asynchronous", "centering")}
     stream, steps = str(rng.choice(list(STREAMS))), int(rng.integers(2, 60))
-    return Case(f"random-{seed}-{dtype}", hyper, {"w": (dtype, (2, 3))}, stream, steps, random=True)
+    name = f"random-{seed}-{dtype}" if corner is None else f"{corner}-random-{seed}-{dtype}"
+    return Case(name, hyper, {"w": (dtype, (2, 3))}, stream, steps, random=True)
 
 
 def _cases() -> list[Case]:
@@ -249,6 +263,24 @@ def _cases() -> list[Case]:
 
     def leaf(dtype: str, *shape: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {"w": (dtype, shape)}
+
+    def of_corner(corner: str, hyper: Hyper) -> Iterator[Case]:
+        for name, options, dtype, more in (
+            ("default", {}, "float32", {}),
+            ("b1-zero", {"b1": 0.0, "clip_exponent": 0.25}, "float64", {}),
+            ("b1-large", {"b1": 0.9999}, "float32", {"steps": 60}),
+            ("b-small", {"b1": 0.3, "b2": 0.2}, "float64", {}),
+            ("decay-schedules", _HYPERS["schedules"], "float32", {}),
+            ("zeros_then_noise", {}, "float32", {"stream": "zeros_then_noise"}),
+            ("decades-clip", {"clip_exponent": 0.25}, "float32", {"stream": "decades", "steps": 60}),
+            ("drifting", {}, "float64", {"stream": "drifting"}),
+            ("long-decay", {"weight_decay": 0.1}, "float64", {"steps": 200}),
+            ("decay-clip", _HYPERS["decay-clip"], "complex64", {}),
+            ("decay-clip", _HYPERS["decay-clip"], "bfloat16", {}),
+        ):
+            yield case(f"{corner}-{name}-{dtype}", {**hyper, **options}, leaves=leaf(dtype, 2, 3), **more)
+        for seed in (*range(5), *WORST_CORNERS.get(corner, ())):
+            yield random_case(seed, corner)
 
     cases = []
     for dtype in ("float32", "float64"):
@@ -299,6 +331,13 @@ def _cases() -> list[Case]:
             )
             for size, steps in ((4, 100), (8, 10_000))
         ),
+        case(
+            "adam-compensated-100",
+            {**CORNERS["adam"], "learning_rate": 1e-4, "b1": 0.0, "eps": 1.0, "clip_exponent": 0.0, "compensate": True},
+            leaves={name: (name, (4,)) for name in ("bfloat16", "float16")},
+            steps=100,
+        ),
+        *(made for corner, hyper in CORNERS.items() for made in of_corner(corner, hyper)),
         case("mixed-dtypes", masked, leaves={"w": ("float32", (2, 3)), "h": ("bfloat16", (3,))}),
     ]
     return cases

@@ -1,4 +1,4 @@
-"""The oracle: ACProp in 50-digit arithmetic, as literal as it can be written, element by element.
+"""The oracle: ACProp and its corners in 50-digit arithmetic, as literal as they can be written, element by element.
 
 It shares no code with acprop_core and follows the equations in their textbook form, which in 50 digits is exact enough
 to be called the truth. With each number it carries how ill-conditioned that number is: where g - m_t cancels, no
@@ -22,7 +22,7 @@ class Element(NamedTuple):
     param: Any
     mu: Any
     nu: Any
-    update_scale: Any  # largest lr (|d| + |decay x|) so far, times the conditioning of the denominator
+    update_scale: Any  # largest lr (|d| + |decay x|) so far, times the conditioning of the denominator; see below
     mu_scale: Any  # largest |mu| so far
     nu_scale: Any  # nu, and what rounding g and m_t to machine epsilon makes of g - m_t
 
@@ -39,6 +39,7 @@ class Hyperparameters:
     decay: float | Callable[[int], float] = 0.0
     clip_exponent: float | None = None
     centering: str = "current"
+    asynchronous: bool = True
 
 
 def trajectory(
@@ -56,29 +57,37 @@ def trajectory(
     for t, (g, x) in enumerate(zip(grads, params, strict=True), start=1):
         g, x = mp.mpmathify(g), mp.mpmathify(x)
 
-        # the denominator uses the previous second moment
-        s_hat = mp.mpf(1) if t == 1 else s / (1 - b2 ** (t - 1))
-        d = g / (mp.sqrt(s_hat) + eps)
+        m_before, s_before = m, s
+        before = 1 if s == 0 else 1 + (first_order + second_order) / (2 * s)
+
+        m = b1 * m + (1 - b1) * g
+        e = {"current": g - m, "previous": g - m_before, "none": g}[h.centering]
+        s = b2 * s + (1 - b2) * abs(e) ** 2 + eps_root
+
+        largest_m = max(largest_m, abs(m))
+        largest_input = max(largest_input, abs(g), abs(m))
+        # an error of epsilon * largest_input in e changes |e|^2 by 2 |e| and by the square of that error
+        inexact = 0 if h.centering == "none" else largest_input
+        first_order = b2 * first_order + (1 - b2) * 2 * abs(e) * inexact
+        second_order = b2 * second_order + (1 - b2) * 4 * mp.mpf(epsilon) * inexact**2
+
+        if h.asynchronous:  # the gradient, and the previous second moment
+            numerator, largest_numerator = g, abs(g)
+            s_hat = mp.mpf(1) if t == 1 else s_before / (1 - b2 ** (t - 1))
+            conditioning = before
+        else:  # the new moments; m_t may be what is left of larger ones
+            numerator, largest_numerator = m / (1 - b1**t), largest_m / (1 - b1**t)
+            s_hat = s / (1 - b2**t)
+            conditioning = 1 if s == 0 else 1 + (first_order + second_order) / (2 * s)
+        d, largest_d = numerator / (mp.sqrt(s_hat) + eps), largest_numerator / (mp.sqrt(s_hat) + eps)
         if h.clip_exponent is not None:
             limit = mp.mpf(t) ** mp.mpf(h.clip_exponent)
             if abs(d) > limit:
                 d = d / abs(d) * limit
+            largest_d = min(largest_d, limit)
         lr, decay = (mp.mpf(x(t - 1) if callable(x) else x) for x in (h.learning_rate, h.decay))
         u = -lr * (d + decay * x)
-        conditioning = 1 if s == 0 else 1 + (first_order + second_order) / (2 * s)
-
-        # then the moments see the gradient
-        m_before = m
-        m = b1 * m + (1 - b1) * g
-        e = g - (m if h.centering == "current" else m_before)
-        s = b2 * s + (1 - b2) * abs(e) ** 2 + eps_root
-
-        largest_update = max(largest_update, abs(lr) * (abs(d) + abs(decay * x)))  # its two terms may cancel
-        largest_m = max(largest_m, abs(m))
-        largest_input = max(largest_input, abs(g), abs(m))
-        # an error of epsilon * largest_input in e changes |e|^2 by 2 |e| and by the square of that error
-        first_order = b2 * first_order + (1 - b2) * 2 * abs(e) * largest_input
-        second_order = b2 * second_order + (1 - b2) * 4 * mp.mpf(epsilon) * largest_input**2
+        largest_update = max(largest_update, abs(lr) * (largest_d + abs(decay * x)))  # its two terms may cancel
         elements.append(
             Element(
                 update=u,

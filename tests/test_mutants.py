@@ -25,28 +25,30 @@ MUTANTS = {
     ),
     "denominator from s_t": (
         "rule.py",
-        "    new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)\n",
-        "    new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)\n"
-        "    d = _direction(grad, new_nu, numbers, flags, xp)\n",
+        "        d = _direction(grad, nu, numbers, flags, xp)\n"
+        "        new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)\n",
+        "        new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)\n"
+        "        d = _direction(grad, new_nu, numbers, flags, xp)\n",
         "numpy",
     ),
     "no bias correction": (
         "rule.py",
-        "scale, offset = _bias_correction(hyper.b2, count, xp)",
+        "scale, offset = _bias_correction(hyper.b2, before if hyper.asynchronous else before + 1, xp)",
         "scale, offset = (1.0, 0.0) if count else (0.0, 1.0)",
         "numpy",
     ),
     "bias correction of the wrong step": (
         "rule.py",
-        "scale, offset = _bias_correction(hyper.b2, count, xp)",
-        "scale, offset = _bias_correction(hyper.b2, count and count + 1, xp)",
+        "scale, offset = _bias_correction(hyper.b2, before if hyper.asynchronous else before + 1, xp)",
+        "scale, offset = _bias_correction(hyper.b2, before and before + 1, xp)",
         "numpy",
     ),
     "momentum in the numerator": (
         "rule.py",
-        "    new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)\n",
-        "    new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)\n"
-        "    d = _direction(new_mu, nu, numbers, flags, xp)\n",
+        "        d = _direction(grad, nu, numbers, flags, xp)\n"
+        "        new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)\n",
+        "        new_mu, new_nu = _moments(grad, mu, nu, numbers, flags, xp)\n"
+        "        d = _direction(new_mu, nu, numbers, flags, xp)\n",
         "numpy",
     ),
     "eps_root outside the recurrence": (
@@ -64,7 +66,12 @@ MUTANTS = {
         "numpy",
     ),
     "schedule off by one": ("adapt.py", "option(count),", "option(count + 1),", "numpy"),
-    "clip off by one": ("rule.py", "float(count + 1) ** exponent", "float(count) ** exponent", "numpy"),
+    "clip off by one": (
+        "rule.py",
+        "_limit(hyper.clip_exponent, before + 1)",
+        "_limit(hyper.clip_exponent, before)",
+        "numpy",
+    ),
     "eps inside the root": (
         "rule.py",
         "(xp.sqrt(nu * numbers.scale + numbers.offset) + numbers.eps)",
@@ -97,9 +104,46 @@ MUTANTS = {
     ),
     "traced bias correction cancels": (
         "rule.py",
-        "expm1(n * _log(b2, xp))",
-        "(b2**n - 1.0)",
+        "expm1((steps + first) * _log(b, xp))",
+        "(b ** (steps + first) - 1.0)",
         "jax_jit",
+    ),
+    "synchronous: the denominator from s_{t-1}": (
+        "rule.py",
+        "_direction(new_mu * numbers.mean_scale, new_nu,",
+        "_direction(new_mu * numbers.mean_scale, nu,",
+        "numpy",
+    ),
+    "synchronous: the gradient in the numerator": (
+        "rule.py",
+        "_direction(new_mu * numbers.mean_scale,",
+        "_direction(grad,",
+        "numpy",
+    ),
+    "synchronous: no bias correction of the mean": ("rule.py", "new_mu * numbers.mean_scale", "new_mu", "numpy"),
+    "synchronous: the mean corrected for one step too many": (
+        "rule.py",
+        "_bias_correction(hyper.b1, before + 1, xp)",
+        "_bias_correction(hyper.b1, before + 2, xp)",
+        "numpy",
+    ),
+    "synchronous: the mean corrected by b2": (
+        "rule.py",
+        "_bias_correction(hyper.b1, before + 1, xp)",
+        "_bias_correction(hyper.b2, before + 1, xp)",
+        "numpy",
+    ),
+    "synchronous: s_t corrected for the steps before": (
+        "rule.py",
+        "before if hyper.asynchronous else before + 1",
+        "before",
+        "numpy",
+    ),
+    "not centred, and centred nevertheless": (
+        "rule.py",
+        "        return grad\n",
+        "        return grad - new_mu\n",
+        "numpy",
     ),
     "carry not given back": ("rule.py", "wanted = carry + update", "wanted = update", "numpy"),
     "no dither": ("rule.py", "lost / place + numbers.dither", "lost / place", "numpy"),

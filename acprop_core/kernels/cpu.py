@@ -16,8 +16,9 @@ from acprop_core.kernels.sixteen_bits import access_to
 # Inlined, because a call stops vectorisation of the loop around it: 13 ms, not 0.8, for a million float32 numbers.
 _inlined = register_jitable(forceinline=True)
 # Numba compiles the functions of the rule themselves, called on scalars; only their namespace is Numba's.
-for _function in (rule.step, rule._direction, rule._moments, rule._square, rule._average, rule._compensated):
+for _function in (rule._direction, rule._moments, rule._residual, rule._square, rule._average, rule._compensated):
     _inlined(_function)
+_inlined(rule.step)
 
 
 @_inlined
@@ -82,15 +83,17 @@ def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callab
     load_moment, store_moment = moments[1:3]
     namespace = types.ModuleType("scalars")
     vars(namespace).update(_FUNCTIONS, rounded=rounded)
-    centering, _, clipped, old_is_lighter1, old_is_lighter2, *_ = flags
+    centering, asynchronous, _, clipped, old_is_lighter1, old_is_lighter2, *_ = flags
     low: Any = None if flags.format is None else rule.Format._make(map(np.float32, flags.format))
     compensates = low is not None
 
     @numba.njit(nogil=True, error_model="numpy")
     def kernel(table: Any, sizes: Any, decays: Any, k: Any, done: Any) -> None:
-        numbers = rule.Numbers(k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8], k[9], k[10], k[11], k[12])
+        numbers = rule.Numbers(k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8], k[9], k[10], k[11], k[12], k[13])
         for i in range(sizes.size):
-            flags = rule.Flags(centering, decays[i], clipped, old_is_lighter1, old_is_lighter2, False, True, low, True)
+            flags = rule.Flags(
+                centering, asynchronous, decays[i], clipped, old_is_lighter1, old_is_lighter2, False, True, low, True
+            )
             size = sizes[i]
             param, grad = numba.carray(own_at(table[0, i]), size), numba.carray(own_at(table[1, i]), size)
             mu, nu = numba.carray(moments_at(table[2, i]), size), numba.carray(moments_at(table[3, i]), size)

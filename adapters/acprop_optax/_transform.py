@@ -66,6 +66,7 @@ def acprop(
     *,
     clip_exponent: jax.typing.ArrayLike | None = None,
     centering: str = "current",
+    asynchronous: bool = True,
     moment_dtype: Any = None,
     compensate: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -87,8 +88,12 @@ def acprop(
     clip_exponent : float, optional
         No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
         clip. 0.25 is recommended.
-    centering : {"current", "previous"}
-        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    centering : {"current", "previous", "none"}
+        Centre the second moment on m_t as the paper does, on m_{t-1} as the code of ``optax.contrib.acprop`` and of
+        ``optax.adabelief``, or not at all, as Adam.
+    asynchronous : bool
+        Divide the gradient by the root of the previous second moment, or else the mean of gradients by that of the new
+        one, as Adam and AdaBelief. `acprop_core.ACProp` says which combination is which published optimizer.
     moment_dtype : dtype or its name, optional
         Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
     compensate : bool
@@ -139,6 +144,7 @@ def acprop(
         weight_decay=weight_decay,
         clip_exponent=clip_exponent,
         centering=centering,
+        asynchronous=asynchronous,
         moment_dtype=moment_dtype,
         compensate=compensate,
     )
@@ -196,7 +202,7 @@ def acprop(
             with jax.numpy_dtype_promotion("standard"):
                 return update if params is None else optax.apply_updates(row.param, update)
 
-        results = in_order(rows, results, written, moments.count, optimizer.centering == "previous")
+        results = in_order(rows, results, written, moments.count, optimizer)
         updates, moments = join(tree, results, moments, grads)
         carry_state = [CarryState(tree.unflatten([result[3] for result in results])) for _ in carry_state]
         return updates, (moments, decay_state, rate_state, *carry_state)
@@ -213,6 +219,7 @@ def scale_by_acprop(
     *,
     clip_exponent: jax.typing.ArrayLike | None = None,
     centering: str = "current",
+    asynchronous: bool = True,
     moment_dtype: Any = None,
 ) -> optax.GradientTransformation:
     """Return the transformation of gradients g_t into d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped.
@@ -226,8 +233,12 @@ def scale_by_acprop(
         Added to the root of the second moment, and to the second moment at every step; at least 0.
     clip_exponent : float, optional
         No element of d_t exceeds ``t**clip_exponent``; None for no clip. 0.25 is recommended.
-    centering : {"current", "previous"}
-        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    centering : {"current", "previous", "none"}
+        Centre the second moment on m_t as the paper does, on m_{t-1} as the code of ``optax.contrib.acprop`` and of
+        ``optax.adabelief``, or not at all, as Adam.
+    asynchronous : bool
+        Divide the gradient by the root of the previous second moment, or else the mean of gradients by that of the new
+        one, as Adam and AdaBelief. `acprop_core.ACProp` says which combination is which published optimizer.
     moment_dtype : dtype or its name, optional
         Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
 
@@ -267,6 +278,7 @@ def scale_by_acprop(
             eps_root=eps_root,
             clip_exponent=clip_exponent,
             centering=centering,
+            asynchronous=asynchronous,
             moment_dtype=moment_dtype,
         )
     )
@@ -296,7 +308,7 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
         rows, tree = side_by_side(grads, state, params)
         step = step_at(optimizer, jnp.asarray(check_count(state.count)), jnp).without_rate()
         results = [step(widened(row), decays=False) for row in rows]
-        results = in_order(rows, results, lambda _, d: d, state.count, optimizer.centering == "previous")
+        results = in_order(rows, results, lambda _, d: d, state.count, optimizer)
         return join(tree, results, state, grads)
 
     return optax.GradientTransformation(init, update)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from acprop_core import ACProp
 from acprop_core.adapt import Row
 
 Result = tuple[Any, Any, Any, Any]  # update, first moment, second moment and carry of one parameter
@@ -16,13 +17,14 @@ def in_order(
     results: Sequence[Result],
     written: Callable[[Row, Any], Any],
     count: Any,
-    reads_old_mean: bool,
+    optimizer: ACProp,
 ) -> list[Result]:
     """Return the same results, so ordered that XLA computes the `written` value of an update before the moments.
 
-    Both are made from s_{t-1}, whose memory s_t takes over where the state is donated. XLA orders only values that
-    depend on each other. Without an order it copies s_{t-1} on the CPU: a parameter-sized temporary, and three times
-    the time. With `reads_old_mean`, m_{t-1} is in the same danger, because s_t is made from it.
+    An asynchronous update and s_t are both made from s_{t-1}, whose memory s_t takes over where the state is donated.
+    XLA orders only values that depend on each other. Without an order it copies s_{t-1} on the CPU: a parameter-sized
+    temporary, and three times the time. With centering "previous", m_{t-1} is in the same danger, because s_t is made
+    from it. A synchronous update is made from s_t, which is an order.
     """
     if not isinstance(count, jax.core.Tracer):
         return list(results)
@@ -33,8 +35,9 @@ def in_order(
             carry = _after(update, carry, count)
             update = _after(carry, update, count)
         if update is not None:
-            nu = _after(written(row, update), nu, count)
-            if reads_old_mean:
+            if optimizer.asynchronous:
+                nu = _after(written(row, update), nu, count)
+            if optimizer.centering == "previous":
                 mu = _after(nu, mu, count)
         ordered.append((update, mu, nu, carry))
     return ordered

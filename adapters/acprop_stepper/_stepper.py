@@ -70,8 +70,10 @@ class Stepper:
     clip_exponent : float, optional
         No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
         clip. 0.25 is recommended.
-    centering : {"current", "previous"}
-        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    centering : {"current", "previous", "none"}
+        What the second moment is centred on: m_t as in the paper, m_{t-1} as in optax, or nothing, as in Adam.
+    asynchronous : bool
+        False makes synchronous steps, as those of Adam and AdaBelief; `acprop_core.ACProp` says what the two make.
     moment_dtype : dtype or its name, optional
         Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
     compensate : bool
@@ -144,6 +146,7 @@ class Stepper:
         *,
         clip_exponent: float | None = None,
         centering: str = "current",
+        asynchronous: bool = True,
         moment_dtype: Any = None,
         compensate: bool = False,
         clip_norm: float | None = None,
@@ -151,19 +154,8 @@ class Stepper:
         engine: str | None = None,
         threads: int = 1,
     ) -> None:
-        functional = ACProp(
-            learning_rate,
-            b1,
-            b2,
-            eps,
-            eps_root,
-            weight_decay,
-            mask,
-            clip_exponent=clip_exponent,
-            centering=centering,
-            moment_dtype=moment_dtype,
-            compensate=compensate,
-        )
+        options = (clip_exponent, centering, moment_dtype, compensate, asynchronous)
+        functional = ACProp(learning_rate, b1, b2, eps, eps_root, weight_decay, mask, *options)
         self._begin(params, functional, clip_norm, nonfinite, engine, threads)
 
     def _begin(

@@ -59,8 +59,10 @@ class ACProp(torch.optim.Optimizer):
     clip_exponent : float, optional
         Weight decay aside, no element moves by more than ``lr * t**clip_exponent`` at step t; None for no clip. 0.25 is
         recommended.
-    centering : {"current", "previous"}
-        Centre the second moment on m_t as the paper does, or on m_{t-1} as the code of ``optax.contrib.acprop``.
+    centering : {"current", "previous", "none"}
+        What the second moment is centred on: m_t as in the paper, m_{t-1} as in optax, or nothing, as in Adam.
+    asynchronous : bool
+        False makes synchronous steps, as those of Adam and AdaBelief; `acprop_core.ACProp` says what the two make.
     moment_dtype : torch.dtype, optional
         Dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
     compensate : bool
@@ -69,10 +71,8 @@ class ACProp(torch.optim.Optimizer):
 
     Raises
     ------
-    ValueError
-        If an option is out of its range or not finite, or conflicts with another.
-    TypeError
-        If an option is of a wrong type.
+    ValueError, TypeError
+        If an option is out of its range, not finite or of a wrong type, or conflicts with another.
     RuntimeError
         If `fused` is asked for together with `foreach` or `differentiable`.
 
@@ -112,6 +112,7 @@ class ACProp(torch.optim.Optimizer):
         fused: bool | None = None,
         clip_exponent: float | None = None,
         centering: str = "current",
+        asynchronous: bool = True,
         moment_dtype: torch.dtype | None = None,
         compensate: bool = False,
     ) -> None:
@@ -129,6 +130,7 @@ class ACProp(torch.optim.Optimizer):
             "fused": fused,
             "clip_exponent": clip_exponent,
             "centering": centering,
+            "asynchronous": asynchronous,
             "moment_dtype": moment_dtype,
             "compensate": compensate,
         }

@@ -67,9 +67,10 @@ def check_options(options: dict[str, Any], step: bool = False, owner: Callable[[
     if not (clip_exponent is None or is_number(clip_exponent)):
         raise TypeError(f"clip_exponent is {clip_exponent!r}; use a number or None")
     if not isinstance(options["centering"], str):
-        raise ValueError(f"centering is {options['centering']!r}; use 'current' or 'previous'")
+        raise ValueError(f"centering is {options['centering']!r}; use 'current', 'previous' or 'none'")
     check_rule = _check_rule_untraced if torch.compiler.is_compiling() else _check_rule
-    check_rule(as_plain(clip_exponent), *(options[name] for name in ("centering", "moment_dtype", "compensate")))
+    names = ("centering", "moment_dtype", "compensate", "asynchronous")
+    check_rule(as_plain(clip_exponent), *(options[name] for name in names))
 
 
 def pair_of(betas: Any) -> Any:
@@ -159,6 +160,7 @@ def hyperparameters_of(group: dict[str, Any], traced: bool) -> Hyperparameters:
         weight_decay=number(group["weight_decay"]),
         clip_exponent=None if group["clip_exponent"] is None else float(group["clip_exponent"]),
         centering=group["centering"],
+        asynchronous=group["asynchronous"],
         compensate=group["compensate"],
         l2=not group["decoupled_weight_decay"],
         maximize=group["maximize"],
@@ -188,9 +190,13 @@ def _value_of(name: str, what: str, x: Any, step: bool, known: bool, owner: Call
 
 
 @functools.lru_cache(typed=True)
-def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any, compensate: Any) -> None:
+def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any, compensate: Any, asynchronous: Any) -> None:
     acprop_core.ACProp(
-        clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype, compensate=compensate
+        clip_exponent=clip_exponent,
+        centering=centering,
+        moment_dtype=moment_dtype,
+        compensate=compensate,
+        asynchronous=asynchronous,
     )
 
 

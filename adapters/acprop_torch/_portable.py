@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # slow to import; where there are sharded tensors, it has bee
 
 Model = torch.nn.Module | Mapping[str, Tensor]
 # Options of a group that the core has by the same name. Weight decay, its mask and other options are handled apart.
-_OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype", "compensate")
+_OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype", "compensate", "asynchronous")
 
 
 def export_state(
