@@ -69,7 +69,7 @@ MUTANTS = {
     "clip off by one": (
         "rule.py",
         "_limit(hyper.clip_exponent, before + 1)",
-        "_limit(hyper.clip_exponent, before)",
+        "_limit(hyper.clip_exponent, before + 2)",
         "numpy",
     ),
     "eps inside the root": (
