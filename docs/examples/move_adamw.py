@@ -80,7 +80,10 @@ class JaxBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = jnp.moveaxis(self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3, HEADS, -1), -3, 0)
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        # jax.nn.dot_product_attention would compute the softmax in float32
+        scores = jnp.einsum("bqhc,bkhc->bhqk", q, k) / math.sqrt(WIDTH // HEADS)
+        scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), scores, -jnp.inf)
+        attended = jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores), v)
         x = x + self.out(attended.reshape(x.shape))
         return x + self.down(jax.nn.gelu(self.up(self.norm2(x)), approximate=False))
 
@@ -239,8 +242,12 @@ def main() -> None:
 
     characters, text = np.unique(np.frombuffer(docstrings().encode(), np.uint8), return_inverse=True)
     batches = list(batches_of(text, options.steps))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, options.steps // 10, options.steps, 3e-4)
+    schedule_of = optax.warmup_cosine_decay_schedule(0.0, 3e-3, options.steps // 10, options.steps, 3e-4)
     first, second = options.steps // 3, 2 * options.steps // 3
+
+    def schedule(count: Any) -> jax.Array:
+        # optax's schedules compute in float32 when the count is an int32, as that of an optimizer is
+        return schedule_of(jnp.asarray(count, jnp.float64))
 
     def model() -> TorchModel:
         torch.manual_seed(0)
