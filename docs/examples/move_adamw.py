@@ -1,4 +1,4 @@
-"""Train a small transformer with AdamW in PyTorch, go on in JAX with optax.adamw, and come back to PyTorch.
+"""Train a small transformer with AdamW in PyTorch, continue in JAX with optax.adamw, and come back to PyTorch.
 
     python docs/examples/move_adamw.py [--steps 300] [--out out]
 
@@ -23,17 +23,17 @@ import numpy as np
 import optax
 import torch
 from flax import nnx
-from language_model import docstrings
 from torch.nn import functional
 from tqdm import tqdm
 
 import acprop_core
 import acprop_optax
 import acprop_torch
+from language_model import docstrings
 
 CONTEXT, BATCH, WIDTH, HEADS, DEPTH = 32, 16, 32, 2, 2
 WEIGHT_DECAY = 0.1
-# torch.optim.AdamW and optax.adamw as the core calls them. The learning rate is a schedule in both, so each keeps its own.
+# torch.optim.AdamW and optax.adamw as the core calls them; the learning rate is a schedule, which each keeps itself.
 ADAMW = {"eps": 1e-8, "eps_root": 0.0, "asynchronous": False, "centering": "none", "weight_decay": WEIGHT_DECAY}
 Batches = Iterable[np.ndarray]  # (BATCH, CONTEXT + 1) characters each
 
@@ -265,7 +265,7 @@ def main() -> None:
     print(f"after {options.steps} steps: {stayed[-1]:.4f} without a stop, {moved[-1]:.4f} moved")
     difference = max(abs(a - b) for a, b in zip(stayed, moved, strict=True))
     print(f"largest difference of the two runs' losses: {difference:.1e}")
-    if difference > 1e-9:
+    if difference > 1e-12:
         raise SystemExit("the run that moved is not the run that stayed")
     draw(stayed, moved, (first, second), options.out / "move_adamw.png")
     print(f"drawn: {options.out / 'move_adamw.png'}")
