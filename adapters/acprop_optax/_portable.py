@@ -1,7 +1,7 @@
 """Portable state: from an optax state to `acprop_core.save`, and from `acprop_core.load` to an optax state.
 
-The moments may be anywhere in the state of a whole optimizer: a chain, MultiSteps, inject_hyperparams. Optax keeps other
-counts of the same updates next to them, a schedule's for example; they are set with them.
+The moments may be anywhere in the state of a whole optimizer: a chain, MultiSteps, inject_hyperparams. Optax keeps
+other counts of the same updates next to them, a schedule's for example; they are set with the moments.
 """
 
 from collections.abc import Callable
@@ -93,9 +93,9 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     - ``optax.contrib.acprop(rate, b1, b2, eps, eps_root, decay, mask)``:
       ``ACProp(rate, b1, b2, eps, eps_root, decay, mask, centering="previous")``.
 
-    Their states do not show everything. With `nesterov`, and in ``nadam``, ``radam``, ``yogi``, ``adamax``, ``lamb`` and
-    ``contrib.adopt``, the classes are the same and the steps are others. Such a state is exported like one of Adam, and
-    continues as Adam.
+    Their states do not show everything. With `nesterov`, and in ``nadam``, ``radam``, ``yogi``, ``adamax``, ``lamb``
+    and ``contrib.adopt``, the classes are the same and the steps are others. Such a state is exported like one of Adam
+    or AdaBelief, and continues as such.
 
     Examples
     --------
@@ -181,7 +181,7 @@ def import_state(
             )
     trees = [tree for tree in (moments.mu, moments.nu, _carry(state)) if tree is not None]
     names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in trees))
-    rows = checkpoint.match_names(saved_state, names, leaves._replace(nu=list(map(_real, leaves.nu))))
+    rows = checkpoint.match_names(saved_state, names, leaves._replace(nu=_real(leaves.nu)))
     mu, nu, *carry = (_filled(tree, [row[i] for row in rows]) for i, tree in enumerate(trees))
 
     def continued(x: Any) -> Any:
@@ -237,18 +237,18 @@ def _only(tree: Any) -> Any:
 
 
 def _check_dtypes(moments: Any) -> None:
-    mu, nu = _named(moments.mu), _named(moments.nu)
+    mu, nu = (_real(_named(tree)) for tree in (moments.mu, moments.nu))
     for name, x in mu.items():
-        if x is not None and _real(x).dtype != _real(nu[name]).dtype:
+        if x is not None and x.dtype != nu[name].dtype:
             raise TypeError(
-                f"{called('first moment', name)} has dtype {x.dtype}, the second {nu[name].dtype}, and a portable state "
-                "has one dtype for both; make the transformation without mu_dtype, and cast mu of its state"
+                f"{called('first moment', name)} has dtype {x.dtype}, the second {nu[name].dtype}, and a portable "
+                "state has one dtype for both; make the transformation without mu_dtype, and cast mu of its state"
             )
 
 
-def _real(x: Any) -> jax.ShapeDtypeStruct | None:
-    """Return shape and real dtype of an array."""
-    return None if x is None else jax.ShapeDtypeStruct(x.shape, jnp.finfo(x.dtype).dtype)
+def _real(tree: Any) -> Any:
+    """Return the shapes and real dtypes of arrays."""
+    return jax.eval_shape(lambda arrays: jax.tree.map(jnp.real, arrays), tree)
 
 
 def _carry(tree: Any) -> Any:
