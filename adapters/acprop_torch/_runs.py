@@ -64,15 +64,16 @@ def run_of(optimizer: Optimizer, model: Model) -> Run:
             if not own.keys() >= {"step", *kind.moments}:
                 refuse_incomplete(f"parameter {name!r}", own, kind)
             states[name] = in_our_words(kind, own)
-    _refuse_amsgrad(optimizer.param_groups)
-    return Run(kind, [{**kind.fixed, **group} for group in optimizer.param_groups], named, states)
+    groups = [{**kind.fixed, **group} for group in optimizer.param_groups]
+    _refuse_variants([kind] * len(groups), groups)
+    return Run(kind, groups, named, states)
 
 
 def run_of_state_dict(state_dict: dict[str, Any], model: Model) -> Run:
     """Return the run that a state_dict is of."""
     params = _parameters(model)
     saved, kinds, states = read(state_dict)
-    _refuse_amsgrad(saved)
+    _refuse_variants(kinds, saved)
     groups = [{**kind.fixed, **group} for kind, group in zip(kinds, saved, strict=True)]
     for i, group in enumerate(groups):
         needed = [*ADAM.options, *ADAM.fixed, "decoupled_weight_decay"]
@@ -146,14 +147,19 @@ def _parameters(model: Model) -> dict[str, Tensor]:
     return dict(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
 
 
-def _refuse_amsgrad(groups: list[dict[str, Any]]) -> None:
-    for i, group in enumerate(groups):
-        if group.get("amsgrad"):
-            raise ValueError(
-                f"parameter group {i} has amsgrad=True: its steps divide by the largest second moment so far "
-                "(max_exp_avg_sq), which the other hosts do not keep; finish this run in PyTorch, or use an optimizer "
-                "without amsgrad"
-            )
+def _refuse_variants(kinds: list[Kind], groups: list[dict[str, Any]]) -> None:
+    """Refuse variants of Adam that keep more than two moments, or others."""
+    reasons = {
+        "amsgrad": "its steps divide by the largest second moment so far (max_exp_avg_sq)",
+        "maximize": "its first moment is the mean of the negated gradients",
+    }
+    for i, (kind, group) in enumerate(zip(kinds, groups, strict=True)):
+        for option, reason in reasons.items():
+            if kind is ADAM and group[option]:
+                raise ValueError(
+                    f"parameter group {i} of Adam has {option}=True: {reason}, which the other hosts do not have; "
+                    f"finish this run in PyTorch, or use an optimizer without {option}"
+                )
 
 
 def _names(saved: list[dict[str, Any]], names: list[str]) -> list[list[str]]:

@@ -238,32 +238,6 @@ def in_our_words(kind: Kind, state: dict[str, Any]) -> dict[str, Any]:
     return {"step": state["step"], **{ours: state[key] for ours, key in zip(MOMENTS, kind.moments, strict=True)}}
 
 
-def translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a state_dict of this class, translated if it is the authors' or Adam's; refuse other optimizers'."""
-    saved, kinds, states = read(state_dict)
-    if len(saved) != len(groups):  # the base class refuses it
-        return state_dict
-    return {
-        **state_dict,
-        "param_groups": [
-            group if kind is ACPROP else _translated_group(i, kind, group, own)
-            for i, (kind, group, own) in enumerate(zip(kinds, saved, groups, strict=True))
-        ],
-        "state": {
-            **state_dict["state"],
-            **states,
-            # the authors' code adds eps to the second moment when it is used, not when it is made
-            **{
-                key: {**states[key], "exp_avg_var": states[key]["exp_avg_var"] + group["eps"]}
-                for kind, group in zip(kinds, saved, strict=True)
-                if kind is AUTHORS
-                for key in group["params"]
-                if key in states
-            },
-        },
-    }
-
-
 def _translated_group(i: int, kind: Kind, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     rectified = saved.get("rectify") or any(x is not None for row in saved.get("buffer", ()) for x in row)
     for option, used in (("amsgrad", saved.get("amsgrad")), ("rectify", rectified)):
@@ -285,19 +259,35 @@ def _translated_group(i: int, kind: Kind, saved: dict[str, Any], own: dict[str, 
     return {**{key: value for key, value in own.items() if key != "params"}, **kept, "eps_root": eps_root}
 
 
+def _translated_state(kind: Kind, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    if kind is AUTHORS:  # their code adds eps to the second moment when it is used, not when it is made
+        return {**state, "exp_avg_var": state["exp_avg_var"] + group["eps"]}
+    if kind is ADAM and group["maximize"]:  # it averages the negated gradient, ACProp the gradient itself
+        return {**state, "exp_avg": -state["exp_avg"]}
+    return state
+
+
 def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return a state_dict, translated if necessary; refuse one that this optimizer cannot continue."""
-    saved = translated(state_dict, optimizer.param_groups)
-    if len(saved["param_groups"]) != len(optimizer.param_groups):  # the base class refuses it
-        return saved
-    for i, group in enumerate(saved["param_groups"]):
+    """Return a state_dict, translated if it is the authors' or Adam's; refuse one that cannot be continued here."""
+    saved, kinds, states = read(state_dict)
+    if len(saved) != len(optimizer.param_groups):  # the base class refuses it
+        return state_dict
+    groups = [
+        group if kind is ACPROP else _translated_group(i, kind, group, own)
+        for i, (kind, group, own) in enumerate(zip(kinds, saved, optimizer.param_groups, strict=True))
+    ]
+    for i, group in enumerate(groups):
         options = {**optimizer.defaults, **group}
         check_options(options, True, functools.partial(str, f" of parameter group {i}"))
         check_flags(options)
-    for key, _, p in owners(saved, optimizer):
-        if own := saved["state"].get(key):
+    new = {**state_dict, "param_groups": groups, "state": {**state_dict["state"], **states}}
+    for key, _, p in owners(new, optimizer):
+        if own := new["state"].get(key):
             check_state(key, own, p)
-    return saved
+    for kind, group in zip(kinds, groups, strict=True):
+        for key in states.keys() & {*group["params"]}:
+            new["state"][key] = _translated_state(kind, group, states[key])
+    return new
 
 
 def owners(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, dict[str, Any], Tensor]]:

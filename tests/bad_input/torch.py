@@ -449,7 +449,7 @@ TORCH_STATES: list[Bad] = [
          "AdamW cannot have asynchronous=True, centering='current', eps_root=1e-16, as the saved state has; import it "
          "into an acprop_torch.ACProp with these options, or use prefer='own'"),
         ("into Adam with amsgrad", From(lambda w: torch.optim.Adam(w.model.parameters(), amsgrad=True)), ValueError,
-         "parameter group 0 has amsgrad=True", "use an optimizer without amsgrad"),
+         "parameter group 0 of Adam has amsgrad=True", "use an optimizer without amsgrad"),
     ]),
     *table("import_state: ", "import_for", "model", [
         ("model a list", From(lambda w: [w.a, w.b]), TypeError,
