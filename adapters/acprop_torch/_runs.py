@@ -21,7 +21,7 @@ OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "compensate", "async
 
 
 class Run(NamedTuple):
-    """The run of an optimizer in the words of ACProp, whatever its class is.
+    """The run of an optimizer in the words of ACProp, for any class.
 
     Attributes
     ----------

@@ -50,7 +50,7 @@ ADAM = Kind(  # torch's Adam and AdamW, whose moments always have their paramete
 
 
 def kind_of(group: dict[str, Any]) -> Kind:
-    """Return the kind of optimizer that a saved parameter group is of, ACProp's if it is of none of them."""
+    """Return the kind of optimizer that a saved parameter group is of, ACProp's if it is another."""
     if "eps_root" not in group and group.keys() >= {*ADAM.options}:
         return ADAM
     return ACPROP if {"eps_root", "maximize"} & group.keys() else AUTHORS
