@@ -253,6 +253,9 @@ OTHERS = [
     ("centering", "next", ValueError, f"centering is 'next'; {CENTERING}"),
     ("centering", None, ValueError, f"centering is None; {CENTERING}"),
     ("centering", ["current"], ValueError, f"centering is ['current']; {CENTERING}"),
+    ("asynchronous", None, TypeError, f"asynchronous is None; {TRUE_OR_FALSE}"),
+    ("asynchronous", [True], TypeError, f"asynchronous is [True]; {TRUE_OR_FALSE}"),
+    ("compensate", [True], TypeError, f"compensate is [True]; {TRUE_OR_FALSE}"),
     ("moment_dtype", "float32", TypeError, f"moment_dtype is 'float32'; {A_DTYPE}"),
     ("moment_dtype", np.float32, TypeError, A_DTYPE),
     ("moment_dtype", torch.int32, ValueError, f"moment_dtype is torch.int32; {SOME_KIND}"),
@@ -410,6 +413,7 @@ SPOILT: list[tuple[str, Any, type[Exception], str]] = [
     ("clip_exponent", [0.25], TypeError, f"clip_exponent is [0.25]; {NUMBER_OR_NONE}"),
     ("clip_exponent", -1.0, ValueError, "clip_exponent is -1.0"),
     ("centering", "next", ValueError, f"centering is 'next'; {CENTERING}"),
+    ("asynchronous", "no", TypeError, f"asynchronous is 'no'; {TRUE_OR_FALSE}"),
     ("moment_dtype", "float32", TypeError, f"moment_dtype is 'float32'; {A_DTYPE}"),
 ]
 FIRST = "first moment of 'b'"

@@ -1,9 +1,9 @@
 """Measure what the published bounds promise: the largest error of every backend over all cases, beside the bound.
 
-    python tests/benchmarks/bounds.py [--random 4000]
+    python tests/benchmarks/bounds.py [--random 4000] [--corner adam]
 
 With `--random N`, search N random cases on NumPy instead for those furthest from the oracle: the seeds to pin in
-cases.WORST_SEEDS.
+cases.WORST_SEEDS, or in WORST_CORNERS for a corner of the rule.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from agreement import BOUNDS, RANDOM_BOUNDS, errors
-from cases import CASES, random_case
+from cases import CASES, CORNERS, random_case
 from hosts import BACKENDS
 
 
@@ -22,9 +22,10 @@ def main() -> None:
     """Print one line for each (dtype, quantity): largest error in epsilons, bound, and which case it was."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--random", type=int, default=0, metavar="N", help="search N random cases on NumPy")
-    number = parser.parse_args().random
-    if number:
-        runs = [(BACKENDS["numpy"], random_case(seed)) for seed in range(number)]
+    parser.add_argument("--corner", choices=CORNERS, help="which corner; ACProp by default")
+    options = parser.parse_args()
+    if options.random:
+        runs = [(BACKENDS["numpy"], random_case(seed, options.corner)) for seed in range(options.random)]
     else:
         runs = [(b, c) for b in BACKENDS.values() if not b.cannot_run() for c in CASES if not b.cannot_take(c)]
     worst: dict[tuple[bool, str, str], tuple[float, str]] = {}
