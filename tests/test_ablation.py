@@ -103,3 +103,40 @@ def test_the_page_has_the_areas_of_the_counterexamples() -> None:
         assert f"| {label} | {' | '.join(f'{100.0 * share:.3g}' for share in shares)} |" in page, label
     lost = areas["sparse"][0] - areas["sparse"][2]
     assert f"loses {100.0 * lost:.1f} points" in page
+
+
+def test_what_the_page_says_holds_in_the_results() -> None:
+    result = json.loads(RESULTS.read_text())
+    *three, gan = result["tasks"]
+
+    def median(task: str, name: str) -> float:
+        return next(
+            float(np.median(row["test"]))
+            for row in result["rows"]
+            if (row["task"], row["optimizer"], row["chosen"]) == (task, name, True)
+        )
+
+    def diverged(task: str, name: str) -> int:
+        return sum(row["diverged"] for row in result["rows"] if (row["task"], row["optimizer"]) == (task, name))
+
+    def gains(task: str, clipped: bool) -> dict[tuple[str, str], list[float]]:
+        steps = [(before, after) for _, before, after in ablation.IDEAS]
+        return {(a, b): ablation.gains(result, task, *(ablation.named(x, clipped) for x in (a, b))) for a, b in steps}
+
+    for task, apart in zip(three, (0.006, 0.006, 0.02), strict=True):
+        medians = [median(task, ablation.named(name, True)) for name in CORNERS]
+        assert max(medians) - min(medians) < apart
+    agreed = [x for task in three for x in gains(task, True).values() if min(x) > 0.0 or max(x) < 0.0]
+    assert len(agreed) == 2
+    assert all(abs(np.median(x)) < 0.006 for x in agreed)
+    clipped = gains(gan, True)
+    assert max(clipped["Adam", "AdaBelief"]) < 0.0 < min(clipped["AdaShift", "ACProp"])
+    assert min(clipped["AdaBelief", "ACProp"]) > 0.0 == round(float(np.median(clipped["Adam", "AdaShift"])), 2)
+    assert abs(median(gan, "Adam, clip 0.25") - median(gan, "ACProp, clip 0.25")) < 0.01
+    assert [diverged(three[0], name) for name in CORNERS] == [0, 0, 24, 24]
+    lost = gains(three[2], False)
+    assert [round(-float(np.median(lost[x])), 2) for x in (("Adam", "AdaShift"), ("AdaBelief", "ACProp"))] == [0.17] * 2
+    unclipped = gains(gan, False)
+    assert min(*unclipped["Adam", "AdaShift"], *unclipped["AdaBelief", "ACProp"]) > 0.0
+    assert min(ablation.OPTIMIZERS, key=lambda name: median(gan, name)) == "ACProp"
+    assert diverged(gan, "ACProp") == 12
