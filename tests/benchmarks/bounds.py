@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from agreement import BOUNDS, RANDOM_BOUNDS, errors
+from agreement import bounds_of, errors
 from cases import CASES, CORNERS, random_case
 from hosts import BACKENDS
 
@@ -28,16 +28,15 @@ def main() -> None:
         runs = [(BACKENDS["numpy"], random_case(seed, options.corner)) for seed in range(options.random)]
     else:
         runs = [(b, c) for b in BACKENDS.values() if not b.cannot_run() for c in CASES if not b.cannot_take(c)]
-    worst: dict[tuple[bool, str, str], tuple[float, str]] = {}
+    worst: dict[tuple[str, str, str], tuple[float, float, str]] = {}
     for backend, case in tqdm(runs, unit="run"):
         for (quantity, dtype), error in errors(case, backend.run(case), backend.complex_as_real).items():
-            key = (case.random, dtype, quantity)
-            worst[key] = max(worst.get(key, (0.0, "")), (error, f"{backend} {case}"))
-    for (random, dtype, quantity), (error, name) in sorted(worst.items()):
-        bound = (RANDOM_BOUNDS if random else BOUNDS)[dtype][quantity]
-        kind = "random" if random else "cases"
+            kind = "cases" if not case.random else case.hyper["centering"]
+            found = error, bounds_of(case)[dtype][quantity], f"{backend} {case}"
+            worst[kind, dtype, quantity] = max(worst.get((kind, dtype, quantity), found), found)
+    for (kind, dtype, quantity), (error, bound, name) in sorted(worst.items()):
         print(
-            f"{kind:7} {dtype:9} {quantity:7} {error:7.3f} epsilons, bound {bound:5.1f} = {bound / error:.2f} x  {name}"
+            f"{kind:8} {dtype:9} {quantity:7} {error:7.3f} epsilons, bound {bound:5.1f} = {bound / error:.2f} x  {name}"
         )
 
 
