@@ -1,4 +1,4 @@
-"""Second oracles: other people's Adam, AdamW, AdaBelief and ACProp, and AdaShift's equations, take the same 1,000 steps.
+"""Second oracles: other people's Adam, AdamW, AdaBelief and ACProp, and AdaShift's equations, take the same steps.
 
 They differ from ours in one place on purpose: where eps is below the smallest normal number, ours is raised to it. No
 eps of this table is.
