@@ -309,7 +309,9 @@ def test_a_run_of_the_authors_is_refused_in_another_corner(options: dict[str, An
     optimizer = ACProp([x], **options)
     group = {"lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0, "params": [0]}
     state = {"step": 3, "exp_avg": torch.ones(1), "exp_avg_var": torch.ones(1)}
-    reason = f"of the authors' ACProp, whose moments mean something else with {words}, as here; make this optimizer with"
+    reason = (
+        f"of the authors' ACProp, whose moments mean something else with {words}, as here; make this optimizer with"
+    )
     with pytest.raises(ValueError, match=f"parameter group 0 is {reason} asynchronous=True and centering='current'"):
         optimizer.load_state_dict({"state": {0: state}, "param_groups": [group]})
     assert not optimizer.state
