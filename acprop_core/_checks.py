@@ -161,9 +161,9 @@ def check_match(
     With `optional` it may be None. Where the owner is complex, the leaf must be so too if `is_complex`, must not if
     that is False, and may be either if it is None. Where the owner is real, so is the leaf.
     """
-    if type(x) is type(own) and is_numpy_array(x) and x.shape == own.shape and x.dtype == own.dtype:
-        if dtype_name(x.dtype) in FLOATS:  # of which nothing below refuses one, in three times the time
-            return
+    is_alike = type(x) is type(own) and is_numpy_array(x) and x.shape == own.shape and x.dtype == own.dtype
+    if is_alike and dtype_name(x.dtype) in FLOATS:
+        return  # nothing below refuses such an array; to find that out takes three times as long
     if x is None or own is None:
         if x is None and (optional or own is None):
             return

@@ -286,9 +286,7 @@ class ACProp:
             return like, state._replace(count=add_one(state.count))
         step = step_at(self, check_count(state.count), xp)
         results = list(map(step, rows, decays_of(self, like)))
-        columns = (
-            zip(*results, strict=True) if self.compensate else zip(*(result[:3] for result in results), strict=True)
-        )
+        columns = list(zip(*results, strict=True))[: 4 if self.compensate else 3]
         updates, *kept = (unflatten(like, column) for column in columns)
         return updates, State(add_one(state.count), *kept)
 

@@ -2,8 +2,8 @@
 
 - Dask: `clip` is not elementwise; `zeros_like` of a complex array as a real one warns; shapes may be unknown.
 - The standard 2022.12 (array-api-strict can be set to it): no `clip`.
-- NumPy: `clip` is written in Python; operators turn 0-d arrays into scalars; masked arrays and matrices are arrays whose arithmetic differs; scalars
-  have not always had a device; arrays are never traced.
+- NumPy: `clip` is written in Python; operators turn 0-d arrays into scalars; masked arrays and matrices are arrays
+  whose arithmetic differs; scalars have not always had a device; arrays are never traced.
 - JAX: tracers have no device, and uncommitted arrays move to the device where they are needed.
 - PyTorch: NumPy cannot read its bfloat16, or tensors that require gradients, are conjugated lazily or on a device.
 - CuPy: NumPy cannot read its arrays.
