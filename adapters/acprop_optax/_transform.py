@@ -199,12 +199,8 @@ def acprop(
 
         def written(row: Row, update: Any) -> Any:
             # the caller will compute the same; XLA sees that, and computes it once
-            if params is None:
-                return update
-            if row.param.dtype == update.dtype:
-                return row.param + update
             with jax.numpy_dtype_promotion("standard"):
-                return optax.apply_updates(row.param, update)
+                return update if params is None else optax.apply_updates(row.param, update)
 
         results = in_order(rows, results, written, moments.count, optimizer)
         updates, moments = join(tree, results, moments, grads)

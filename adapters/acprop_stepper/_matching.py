@@ -94,7 +94,7 @@ class Matching:
         except AttributeError:  # None, or not an array
             return None
         begin = addresses(leaves)
-        # The usual gradients are where the last ones were. To see that takes a tenth of the time of looking anew.
+        # gradients are usually where the last ones were: to see that is one comparison, not seven operations
         if (key := begin.tobytes()) == self._fitting[0]:
             return self._fitting[1]
         # of the parameters that begin before a gradient ends, the last one ends last

@@ -41,7 +41,7 @@ class Numba:
         ]
         param, mu, nu, carry = (addresses(column)[owners] for column in zip(*columns, strict=True))
         own, moments = starts * self._first.params[0].itemsize, starts * self._first.mu.itemsize
-        rows = np.stack([param + own, param + own, mu + moments, nu + moments, carry + own])
+        rows = np.stack([param, param, mu, nu, carry]) + np.stack([own, own, moments, moments, own])
         # chunk by chunk, so that the five rows of each are a table of their own
         chunks = list(itertools.pairwise(self._chunks.tolist()))
         self._table = np.concatenate([rows[:, a:b].reshape(-1) for a, b in chunks])
