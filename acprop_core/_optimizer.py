@@ -88,8 +88,8 @@ class ACProp:
         zeros at a count above 0, as those of elements that were added during training.
     centering : {"current", "previous", "none"}
         "current" centres the second moment on :math:`m_t`, as the paper and its authors' code do; "previous" on
-        :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` and of ``optax.adabelief`` does. With "none" it is the
-        average of :math:`|g_t|^2`, as in Adam.
+        :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` does. With "none" it is the average of
+        :math:`|g_t|^2`, as in Adam.
     moment_dtype : dtype or its name, optional
         Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters. The array library
         itself must have it.
@@ -127,13 +127,13 @@ class ACProp:
         d_t = \mathrm{clip}(\hat m_t / (\sqrt{\hat s_t} + \varepsilon),\ -t^p,\ t^p), \quad
         \hat m_t = m_t / (1 - \beta_1^t), \quad \hat s_t = s_t / (1 - \beta_2^t)
 
-    - ``asynchronous=True, centering="none"``: AdaShift with n = 1 (Zhou et al. 2019, arXiv:1810.00143), except its
-      first step, which AdaShift leaves out. `b1` has no effect on the steps.
-    - ``asynchronous=False, centering="current"``: AdaBelief (Zhuang et al. 2020, arXiv:2010.07468); with "previous" as
+    - ``asynchronous=True, centering="none"``: AdaShift with n = 1, element by element (Zhou et al. 2019,
+      arXiv:1810.00143), except its first step, which AdaShift leaves out. `b1` has no effect on the steps.
+    - ``asynchronous=False, centering="current"``: AdaBelief (Zhuang et al. 2020, arXiv:2010.07468), also
       ``optax.adabelief``.
     - ``asynchronous=False, centering="none"``: Adam (Kingma and Ba 2015, arXiv:1412.6980), with weight decay AdamW
       (Loshchilov and Hutter 2019, arXiv:1711.05101). ``eps=1e-8, eps_root=0.0, weight_decay=0.01`` are the defaults of
-      ``torch.optim.AdamW``. Where nothing moves between frameworks, that one is the better choice.
+      ``torch.optim.AdamW``, which is the better choice where nothing moves between frameworks.
 
     With PyTorch, call `update` and `apply` under ``torch.no_grad()`` unless you want to differentiate through them,
     because PyTorch records all operations on parameters that require gradients.

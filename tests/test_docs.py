@@ -25,7 +25,7 @@ import acprop_core.rule
 import acprop_optax
 import acprop_stepper
 import acprop_torch
-from agreement import BOUNDS, CONSTANT_BOUNDS, NOISE_BOUNDS, RANDOM_BOUNDS
+from agreement import BOUNDS, CONSTANT_BOUNDS, NOISE_BOUNDS, RANDOM_BOUNDS, UNCENTRED_BOUNDS
 from cases import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +167,7 @@ def test_examples_of_docstrings_hold(name: str) -> None:
 def test_published_bounds_are_those_tested() -> None:
     text = (ROOT / "docs" / "guarantees.md").read_text()
     rows = {**BOUNDS, **{f"{dtype}, random hyperparameters": bounds for dtype, bounds in RANDOM_BOUNDS.items()}}
+    rows["float64, random hyperparameters, not centred"] = UNCENTRED_BOUNDS["float64"]
     for name, bounds in rows.items():
         cells = [str(bounds.get(quantity, "as float32")) for quantity in ("update", "param", "mu", "nu")]
         assert f"| {name} | {' | '.join(cells)} |" in text
@@ -231,6 +232,14 @@ def test_the_language_model_trains(tmp_path: Path) -> None:
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert len(re.findall(r"^(?:ACProp, clip_exponent=0.25|AdamW), lr=.* after 2 steps", printed, re.MULTILINE)) == 2
     assert (tmp_path / "language_model.png").stat().st_size > 10_000
+
+
+def test_the_adamw_run_moves(tmp_path: Path) -> None:
+    script = ROOT / "docs" / "examples" / "move_adamw.py"
+    run = [sys.executable, script, "--steps", "12", "--out", tmp_path]
+    printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"^largest difference of the two runs' losses: \S+e-1[3-9]$", printed, re.MULTILINE)
+    assert (tmp_path / "move_adamw.png").stat().st_size > 10_000
 
 
 def test_the_16_bit_models_train(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from torch_ranks import (
     placed_otherwise,
     portable,
     portable_16_bits,
+    portable_adamw,
     portable_complex,
     refusals,
     run,
@@ -100,6 +101,7 @@ def test_two_processes(tmp_path: Path) -> None:
         **each(portable, tmp_path),
         **{f"zero {way}": (zero, (way, tmp_path, options)) for way, options in WAYS.items()},
         **each(placed_otherwise),
+        **each(portable_adamw, tmp_path),
         **{f"portable {name}": (portable_16_bits, (name, tmp_path)) for name in OF_16_BITS},
         **{f"zero {name}": (zero, (name, tmp_path, o, torch.bfloat16)) for name, o in OF_16_BITS.items()},
         "portable complex": (portable_complex, ()),
@@ -115,9 +117,10 @@ def test_two_processes(tmp_path: Path) -> None:
         assert_only_the_first_has_content(found[f"portable {way}"])
         for results in found[f"zero {way}"]:
             assert (
-                "the optimizer is a ZeroRedundancyOptimizer; pass an acprop_torch.ACProp. If it wraps one"
-                in results["wrapper"]
+                "the optimizer is a ZeroRedundancyOptimizer; pass an acprop_torch.ACProp, a torch.optim.Adam or AdamW. "
+                "If it wraps one" in results["wrapper"]
             )
+        assert_only_the_first_has_content(found[f"portable_adamw {way}"])
     assert not wrong(found, train_network(network()), "network")
 
     for name, options in OF_16_BITS.items():

@@ -140,7 +140,7 @@ def tensor_parallel(way: str, folder: Path) -> Results:
 
 
 def around_an_export(
-    model: torch.nn.Module, optimizer: ACProp, path: Path, parts: int, part: int | None = None
+    model: torch.nn.Module, optimizer: Any, path: Path, parts: int, part: int | None = None
 ) -> Results:
     """Train, export, train by another gradient, which the import has to undo, and train on."""
     part = dist.get_rank() if part is None else part
@@ -169,6 +169,26 @@ def portable(way: str, folder: Path) -> Results:
     model = sharded()
     optimizer = optimizer_of(model, **WAYS[way])
     return around_an_export(model, optimizer, folder / f"fsdp-{way}", dist.get_world_size())
+
+
+def portable_adamw(way: str, folder: Path) -> Results:
+    """The same of torch's AdamW, whose fused step has other bits where a shard ends, and of its state_dict."""
+    model, uninterrupted = sharded(), sharded()
+    optimizer, other = (
+        torch.optim.AdamW(groups_of(x), lr=1e-2, weight_decay=0.1, **WAYS[way]) for x in (model, uninterrupted)
+    )
+    results = around_an_export(model, optimizer, folder / f"adamw-{way}", dist.get_world_size())
+    train(uninterrupted, other, range(ALL), dist.get_rank(), dist.get_world_size())
+    expected = everything(uninterrupted, other)
+    assert len(expected) == 18
+    assert [name for name, x in expected.items() if not torch.equal(x, results[name])] == []
+    saved, state = export_state(optimizer, model)
+    own, again = export_state(dcp.get_optimizer_state_dict(model, optimizer), model)
+    assert saved == own
+    for x, y in zip([*state.mu.values(), *state.nu.values()], [*again.mu.values(), *again.nu.values()], strict=True):
+        assert x.shape == y.shape
+        assert dist.get_rank() > 0 or (x == y).all()
+    return results
 
 
 def portable_16_bits(name: str, folder: Path) -> Results:
