@@ -286,8 +286,9 @@ class ACProp:
             return like, state._replace(count=add_one(state.count))
         step = step_at(self, check_count(state.count), xp)
         results = list(map(step, rows, decays_of(self, like)))
-        updates, mu, nu, carry = (unflatten(like, [result[i] for result in results]) for i in range(4))
-        return updates, State(add_one(state.count), mu, nu, carry if self.compensate else None)
+        columns = list(zip(*results, strict=True))[: 4 if self.compensate else 3]
+        updates, *kept = (unflatten(like, column) for column in columns)
+        return updates, State(add_one(state.count), *kept)
 
     def apply(self, params: Container, updates: Container) -> Container:
         """Return the parameters after the step, ``params + updates``, in the dtypes of the parameters.
