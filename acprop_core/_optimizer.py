@@ -88,8 +88,8 @@ class ACProp:
         zeros at a count above 0, as those of elements that were added during training.
     centering : {"current", "previous", "none"}
         "current" centres the second moment on :math:`m_t`, as the paper and its authors' code do; "previous" on
-        :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` and of ``optax.adabelief`` does. With "none" it is the
-        average of :math:`|g_t|^2`, as in Adam.
+        :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` does. With "none" it is the average of
+        :math:`|g_t|^2`, as in Adam.
     moment_dtype : dtype or its name, optional
         Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters. The array library
         itself must have it.
@@ -129,7 +129,7 @@ class ACProp:
 
     - ``asynchronous=True, centering="none"``: AdaShift with n = 1 (Zhou et al. 2019, arXiv:1810.00143), except its
       first step, which AdaShift leaves out. `b1` has no effect on the steps.
-    - ``asynchronous=False, centering="current"``: AdaBelief (Zhuang et al. 2020, arXiv:2010.07468); with "previous" as
+    - ``asynchronous=False, centering="current"``: AdaBelief (Zhuang et al. 2020, arXiv:2010.07468), also
       ``optax.adabelief``.
     - ``asynchronous=False, centering="none"``: Adam (Kingma and Ba 2015, arXiv:1412.6980), with weight decay AdamW
       (Loshchilov and Hutter 2019, arXiv:1711.05101). ``eps=1e-8, eps_root=0.0, weight_decay=0.01`` are the defaults of

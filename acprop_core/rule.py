@@ -32,7 +32,7 @@ class Centering(IntEnum):
     """Which first moment the second moment is centred on."""
 
     CURRENT = 0  # m_t: the paper, and its authors' code
-    PREVIOUS = 1  # m_{t-1}: the code of optax.contrib.acprop and of optax.adabelief
+    PREVIOUS = 1  # m_{t-1}: the code of optax.contrib.acprop
     NONE = 2  # 0: the raw second moment, as in Adam and AdaShift
 
 
@@ -299,7 +299,7 @@ class Hyperparameters(NamedTuple):
     ============ ================ ==================================================
     True         "current"        ACProp (the default)
     True         "none"           AdaShift with n = 1
-    False        "current"        AdaBelief; with "previous" as optax.adabelief
+    False        "current"        AdaBelief (also of optax)
     False        "none"           Adam; AdamW with decoupled weight decay
     ============ ================ ==================================================
 

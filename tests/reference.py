@@ -83,8 +83,7 @@ def trajectory(
         if h.clip_exponent is not None:
             limit = mp.mpf(t) ** mp.mpf(h.clip_exponent)
             if abs(d) > limit:
-                d = d / abs(d) * limit
-            largest_d = min(largest_d, limit)
+                d, largest_d = d / abs(d) * limit, limit
         lr, decay = (mp.mpf(x(t - 1) if callable(x) else x) for x in (h.learning_rate, h.decay))
         u = -lr * (d + decay * x)
         largest_update = max(largest_update, abs(lr) * (largest_d + abs(decay * x)))  # its two terms may cancel

@@ -22,7 +22,8 @@ FUNCTIONS = {"sqrt", "rsqrt", "lerp", "addcmul", "addcdiv", "square", "clamp", "
 
 # Arithmetic outside rule.py that is none of the rule: (file, the expression as Python writes it, why it is there).
 ALLOWED = {
-    ("_state_dict.py", "states[key]['exp_avg_var'] + group['eps']"): "the authors add eps when they use the moment",
+    ("_state_dict.py", "state['exp_avg_var'] + group['eps']"): "the authors add eps when they use the moment",
+    ("_state_dict.py", "-state['exp_avg']"): "Adam averages the negated gradient if it maximizes",
     ("_tiles.py", "param + update"): "the addition to the parameter, in a check that writes nothing",
     ("_traced.py", "row.param + update"): "the addition to the parameter",
     ("_cupy.py", "param + update"): "the addition to the parameter",

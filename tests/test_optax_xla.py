@@ -51,15 +51,25 @@ def large_copies(program: Any) -> list[str]:
         acprop(1e-3, clip_exponent=0.25, weight_decay=0.1, mask={"a": True, "b": False}),
         acprop(optax.linear_schedule(1e-3, 0.0, 10), clip_exponent=0.25),
         acprop(1e-3, centering="previous"),
+        acprop(1e-3, asynchronous=False, weight_decay=0.1),
+        acprop(1e-3, asynchronous=False, centering="none"),
         optax.inject_hyperparams(acprop)(1e-3, clip_exponent=0.25),
         optax.chain(acprop(1e-3)),
     ],
-    ids=["plain", "clip", "decay", "schedule", "previous", "injected", "chain"],
+    ids=["plain", "clip", "decay", "schedule", "previous", "belief", "adam", "injected", "chain"],
 )
 def test_a_step_copies_nothing(transform: optax.GradientTransformation, dtype: str) -> None:
     program = compiled(transform, dtype)
     assert not large_copies(program)
     assert program.memory_analysis().temp_size_in_bytes < SMALL
+
+
+@pytest.mark.parametrize("dtype", ["float32", BFLOAT16])
+def test_synchronous_steps_centred_on_the_previous_mean_have_one_temporary(dtype: str) -> None:
+    # g_t - m_{t-1}, of which all three results are made; optax.adabelief has it too, and two copies
+    program = compiled(acprop(1e-3, asynchronous=False, centering="previous"), dtype)
+    assert not large_copies(program)
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 4 * SIZE + SMALL
 
 
 @pytest.mark.parametrize("dtype", ["float32", BFLOAT16])

@@ -18,7 +18,7 @@ from hosts import Backend, on_every_backend
 from promises import attempt
 
 # torch.compile makes a program for each dtype and each choice of these, for seconds; the reference suite runs them all.
-ONE_PROGRAM: Hyper = {"b1": 0.9, "b2": 0.999, "clip_exponent": 0.25, "centering": "current"}
+ONE_PROGRAM: Hyper = {"b1": 0.9, "b2": 0.999, "clip_exponent": 0.25, "centering": "current", "asynchronous": True}
 
 every_backend = on_every_backend()
 
@@ -79,7 +79,8 @@ def hypers(backend: Backend, **fixed: Any) -> st.SearchStrategy[Hyper]:
         "eps": st.sampled_from([1e-16, 1e-8, 1e-3]),
         "eps_root": st.sampled_from([1e-16, 1e-8, 0.0]),
         "clip_exponent": st.sampled_from([None, 0.25, 0.0]),
-        "centering": st.sampled_from(["current", "previous"]),
+        "centering": st.sampled_from(["current", "previous", "none"]),
+        "asynchronous": st.booleans(),
     }
     return st.fixed_dictionaries({k: st.just(fixed[k]) if k in fixed else v for k, v in free.items()})
 

@@ -21,13 +21,16 @@ import acprop_core
 from acprop_torch import export_state
 from test_checkpoint import assert_same_bits
 from torch_ranks import (
+    ALL,
     HALF,
     OF_16_BITS,
     WAYS,
     Model,
     Results,
+    adamw_of,
     alone,
     ddp,
+    everything,
     from_a_file,
     fsdp,
     fsdp_of_a_network,
@@ -38,6 +41,7 @@ from torch_ranks import (
     placed_otherwise,
     portable,
     portable_16_bits,
+    portable_adamw,
     portable_complex,
     refusals,
     run,
@@ -100,6 +104,7 @@ def test_two_processes(tmp_path: Path) -> None:
         **each(portable, tmp_path),
         **{f"zero {way}": (zero, (way, tmp_path, options)) for way, options in WAYS.items()},
         **each(placed_otherwise),
+        **each(portable_adamw, tmp_path),
         **{f"portable {name}": (portable_16_bits, (name, tmp_path)) for name in OF_16_BITS},
         **{f"zero {name}": (zero, (name, tmp_path, o, torch.bfloat16)) for name, o in OF_16_BITS.items()},
         "portable complex": (portable_complex, ()),
@@ -115,9 +120,13 @@ def test_two_processes(tmp_path: Path) -> None:
         assert_only_the_first_has_content(found[f"portable {way}"])
         for results in found[f"zero {way}"]:
             assert (
-                "the optimizer is a ZeroRedundancyOptimizer; pass an acprop_torch.ACProp. If it wraps one"
-                in results["wrapper"]
+                "the optimizer is a ZeroRedundancyOptimizer; pass an acprop_torch.ACProp, a torch.optim.Adam or AdamW. "
+                "If it wraps one" in results["wrapper"]
             )
+        model = Model()
+        optimizer = adamw_of(model, way)
+        train(model, optimizer, range(ALL))
+        assert not wrong(found, everything(model, optimizer), f"portable_adamw {way}")
     assert not wrong(found, train_network(network()), "network")
 
     for name, options in OF_16_BITS.items():

@@ -122,7 +122,14 @@ def test_many_parameters_give_the_bits_of_the_functional_core(
 
 @pytest.mark.parametrize("count", [0, 5])
 @pytest.mark.parametrize(
-    "hyper", [{}, HYPER, {"b1": 0.1, "b2": 0.2, "eps_root": 0.0}, {"centering": "previous", "clip_exponent": 0.5}]
+    "hyper",
+    [
+        {},
+        HYPER,
+        {"b1": 0.1, "b2": 0.2, "eps_root": 0.0},
+        {"centering": "previous", "clip_exponent": 0.5},
+        {"asynchronous": False, "centering": "none", "clip_exponent": 0.5},
+    ],
 )
 @pytest.mark.parametrize("grad_scale", [1.0, 0.3])
 @pytest.mark.parametrize("decay", [False, True])

@@ -385,7 +385,16 @@ def diff_step(x: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"clip_exponent": 0.25}, {"maximize": True}, {"centering": "previous"}], ids=str
+    "options",
+    [
+        {},
+        {"clip_exponent": 0.25},
+        {"maximize": True},
+        {"centering": "previous"},
+        {"asynchronous": False},
+        {"asynchronous": False, "centering": "none"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("numbers", [0, 1, 2, 4])
 @pytest.mark.parametrize("decoupled", [True, False])

@@ -26,6 +26,7 @@ OPTIONS = [
     {"weight_decay": 0.1, "maximize": True},
     {"weight_decay": 0.1, "decoupled_weight_decay": False, "clip_exponent": 0.25},
     {"centering": "previous", "clip_exponent": 0.25, "moment_dtype": torch.float64},
+    {"asynchronous": False, "centering": "none", "eps_root": 0.0, "weight_decay": 0.1},
     {"lr": torch.tensor(0.01)},
     {"lr": torch.tensor(0.01), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
 ]
@@ -207,8 +208,8 @@ def test_no_combination_of_options_is_left_uncompiled() -> None:
     """Past a limit on programs torch would go on uncompiled, without a word."""
     x = torch.ones(5, requires_grad=True)
     with without_numba():
-        for decay, l2, clip, centering in itertools.product(
-            (0, 0.1), (False, True), (None, 0.25), ("current", "previous")
+        for decay, l2, clip, (centering, asynchronous) in itertools.product(
+            (0, 0.1), (False, True), (None, 0.25), (("current", True), ("previous", True), ("none", False))
         ):
             optimizer = ACProp(
                 [x],
@@ -216,11 +217,12 @@ def test_no_combination_of_options_is_left_uncompiled() -> None:
                 decoupled_weight_decay=not l2,
                 clip_exponent=clip,
                 centering=centering,
+                asynchronous=asynchronous,
                 fused=True,
             )
             x.grad = torch.ones(5)
             optimizer.step()
-    assert counters["stats"]["unique_graphs"] == 12  # without decay, its form does not matter
+    assert counters["stats"]["unique_graphs"] == 18  # without decay, its form does not matter
 
 
 @pytest.mark.parametrize("flags", [{}, {"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)

@@ -140,7 +140,7 @@ def tensor_parallel(way: str, folder: Path) -> Results:
 
 
 def around_an_export(
-    model: torch.nn.Module, optimizer: ACProp, path: Path, parts: int, part: int | None = None
+    model: torch.nn.Module, optimizer: Any, path: Path, parts: int, part: int | None = None
 ) -> Results:
     """Train, export, train by another gradient, which the import has to undo, and train on."""
     part = dist.get_rank() if part is None else part
@@ -169,6 +169,26 @@ def portable(way: str, folder: Path) -> Results:
     model = sharded()
     optimizer = optimizer_of(model, **WAYS[way])
     return around_an_export(model, optimizer, folder / f"fsdp-{way}", dist.get_world_size())
+
+
+def adamw_of(model: torch.nn.Module, way: str) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups_of(model), lr=1e-2, weight_decay=0.1, **WAYS[way])
+
+
+def portable_adamw(way: str, folder: Path) -> Results:
+    """The same of torch's AdamW, and its state_dict exports the same file."""
+    model = sharded()
+    optimizer = adamw_of(model, way)
+    results = around_an_export(model, optimizer, folder / f"adamw-{way}", dist.get_world_size())
+    parts = dcp.get_optimizer_state_dict(model, optimizer)
+    for (saved, state), (own, again) in [(export_state(optimizer, model), export_state(parts, model))]:
+        assert saved == own
+        for x, y in zip(
+            [*state.mu.values(), *state.nu.values()], [*again.mu.values(), *again.nu.values()], strict=True
+        ):
+            assert x.shape == y.shape
+            assert dist.get_rank() > 0 or (x == y).all()
+    return results
 
 
 def portable_16_bits(name: str, folder: Path) -> Results:

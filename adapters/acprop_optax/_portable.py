@@ -1,7 +1,7 @@
 """Portable state: from an optax state to `acprop_core.save`, and from `acprop_core.load` to an optax state.
 
-The state of ACProp may be anywhere in the state of a whole optimizer: a chain, MultiSteps, inject_hyperparams. Optax
-keeps other counts of the same updates next to it, a schedule's for example; they are set with it.
+The moments may be anywhere in the state of a whole optimizer: a chain, MultiSteps, inject_hyperparams. Optax keeps
+other counts of the same updates next to them, a schedule's for example; they are set with the moments.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from acprop_core import ACProp, State, checkpoint
-from acprop_core.adapt import check_count, with_values
+from acprop_core.adapt import called, check_count, with_values
 from acprop_optax._transform import CarryState
 from acprop_optax._trees import name_of
 
@@ -31,6 +31,7 @@ class _Kind(NamedTuple):
 # By name, because optax does not export all of them.
 _KINDS = {
     "ScaleByBeliefState": _Kind("count", ("mu", "nu")),
+    "ScaleByAdamState": _Kind("count", ("mu", "nu")),
     "CarryState": _Kind(None, ("carry",)),
     "ScaleByScheduleState": _Kind("count"),
     "WeightDecaySchedule": _Kind("count"),
@@ -44,6 +45,9 @@ _KINDS = {
     "ApplyIfFiniteState": _Kind(None, ("notfinite_count", "last_finite", "total_notfinite")),
     "ZeroNansState": _Kind(None, ("found_nan",)),
 }
+_MOMENTS = (optax.ScaleByBeliefState, optax.ScaleByAdamState)
+# What a ScaleByAdamState says of the hyperparameters. `acprop` keeps a ScaleByBeliefState, in every corner.
+_ADAM = {"asynchronous": False, "centering": "none", "eps_root": 0.0, "clip_exponent": None}
 
 
 def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, State]:
@@ -52,10 +56,11 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     Parameters
     ----------
     state : optax.OptState
-        Holds the state of one `acprop` or `scale_by_acprop`, at any depth.
+        Holds the state of one `acprop` or `scale_by_acprop`, or of one of optax's own transformations below, at any
+        depth.
     optimizer : acprop_core.ACProp
         The hyperparameters that the transformation was made with, because a transformation does not tell them. Numbers
-        of ``optax.inject_hyperparams`` are read from the state.
+        of ``optax.inject_hyperparams`` are read from the state. For the transformations of optax see the notes.
 
     Returns
     -------
@@ -67,12 +72,30 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     Raises
     ------
     ValueError
-        If there is no such state or more than one, `compensate` differs between hyperparameters and state, schedules
-        have counted other updates than ACProp, or there is a state that a portable state cannot hold: of another
-        transformation that keeps arrays, of MultiSteps between two updates, or of ``apply_if_finite`` after an update
-        that was not finite.
+        If there is no such state or more than one, `compensate` differs between hyperparameters and state, the
+        hyperparameters of an ``optax.adam`` are not those of an Adam, schedules have counted other updates than ACProp,
+        or there is a state that a portable state cannot hold: of another transformation that keeps arrays, such as
+        ``optax.amsgrad``, of MultiSteps between two updates, or of ``apply_if_finite`` after an update that was not
+        finite.
     TypeError
-        If the arrays are traced or abstract.
+        If the arrays are traced or abstract, or the two moments of a parameter differ in dtype, as with `mu_dtype`.
+
+    Notes
+    -----
+    These transformations of optax take the steps of `acprop_core.ACProp`, with their own defaults of `eps` and
+    `weight_decay`:
+
+    - ``optax.adam(rate, b1, b2, eps)`` and ``optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=mask)``:
+      ``ACProp(rate, b1, b2, eps, eps_root=0.0, weight_decay=decay, mask=mask, asynchronous=False, centering="none")``.
+      If their `eps_root` is not 0, they cannot move: optax adds it to the second moment at each use, and ACProp once at
+      every step to the second moment itself.
+    - ``optax.adabelief(rate, b1, b2, eps, eps_root)``: ``ACProp(rate, b1, b2, eps, eps_root, asynchronous=False)``.
+    - ``optax.contrib.acprop(rate, b1, b2, eps, eps_root, decay, mask)``:
+      ``ACProp(rate, b1, b2, eps, eps_root, decay, mask, centering="previous")``.
+
+    Their states do not show everything. With `nesterov`, and in ``nadam``, ``radam``, ``yogi``, ``adamax``, ``lamb``
+    and ``contrib.adopt``, the classes are the same and the steps are others. Such a state is exported like one of Adam
+    or AdaBelief, and continues as such.
 
     Examples
     --------
@@ -87,10 +110,12 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     for name, other in _counts(state):
         if other != min(count, 2**31 - 1):
             raise ValueError(f"{name} has counted {other} updates, ACProp {count}; a portable state has one count")
+    _check_dtypes(moments)
     mu, nu = (
         {name: checkpoint.to_numpy("moment", name, x) for name, x in _named(tree).items() if x is not None}
         for tree in (moments.mu, moments.nu)
     )
+    nu = {name: x.real for name, x in nu.items()}  # optax's own are complex where the parameter is; the rule's are real
     hyperparameters, carry = _hyperparameters(state, optimizer), _carry(state)
     if carry is not None:
         carry = {name: checkpoint.to_numpy("carry", name, x) for name, x in _named(carry).items() if name in mu}
@@ -105,9 +130,10 @@ def import_state(
     Parameters
     ----------
     state : optax.OptState
-        From `init` of the transformation, with `acprop` or `scale_by_acprop` at any depth.
+        From `init` of the transformation, with `acprop`, `scale_by_acprop`, or a transformation of optax that
+        `export_state` lists, at any depth.
     optimizer : acprop_core.ACProp
-        The hyperparameters that the transformation was made with.
+        The hyperparameters that the transformation was made with, as in `export_state`.
     saved : acprop_core.ACProp
         The hyperparameters of the saved state.
     saved_state : acprop_core.State
@@ -119,13 +145,15 @@ def import_state(
     Returns
     -------
     optax.OptState
-        A new state. A count beyond the largest of optax becomes the largest, at which optax itself stops.
+        A new state of the same classes and dtypes. A count beyond the largest of optax becomes the largest, at which
+        optax itself stops.
 
     Raises
     ------
     ValueError
-        If hyperparameters differ, names are missing or surplus, shapes differ, there is no state of ACProp or more
-        than one, or there is a state that a portable state cannot hold, as in `export_state`.
+        If hyperparameters differ, names are missing or surplus, shapes differ, there are no moments or more than one
+        state of them, `optimizer` cannot be the hyperparameters of the transformation, or there is a state that a
+        portable state cannot hold, as in `export_state`.
     TypeError
         If dtypes differ.
 
@@ -141,6 +169,7 @@ def import_state(
     """
     saved = checkpoint.check_portable(saved, saved_state)
     moments = _only(state)
+    _check_dtypes(moments)
     _counts(state)
     own = _hyperparameters(state, optimizer)
     if checkpoint.choose(own, saved, prefer) is saved:
@@ -152,12 +181,12 @@ def import_state(
             )
     trees = [tree for tree in (moments.mu, moments.nu, _carry(state)) if tree is not None]
     names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in trees))
-    rows = checkpoint.match_names(saved_state, names, leaves)
+    rows = checkpoint.match_names(saved_state, names, leaves._replace(nu=_real(leaves.nu)))
     mu, nu, *carry = (_filled(tree, [row[i] for row in rows]) for i, tree in enumerate(trees))
 
     def continued(x: Any) -> Any:
-        if isinstance(x, optax.ScaleByBeliefState):
-            return optax.ScaleByBeliefState(_counted(x.count, saved_state.count), mu, nu)
+        if isinstance(x, _MOMENTS):
+            return type(x)(_counted(x.count, saved_state.count), mu, nu)
         if isinstance(x, CarryState):
             return CarryState(*carry)
         field = _KINDS[type(x).__name__].counter
@@ -194,14 +223,32 @@ def _known(tree: Any) -> list[Any]:
     return found
 
 
-def _only(tree: Any) -> optax.ScaleByBeliefState:
-    found = [x for x in _known(tree) if isinstance(x, optax.ScaleByBeliefState)]
+def _only(tree: Any) -> Any:
+    """Return the state that holds the moments."""
+    _check(tree)
+    found = [x for x in _known(tree) if isinstance(x, _MOMENTS)]
     if len(found) != 1:
         raise ValueError(
-            f"the optax state holds {len(found)} states of ACProp; pass a state with one, from init of acprop, of "
-            "scale_by_acprop, or of an optimizer that contains one of them"
+            f"the optax state holds {len(found)} states with moments of ACProp; pass a state with one, from init of "
+            "acprop, scale_by_acprop, optax.adam, adamw, adabelief or contrib.acprop, or of an optimizer that contains "
+            "one of them"
         )
     return found[0]
+
+
+def _check_dtypes(moments: Any) -> None:
+    mu, nu = (_real(_named(tree)) for tree in (moments.mu, moments.nu))
+    for name, x in mu.items():
+        if x is not None and x.dtype != nu[name].dtype:
+            raise TypeError(
+                f"{called('first moment', name)} has dtype {x.dtype}, the second {nu[name].dtype}, and a portable "
+                "state has one dtype for both; make the transformation without mu_dtype, and cast mu of its state"
+            )
+
+
+def _real(tree: Any) -> Any:
+    """Return the shapes and real dtypes of arrays."""
+    return jax.eval_shape(lambda arrays: jax.tree.map(jnp.real, arrays), tree)
 
 
 def _carry(tree: Any) -> Any:
@@ -210,7 +257,6 @@ def _carry(tree: Any) -> Any:
 
 def _counts(tree: Any) -> list[tuple[str, int]]:
     """Return how many updates each state next to ACProp's has counted; refuse what a portable state cannot hold."""
-    _check(tree)
     counts = []
     for x in _known(tree):
         name = type(x).__name__
@@ -225,7 +271,7 @@ def _counts(tree: Any) -> list[tuple[str, int]]:
                 f"apply_if_finite has skipped the last {n} updates, which a portable state cannot hold; call this "
                 "after an update that was finite"
             )
-        if field is not None and not isinstance(x, optax.ScaleByBeliefState):
+        if field is not None and not isinstance(x, _MOMENTS):
             counts.append((name, int(_value(getattr(x, field)))))
     return counts
 
@@ -236,6 +282,11 @@ def _check(tree: Any) -> None:
         if _is_known(x):
             counter, unused = _KINDS[type(x).__name__]
             _check([getattr(x, name) for name in x._fields if name != counter and name not in unused])
+        elif type(x).__name__ == "ScaleByAmsgradState":
+            raise ValueError(
+                "the optax state is of optax.amsgrad, which divides by the root of the largest second moment so far; a "
+                "portable state cannot hold that, and no other host could continue it. Continue with optax.amsgrad"
+            )
         elif jax.tree.leaves(x):
             raise ValueError(
                 f"the optax state holds {type(x).__name__}, which a portable state cannot hold: its transformation "
@@ -246,7 +297,7 @@ def _check(tree: Any) -> None:
 def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if not isinstance(optimizer, ACProp):
         raise TypeError(f"the hyperparameters are a {type(optimizer).__name__}; pass an acprop_core.ACProp")
-    mu = _only(state).mu
+    moments = _only(state)
     if optimizer.compensate != (_carry(state) is not None):
         raise ValueError(
             f"the hyperparameters have compensate={optimizer.compensate}, the optax state has "
@@ -259,17 +310,26 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
             # inject_hyperparams rounds to its own dtype; the number that was passed is then the one that is meant
             if callable(given) or given is None or jnp.asarray(given, now.dtype) != now:
                 values[name] = float(now)
-    present = {name: x for name, x in _named(mu).items() if x is not None}
+    present = {name: x for name, x in _named(moments.mu).items() if x is not None}
     if optimizer.mask is not None and not callable(optimizer.mask):
-        marks = jax.tree.map(lambda mark, tree: [mark] * len(jax.tree.leaves(tree)), optimizer.mask, mu)
+        marks = jax.tree.map(lambda mark, tree: [mark] * len(jax.tree.leaves(tree)), optimizer.mask, moments.mu)
         values["mask"] = dict(zip(present, jax.tree.leaves(marks), strict=True))
-    return checkpoint.to_portable(with_values(optimizer, **values), present)
+    portable = checkpoint.to_portable(with_values(optimizer, **values), present)
+    has = {name: getattr(portable, name) for name in _ADAM}
+    if isinstance(moments, optax.ScaleByAdamState) and has != _ADAM:
+        wrong = ", ".join(f"{name}={value!r}" for name, value in has.items() if value != _ADAM[name])
+        raise ValueError(
+            f"the hyperparameters have {wrong}, but the optax state is of optax.adam or optax.adamw; pass "
+            "ACProp(..., eps_root=0.0, asynchronous=False, centering='none'). A transformation whose own eps_root is "
+            "not 0 cannot move, because optax adds it at each use and ACProp to the second moment itself"
+        )
+    return portable
 
 
 def _numbers_in(x: Any) -> list[str]:
     """Return the names of ACProp's numbers that inject_hyperparams keeps in this state, except scheduled ones."""
     if not type(x).__name__.startswith("Inject") or not any(
-        isinstance(inner, optax.ScaleByBeliefState) for inner in _known(x.inner_state)
+        isinstance(inner, _MOMENTS) for inner in _known(x.inner_state)
     ):
         return []
     scheduled = getattr(x, "hyperparams_states", {})
@@ -310,8 +370,8 @@ def _filled(tree: Any, arrays: list[Any]) -> Any:
 
 
 def _placed(x: Any, old: Any) -> jax.Array:
-    """Return a copy of `x` where the array `old` is, or zeros for None."""
-    new = jnp.zeros_like(old) if x is None else jnp.array(x)
+    """Return a copy of `x` where the array `old` is and in its dtype, or zeros for None."""
+    new = jnp.zeros_like(old) if x is None else jnp.array(x, old.dtype)
     return jax.device_put(new, old.sharding) if getattr(old, "committed", False) else new
 
 

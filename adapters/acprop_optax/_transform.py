@@ -89,8 +89,8 @@ def acprop(
         No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
         clip. 0.25 is recommended.
     centering : {"current", "previous", "none"}
-        Centre the second moment on m_t as the paper does, on m_{t-1} as the code of ``optax.contrib.acprop`` and of
-        ``optax.adabelief``, or not at all, as Adam.
+        Centre the second moment on m_t as the paper does, on m_{t-1} as the code of ``optax.contrib.acprop``, or not
+        at all, as Adam.
     asynchronous : bool
         Divide the gradient by the root of the previous second moment, or else the mean of gradients by that of the new
         one, as Adam and AdaBelief. `acprop_core.ACProp` says which combination is which published optimizer.
@@ -234,8 +234,8 @@ def scale_by_acprop(
     clip_exponent : float, optional
         No element of d_t exceeds ``t**clip_exponent``; None for no clip. 0.25 is recommended.
     centering : {"current", "previous", "none"}
-        Centre the second moment on m_t as the paper does, on m_{t-1} as the code of ``optax.contrib.acprop`` and of
-        ``optax.adabelief``, or not at all, as Adam.
+        Centre the second moment on m_t as the paper does, on m_{t-1} as the code of ``optax.contrib.acprop``, or not
+        at all, as Adam.
     asynchronous : bool
         Divide the gradient by the root of the previous second moment, or else the mean of gradients by that of the new
         one, as Adam and AdaBelief. `acprop_core.ACProp` says which combination is which published optimizer.

@@ -21,10 +21,10 @@ def in_order(
 ) -> list[Result]:
     """Return the same results, so ordered that XLA computes the `written` value of an update before the moments.
 
-    An asynchronous update and s_t are both made from s_{t-1}, whose memory s_t takes over where the state is donated.
-    XLA orders only values that depend on each other. Without an order it copies s_{t-1} on the CPU: a parameter-sized
-    temporary, and three times the time. With centering "previous", m_{t-1} is in the same danger, because s_t is made
-    from it. A synchronous update is made from s_t, which is an order.
+    Both are made from s_{t-1}, whose memory s_t takes over where the state is donated. XLA orders only values that
+    depend on each other. Without an order it copies s_{t-1} on the CPU: a parameter-sized temporary, and three times
+    the time. So it does for a synchronous update, which it makes from s_{t-1} once more instead of reading s_t. With
+    centering "previous", m_{t-1} is in the same danger, because s_t is made from it.
     """
     if not isinstance(count, jax.core.Tracer):
         return list(results)
@@ -35,8 +35,7 @@ def in_order(
             carry = _after(update, carry, count)
             update = _after(carry, update, count)
         if update is not None:
-            if optimizer.asynchronous:
-                nu = _after(written(row, update), nu, count)
+            nu = _after(written(row, update), nu, count)
             if optimizer.centering == "previous":
                 mu = _after(nu, mu, count)
         ordered.append((update, mu, nu, carry))

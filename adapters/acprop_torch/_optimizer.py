@@ -341,20 +341,20 @@ class ACProp(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a copy of a state_dict; moments get the dtype that this optimizer gives them.
 
-        Also continues a run of the authors' own optimizer (state "step", "exp_avg" and "exp_avg_var"), with
-        ``eps_root = eps`` as their code has it. Their file lacks `decoupled_weight_decay`; it and other missing
-        options stay as this optimizer was made.
+        Also continues a run of the authors' own optimizer, with ``eps_root = eps`` as their code has it; and, with the
+        options ``asynchronous=False, centering="none"``, a run of torch.optim.Adam or AdamW, with ``eps_root = 0.0``.
+        Options that their files lack (such as `clip_exponent`, `moment_dtype`) stay as this optimizer was made.
 
         Parameters
         ----------
         state_dict : dict
-            From `state_dict` of an optimizer of this class or of the authors', with as many parameters.
+            From `state_dict` of an optimizer of this class, of the authors' or of Adam, with as many parameters.
 
         Raises
         ------
         ValueError
-            If it is of another optimizer, is of a run of the authors' with ``amsgrad`` or ``rectify``, its parameter
-            groups differ in size, or a value in it is out of range; nothing has changed then.
+            If it is of another optimizer, of Adam and the two options are not as above, of a run with ``amsgrad`` or
+            ``rectify``, its groups differ in size, or a value in it is out of range; nothing has changed then.
         TypeError
             If a value in it is of a wrong type; nothing has changed then.
 

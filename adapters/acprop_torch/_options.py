@@ -69,8 +69,10 @@ def check_options(options: dict[str, Any], step: bool = False, owner: Callable[[
     if not isinstance(options["centering"], str):
         raise ValueError(f"centering is {options['centering']!r}; use 'current', 'previous' or 'none'")
     check_rule = _check_rule_untraced if torch.compiler.is_compiling() else _check_rule
-    names = ("centering", "moment_dtype", "compensate", "asynchronous")
-    check_rule(as_plain(clip_exponent), *(options[name] for name in names))
+    for name in ("compensate", "asynchronous"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{name} is {options[name]!r}; use True or False")
+    check_rule(as_plain(clip_exponent), options["centering"], options["moment_dtype"])
 
 
 def pair_of(betas: Any) -> Any:
@@ -190,14 +192,8 @@ def _value_of(name: str, what: str, x: Any, step: bool, known: bool, owner: Call
 
 
 @functools.lru_cache(typed=True)
-def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any, compensate: Any, asynchronous: Any) -> None:
-    acprop_core.ACProp(
-        clip_exponent=clip_exponent,
-        centering=centering,
-        moment_dtype=moment_dtype,
-        compensate=compensate,
-        asynchronous=asynchronous,
-    )
+def _check_rule(clip_exponent: Any, centering: Any, moment_dtype: Any) -> None:
+    acprop_core.ACProp(clip_exponent=clip_exponent, centering=centering, moment_dtype=moment_dtype)
 
 
 _check_rule_untraced = untraced(_check_rule)  # torch's compiler would warn of the cache

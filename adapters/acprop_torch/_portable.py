@@ -1,6 +1,6 @@
 """Portable state: from a torch optimizer to `acprop_core.save`, and from `acprop_core.load` to a torch optimizer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -8,22 +8,16 @@ from torch import Tensor
 
 import acprop_core
 from acprop_core import State
-from acprop_core.adapt import with_values
 from acprop_core.checkpoint import check_portable, choose, match_names, to_numpy
-from acprop_torch._optimizer import ACProp
-from acprop_torch._options import is_number, pair_of
-from acprop_torch._state_dict import MOMENTS, begin, dtype_of_moments, has_carry
+from acprop_torch._runs import OPTIONS, Model, Optimizer, Run, hyperparameters_of, run_of, run_of_state_dict
+from acprop_torch._state_dict import MOMENTS, Kind, begin, dtype_of_moments, has_carry
 
 if TYPE_CHECKING:  # slow to import; where there are sharded tensors, it has been imported
     from torch.distributed.tensor import DTensor
 
-Model = torch.nn.Module | Mapping[str, Tensor]
-# Options of a group that the core has by the same name. Weight decay, its mask and other options are handled apart.
-_OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "moment_dtype", "compensate", "asynchronous")
-
 
 def export_state(
-    optimizer: ACProp, model: Model, hyperparameters: acprop_core.ACProp | None = None
+    optimizer: Optimizer | dict[str, Any], model: Model, hyperparameters: acprop_core.ACProp | None = None
 ) -> tuple[acprop_core.ACProp, State]:
     """Return hyperparameters and state of an optimizer, for `acprop_core.save` or another adapter's `import_state`.
 
@@ -32,8 +26,10 @@ def export_state(
 
     Parameters
     ----------
-    optimizer : ACProp
-        Its groups may differ in `weight_decay` if that is 0 or one other number; it becomes the mask.
+    optimizer : ACProp, torch.optim.Adam, torch.optim.AdamW, or the state_dict of one of them
+        Its groups may differ in `weight_decay` if that is 0 or one other number; it becomes the mask. A state_dict
+        should have names, as if the optimizer was made with ``named_parameters``. Without names it must have one group
+        of as many parameters as the model, and their order is taken to be the model's.
     model : Module, or mapping of names to parameters
         Gives every parameter its name, as ``named_parameters`` does.
     hyperparameters : acprop_core.ACProp, optional
@@ -42,7 +38,9 @@ def export_state(
     Returns
     -------
     acprop_core.ACProp
-        The learning rate is the current one, even if a scheduler set it.
+        The learning rate is the current one, even if a scheduler set it. Adam and AdamW are
+        ``ACProp(..., eps_root=0.0, asynchronous=False, centering="none")``. Their moments have the dtype of their
+        parameters; if that is float16 or bfloat16 for all, it is the `moment_dtype`.
     acprop_core.State
         Copies, as NumPy arrays by name. The moments of a parameter that has taken no step yet (frozen, without a
         gradient so far, or not in the optimizer) are None. A complex parameter counts as two real ones, as in the
@@ -55,9 +53,10 @@ def export_state(
     ------
     ValueError
         If parameters have taken different numbers of steps, the model lacks one of the optimizer's, or groups
-        differ, maximize, or decay in the L2 form, which the core cannot express.
+        differ, maximize, or decay in the L2 form, which the core cannot express. If Adam has ``amsgrad=True``, or a
+        state_dict does not tell the names of its parameters.
     TypeError
-        If the optimizer is not an ACProp.
+        If the optimizer is not an ACProp, Adam or AdamW.
 
     Notes
     -----
@@ -73,13 +72,12 @@ def export_state(
     >>> hyper.learning_rate, state.count, sorted(state.mu)
     (0.001, 1, ['bias', 'weight'])
     """
-    named = _named(optimizer, model)
+    run = run_of_state_dict(optimizer, model) if isinstance(optimizer, dict) else run_of(optimizer, model)
     if hyperparameters is None:
-        hyperparameters = _hyperparameters(optimizer, named)
+        hyperparameters = hyperparameters_of(run)
     if not isinstance(hyperparameters, acprop_core.ACProp):
         raise TypeError(f"the hyperparameters are a {type(hyperparameters).__name__}; pass an acprop_core.ACProp")
-    states = {name: optimizer.state[p] for name, (p, _) in named.items() if optimizer.state.get(p)}
-    counts = {int(state["step"]): name for name, state in states.items()}
+    counts = {int(state["step"]): name for name, state in run.states.items()}
     if len(counts) > 1:
         (few, late), *_, (many, early) = sorted(counts.items())
         raise ValueError(
@@ -87,21 +85,21 @@ def export_state(
             "together. Within PyTorch use state_dict"
         )
 
-    compensates = any(group["compensate"] for group in optimizer.param_groups)
+    compensates = any(group["compensate"] for group in run.groups)
     keys = (*MOMENTS, "carry") if compensates else MOMENTS
-    keep = _keeps([p for p, _ in named.values()])
+    keep = _keeps([p for p, _ in run.named.values()])
     # Gather all of them before the first conversion to NumPy, which may fail on this rank while others wait for it.
-    whole = {key: {name: _whole(state[key], keep) for name, state in states.items() if key in state} for key in keys}
+    whole = {key: {name: _whole(x[key], keep) for name, x in run.states.items() if key in x} for key in keys}
 
     def kept(key: str) -> dict[str, Any]:
         found = whole[key]
-        return {name: to_numpy("moment", name, found.get(name)) if keep else found.get(name) for name in named}
+        return {name: to_numpy("moment", name, found.get(name)) if keep else found.get(name) for name in run.named}
 
     return hyperparameters, State(next(iter(counts), 0), *map(kept, keys))
 
 
 def import_state(
-    optimizer: ACProp, model: Model, saved: acprop_core.ACProp, state: State, *, prefer: str | None = None
+    optimizer: Optimizer, model: Model, saved: acprop_core.ACProp, state: State, *, prefer: str | None = None
 ) -> None:
     """Give an optimizer the state that `acprop_core.load` or an `export_state` returned; it is copied.
 
@@ -110,7 +108,7 @@ def import_state(
 
     Parameters
     ----------
-    optimizer : ACProp
+    optimizer : ACProp, torch.optim.Adam or torch.optim.AdamW
         For the parameters of `model`, or some of them.
     model : Module, or mapping of names to parameters
         Gives every parameter its name.
@@ -126,9 +124,10 @@ def import_state(
     ------
     ValueError
         If hyperparameters differ, names are missing or surplus, shapes differ, or the optimizer cannot have the saved
-        hyperparameters; nothing has changed then.
+        hyperparameters, as Adam and AdamW no `eps_root`; nothing has changed then.
     TypeError
-        If dtypes differ, a moment has no content, or the optimizer is not an ACProp; nothing has changed then.
+        If dtypes differ, a moment has no content, or the optimizer is not an ACProp, Adam or AdamW; nothing has changed
+        then.
 
     Notes
     -----
@@ -145,22 +144,24 @@ def import_state(
     tensor(7.)
     """
     saved = check_portable(saved, state)
-    named = _named(optimizer, model)
+    run = run_of(optimizer, model)
     options: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
+    if prefer != "own":
+        _refuse_foreign(run.kind, saved)
     if prefer == "saved":
-        options = list(_options(optimizer, named, saved))
+        options = list(_options(optimizer, run, saved))
     elif prefer != "own":  # the core need not be able to express the options then
-        choose(_hyperparameters(optimizer, named), saved, prefer)
-    groups = [{**group, **new} for group, new in zip(optimizer.param_groups, options, strict=True)]
-    owners = [(p, None if i is None else groups[i]) for p, i in named.values()]
+        choose(hyperparameters_of(run), saved, prefer)
+    groups = [{**group, **new} for group, new in zip(run.groups, options, strict=True)]
+    owners = [(p, None if i is None else groups[i]) for p, i in run.named.values()]
     like = [None if group is None else _like(group, p) for p, group in owners]
     compensated = [group is not None and has_carry(group, p) for p, group in owners]
     carries = [p if has_carry else None for (p, _), has_carry in zip(owners, compensated, strict=True)]
     compensates = any(group["compensate"] for group in groups)
-    rows = match_names(state, list(named), State(0, like, like, carries if compensates else None))
+    rows = match_names(state, list(run.named), State(0, like, like, carries if compensates else None))
     new_states = [
-        None if row[0] is None else _state_of(name, group, p, state.count, row)
-        for name, (p, group), row in zip(named, owners, rows, strict=True)
+        None if row[0] is None else _state_of(name, group, p, state.count, row, run.kind)
+        for name, (p, group), row in zip(run.named, owners, rows, strict=True)
         if group is not None
     ]
     for group, new in zip(optimizer.param_groups, options, strict=True):
@@ -172,64 +173,16 @@ def import_state(
             optimizer.state[p] = new_state
 
 
-_Named = dict[str, tuple[Tensor, int | None]]  # the parameter, and which group it is in
-
-
-def _named(optimizer: ACProp, model: Model) -> _Named:
-    if not isinstance(optimizer, ACProp):
-        raise TypeError(
-            f"the optimizer is a {type(optimizer).__name__}; pass an acprop_torch.ACProp. If it wraps one, pass a "
-            "plain one that has loaded its state_dict"
-        )
-    if not isinstance(model, torch.nn.Module | Mapping):
-        raise TypeError(f"the model is a {type(model).__name__}; pass a Module, or a mapping of names to parameters")
-    groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    pairs = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
-    named = {name: (p, groups.pop(p, None)) for name, p in pairs}
-    if groups:
-        p, i = next(iter(groups.items()))
+def _refuse_foreign(kind: Kind, saved: acprop_core.ACProp) -> None:
+    """Refuse hyperparameters that no optimizer of this kind can have."""
+    if apart := [f"{key}={getattr(saved, key)!r}" for key, x in kind.fixed.items() if getattr(saved, key) != x]:
         raise ValueError(
-            f"parameter group {i} has a parameter of shape {tuple(p.shape)} that the model does not have; pass the "
-            "model whose parameters the optimizer was made for"
+            f"torch.optim.Adam and AdamW cannot have {', '.join(apart)}, as the saved state has; import it into an "
+            "acprop_torch.ACProp with these options, or use prefer='own' to continue as Adam does"
         )
-    return named
 
 
-def _hyperparameters(optimizer: ACProp, named: _Named) -> acprop_core.ACProp:
-    """Return the options of all groups as one optimizer of the core, or say why that is not possible."""
-    remedy = "pass the hyperparameters to record to export_state, or prefer='own' to import_state"
-    records: list[dict[str, Any]] = []
-    decays = [float(group["weight_decay"]) for group in optimizer.param_groups]
-    for i, (group, decay) in enumerate(zip(optimizer.param_groups, decays, strict=True)):
-        if group["maximize"]:
-            raise ValueError(f"parameter group {i} has maximize=True, which the other hosts do not have; {remedy}")
-        if decay and not group["decoupled_weight_decay"]:
-            raise ValueError(
-                f"parameter group {i} has weight_decay={decay} with decoupled_weight_decay=False, the L2 form, which "
-                f"the other hosts do not have; {remedy}"
-            )
-        b1, b2 = map(float, pair_of(group["betas"]))
-        others = {key: float(x) if is_number(x := group[key]) else x for key in _OPTIONS}
-        records.append({"learning_rate": float(group["lr"]), "b1": b1, "b2": b2, **others})
-    for i, record in enumerate(records):
-        if apart := [f"{key} {records[0][key]} and {x}" for key, x in record.items() if x != records[0][key]]:
-            raise ValueError(
-                f"parameter groups 0 and {i} have {', '.join(apart)}; the other hosts have one for all parameters. "
-                f"{remedy}"
-            )
-    if len(set(decays) - {0.0}) > 1:
-        raise ValueError(
-            f"parameter groups have weight_decay {', '.join(map(str, decays))}; the other hosts have one, and a mask. "
-            f"{remedy}"
-        )
-    mask = (
-        None if len(set(decays)) == 1 else {name: i is not None and decays[i] != 0.0 for name, (_, i) in named.items()}
-    )
-    # not by the constructor, because a schedule may have left numbers below 0
-    return with_values(acprop_core.ACProp(), **records[0], weight_decay=max(decays, key=abs), mask=mask)
-
-
-def _options(optimizer: ACProp, named: _Named, saved: acprop_core.ACProp) -> Iterator[dict[str, Any]]:
+def _options(optimizer: Optimizer, run: Run, saved: acprop_core.ACProp) -> Iterator[dict[str, Any]]:
     """Yield the options of each group that correspond to the saved hyperparameters."""
     for name in ("learning_rate", "weight_decay", "mask"):
         if callable(getattr(saved, name)):
@@ -238,23 +191,24 @@ def _options(optimizer: ACProp, named: _Named, saved: acprop_core.ACProp) -> Ite
                 "prefer='own' to import_state"
             )
     mask: Any = saved.mask or {}
-    for i in range(len(optimizer.param_groups)):
-        names = [name for name, (_, own) in named.items() if own == i]
+    for i, group in enumerate(optimizer.param_groups):
+        names = [name for name, (_, own) in run.named.items() if own == i]
         decay = {mask.get(name, True) for name in names}
         if len(decay) > 1 and saved.weight_decay:
             raise ValueError(
                 f"some parameters of group {i} decay in the saved state and some do not; "
                 "put these into a group of their own"
             )
-        yield {
+        options = {
             "lr": saved.learning_rate,
             "betas": (saved.b1, saved.b2),
             "weight_decay": saved.weight_decay if any(decay) else 0.0,
             "decoupled_weight_decay": True,
             "maximize": False,
-            **{key: getattr(saved, key) for key in _OPTIONS},
+            **{key: getattr(saved, key) for key in OPTIONS},
             "moment_dtype": None if saved.moment_dtype is None else getattr(torch, saved.moment_dtype),
         }
+        yield {key: value for key, value in options.items() if key in group}
 
 
 def _set(group: dict[str, Any], key: str, value: Any) -> None:
@@ -273,11 +227,13 @@ def _like(group: dict[str, Any], p: Tensor) -> Tensor:
     return _real(torch.empty(p.shape, dtype=dtype_of_moments(group, p), device="meta"))
 
 
-def _state_of(name: str, group: dict[str, Any], p: Tensor, count: int, row: tuple[Any, Any, Any]) -> dict[str, Tensor]:
-    made = begin(group, p, float(count))
+def _state_of(
+    name: str, group: dict[str, Any], p: Tensor, count: int, row: tuple[Any, Any, Any], kind: Kind
+) -> dict[str, Tensor]:
+    made = begin(group, p, float(count), kind)
     if has_carry(group, p):
         made["carry"] = torch.zeros_like(p, requires_grad=False)
-    for key, x in zip((*MOMENTS, "carry"), row, strict=True):
+    for key, x in zip((*kind.moments, "carry"), row, strict=True):
         if x is not None:
             whole = made[key]
             own = whole.to_local() if _is_sharded(whole) else whole

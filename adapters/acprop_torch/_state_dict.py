@@ -1,10 +1,10 @@
-"""The state of a parameter: how it begins, checks of a loaded one, and the translation of the authors' own."""
+"""The state of a parameter: how it begins, checks of a loaded one, and the translation of other optimizers' own."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,9 +21,44 @@ KEYS = {"step", *MOMENTS}
 _EXPANDED = 1  # what `overlap` returns
 
 
-def begin(group: dict[str, Any], p: Tensor, count: float = 0.0) -> dict[str, Tensor]:
+class Kind(NamedTuple):
+    """What a class of optimizers keeps, as far as it differs from ACProp.
+
+    Attributes
+    ----------
+    moments : two str
+        Their keys in the state of a parameter.
+    options : tuple of str
+        By these options a parameter group is known to be of this class.
+    fixed : dict
+        Options of ACProp that the class lacks, with the values that describe its steps.
+    """
+
+    moments: tuple[str, str]
+    options: tuple[str, ...]
+    fixed: dict[str, Any]
+
+
+_OF_ALL = ("lr", "betas", "eps", "weight_decay")
+ACPROP = Kind(MOMENTS, (*_OF_ALL, "eps_root"), {})
+AUTHORS = Kind(MOMENTS, _OF_ALL, {})
+ADAM = Kind(  # torch's Adam and AdamW, whose moments always have their parameter's dtype
+    ("exp_avg", "exp_avg_sq"),
+    (*_OF_ALL, "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"),
+    {"asynchronous": False, "centering": "none", "eps_root": 0.0, "clip_exponent": None, "compensate": False},
+)
+
+
+def kind_of(group: dict[str, Any]) -> Kind:
+    """Return the kind of optimizer that a saved parameter group is of, ACProp's if it is another."""
+    if "eps_root" not in group and group.keys() >= {*ADAM.options}:
+        return ADAM
+    return ACPROP if {"eps_root", "maximize"} & group.keys() else AUTHORS
+
+
+def begin(group: dict[str, Any], p: Tensor, count: float = 0.0, kind: Kind = ACPROP) -> dict[str, Tensor]:
     """Return the state of a parameter before its first step, or with another count."""
-    zeros = {key: torch.zeros_like(p, dtype=dtype_of_moments(group, p), requires_grad=False) for key in MOMENTS}
+    zeros = {key: torch.zeros_like(p, dtype=dtype_of_moments(group, p), requires_grad=False) for key in kind.moments}
     return {"step": step_count(group, p, count), **zeros}
 
 
@@ -36,6 +71,8 @@ def step_count(group: dict[str, Any], p: Tensor, value: float) -> Tensor:
 
 def dtype_of_moments(group: dict[str, Any], p: Tensor) -> torch.dtype:
     """Return the dtype of the moments of this parameter."""
+    if "moment_dtype" not in group:  # a group of torch's Adam
+        return p.dtype
     wanted = group["moment_dtype"]
     mu, _ = moment_dtypes(dtype_name(p.dtype), None if wanted is None else dtype_name(wanted))
     return getattr(torch, mu) if mu is not None else wanted.to_complex()
@@ -108,9 +145,9 @@ def refuse_layout(name: str, p: Tensor, grad: Tensor) -> NoReturn:
     raise RuntimeError("ACProp does not support sparse gradients, please consider SparseAdam instead")
 
 
-def refuse_incomplete(name: str, state: dict[str, Any]) -> NoReturn:
+def refuse_incomplete(name: str, state: dict[str, Any], kind: Kind = ACPROP) -> NoReturn:
     """Refuse a state that lacks something."""
-    missing = ", ".join(sorted(map(repr, KEYS - state.keys())))
+    missing = ", ".join(sorted(map(repr, {"step", *kind.moments} - state.keys())))
     raise ValueError(f"the state of {name} lacks {missing}; clear `optimizer.state`, or load a state_dict")
 
 
@@ -158,8 +195,11 @@ def check_tensors(owner: str, own: dict[str, Any], p: Tensor) -> None:
             raise ValueError(f"{name} of {owner} is {kind}; load a dense tensor")
 
 
-def translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a state_dict of this class, translated if it is the authors'; refuse other optimizers'."""
+def read(state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Kind], dict[Any, dict[str, Any]]]:
+    """Return the groups of a state_dict, the kind of each, and the states that are not empty; refuse other optimizers'.
+
+    The states are in the words of ACProp: the second moment is `exp_avg_var`.
+    """
     saved, states = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(states, dict) or not isinstance(saved, list) or not all(isinstance(x, dict) for x in saved):
         raise ValueError(
@@ -170,37 +210,35 @@ def translated(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict
         if not isinstance(states.get(key, {}), dict):
             raise TypeError(f"the state of parameter {key} is a {type(states[key]).__name__}; load a dict")
     states = {key: state for key, state in states.items() if isinstance(state, dict) and state}
-    theirs = [not {"eps_root", "maximize"} & set(group) for group in saved]
-    parts = [
-        (f"parameter group {i}", group, ("lr", "betas", "eps", "weight_decay", *(() if old else ("eps_root",))))
-        for i, (group, old) in enumerate(zip(saved, theirs, strict=True))
+    kinds = list(map(kind_of, saved))
+    kind_of_key = {key: kind for kind, group in zip(kinds, saved, strict=True) for key in group.get("params", ())}
+    parts = [(f"parameter group {i}", group, ("params", *kinds[i].options)) for i, group in enumerate(saved)]
+    parts += [
+        (f"the state of parameter {key}", state, ("step", *kind_of_key.get(key, ACPROP).moments))
+        for key, state in states.items()
     ]
-    parts += [(f"the state of parameter {key}", state, ("step", *MOMENTS)) for key, state in states.items()]
     for name, part, wanted in parts:
         if missing := [key for key in wanted if key not in part]:
             raise ValueError(
                 f"{name} lacks {', '.join(map(repr, missing))}: it belongs to another optimizer; "
                 "load one that ACProp saved"
             )
-    if not any(theirs) or len(saved) != len(groups):  # the base class refuses another number of groups
-        return state_dict
-    return {
-        **state_dict,
-        "param_groups": [_group_of_authors(i, *pair) for i, pair in enumerate(zip(saved, groups, strict=True))],
-        "state": {
-            **state_dict["state"],
-            # their code adds eps to the second moment when it is used, not when it is made
-            **{
-                key: {**states[key], "exp_avg_var": states[key]["exp_avg_var"] + group["eps"]}
-                for group in saved
-                for key in group["params"]
-                if key in states
-            },
-        },
-    }
+    if strays := [key for key in state_dict["state"] if isinstance(key, int) and key not in kind_of_key]:
+        raise ValueError(
+            f"the state_dict has the state of parameter {strays[0]}, which none of its parameter groups has; "
+            "load the dict that state_dict() of ACProp returned"
+        )
+    return saved, kinds, {key: in_our_words(kind_of_key.get(key, ACPROP), state) for key, state in states.items()}
 
 
-def _group_of_authors(i: int, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def in_our_words(kind: Kind, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter with the keys that ACProp has for it."""
+    if kind.moments == MOMENTS:
+        return state
+    return {"step": state["step"], **{ours: state[key] for ours, key in zip(MOMENTS, kind.moments, strict=True)}}
+
+
+def _translated_group(i: int, kind: Kind, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     rectified = saved.get("rectify") or any(x is not None for row in saved.get("buffer", ()) for x in row)
     for option, used in (("amsgrad", saved.get("amsgrad")), ("rectify", rectified)):
         if used:
@@ -208,27 +246,48 @@ def _group_of_authors(i: int, saved: dict[str, Any], group: dict[str, Any]) -> d
                 f"parameter group {i} comes from a run with {option}=True, which is another algorithm than ACProp's; "
                 "finish that run with the optimizer that began it, or start anew"
             )
+    if kind is ADAM:
+        wanted = {key: ADAM.fixed[key] for key in ("asynchronous", "centering")}
+        if apart := [f"{key}={own[key]!r}" for key, value in wanted.items() if own[key] != value]:
+            raise ValueError(
+                f"parameter group {i} is of torch.optim.Adam or AdamW, whose moments mean something else with "
+                f"{' and '.join(apart)}, as here; make this optimizer with "
+                f"{' and '.join(f'{key}={value!r}' for key, value in wanted.items())}, or start anew"
+            )
     kept = {key: value for key, value in saved.items() if key not in ("amsgrad", "rectify", "buffer")}
-    return {**{key: value for key, value in group.items() if key != "params"}, **kept, "eps_root": saved["eps"]}
+    eps_root = saved["eps"] if kind is AUTHORS else ADAM.fixed["eps_root"]
+    return {**{key: value for key, value in own.items() if key != "params"}, **kept, "eps_root": eps_root}
+
+
+def _translated_state(kind: Kind, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    if kind is AUTHORS:  # their code adds eps to the second moment when it is used, not when it is made
+        return {**state, "exp_avg_var": state["exp_avg_var"] + group["eps"]}
+    if kind is ADAM and group["maximize"]:  # it averages the negated gradient, ACProp the gradient itself
+        return {**state, "exp_avg": -state["exp_avg"]}
+    return state
 
 
 def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return a state_dict, translated if it is the authors'; refuse one that this optimizer cannot continue."""
-    saved = translated(state_dict, optimizer.param_groups)
-    for i, group in enumerate(saved["param_groups"]):
+    """Return a state_dict, translated if it is the authors' or Adam's; refuse one that cannot be continued here."""
+    saved, kinds, states = read(state_dict)
+    if len(saved) != len(optimizer.param_groups):  # the base class refuses it
+        return state_dict
+    groups = [
+        group if kind is ACPROP else _translated_group(i, kind, group, own)
+        for i, (kind, group, own) in enumerate(zip(kinds, saved, optimizer.param_groups, strict=True))
+    ]
+    for i, group in enumerate(groups):
         options = {**optimizer.defaults, **group}
         check_options(options, True, functools.partial(str, f" of parameter group {i}"))
         check_flags(options)
-    keys = {key for group in saved["param_groups"] for key in group["params"]}
-    if strays := [key for key in saved["state"] if isinstance(key, int) and key not in keys]:
-        raise ValueError(
-            f"the state_dict has the state of parameter {strays[0]}, which none of its parameter groups has; "
-            "load the dict that state_dict() of ACProp returned"
-        )
-    for key, _, p in owners(saved, optimizer):
-        if own := saved["state"].get(key):
+    new = {**state_dict, "param_groups": groups, "state": {**state_dict["state"], **states}}
+    for key, _, p in owners(new, optimizer):
+        if own := new["state"].get(key):
             check_state(key, own, p)
-    return saved
+    for kind, group in zip(kinds, groups, strict=True):
+        for key in states.keys() & {*group["params"]}:
+            new["state"][key] = _translated_state(kind, group, states[key])
+    return new
 
 
 def owners(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, dict[str, Any], Tensor]]:

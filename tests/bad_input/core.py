@@ -30,6 +30,7 @@ from bad_input.rows import (
     REAL,
     STRUCTURE,
     THE_STATE,
+    TRUE_OR_FALSE,
     WRONG_NUMBERS,
     Bad,
     From,
@@ -294,6 +295,8 @@ OPTIONS = [
       for name in ("b1", "b2") for x in (1, 1.5)),
     *(bad(f"centering: {x!r}", "option", {"centering": x}, ValueError, f"centering is {x!r}; {CENTERING}")
       for x in ("Current", None, 1, ["current"])),
+    *(bad(f"asynchronous: {x!r}", "option", {"asynchronous": x}, TypeError, f"asynchronous is {x!r}; {TRUE_OR_FALSE}")
+      for x in ("no", None, 0, np.True_)),
     *(bad(f"moment_dtype: {x}", "option", {"moment_dtype": x}, ValueError, "moment_dtype is", ONE_KIND)
       for x in ("int32", "float8", "double", np.complex64, int)),
     bad("moment_dtype: one that the library lacks", "moment_dtype",

@@ -28,6 +28,7 @@ from bad_input.rows import (
     OWN_ERROR,
     REAL,
     SOME_KIND,
+    TRUE_OR_FALSE,
     WRONG_NUMBERS,
     WRONG_VALUES,
     Bad,
@@ -211,6 +212,7 @@ OPTAX_OPTIONS: list[Bad] = [
         "learning_rate is an array of array_api_strict", "convert it"),
     bad("learning_rate: missing", "no_options", {}, TypeError, "learning_rate"),
     bad("an option that is none", "option", {"amsgrad": True}, TypeError, "unexpected keyword argument 'amsgrad'"),
+    bad("asynchronous: 1", "option", {"asynchronous": 1}, TypeError, f"asynchronous is 1; {TRUE_OR_FALSE}"),
     bad("centering: unknown", "option", {"centering": "x"}, ValueError, f"centering is 'x'; {CENTERING}"),
     bad("moment_dtype: int", "option", {"moment_dtype": int}, ValueError, "moment_dtype is", SOME_KIND),
     *table("mask: ", "option", "mask", [

@@ -31,6 +31,7 @@ from bad_input.rows import (
     SOME_NUMBER,
     STRUCTURE,
     THE_STATE,
+    TRUE_OR_FALSE,
     WRONG_VALUES,
     Bad,
     From,
@@ -301,6 +302,7 @@ OPTIONS = [
     ("b1", 1.0, ValueError, "below 1"),
     ("b2", jnp.float32(0.9), TypeError, NUMBERS_ONLY),
     ("centering", "next", ValueError, CENTERING),
+    ("asynchronous", 0, TypeError, TRUE_OR_FALSE),
     ("moment_dtype", "int8", ValueError, SOME_KIND),
 ]
 WINDOWS = np.lib.stride_tricks.sliding_window_view

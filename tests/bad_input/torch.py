@@ -253,6 +253,9 @@ OTHERS = [
     ("centering", "next", ValueError, f"centering is 'next'; {CENTERING}"),
     ("centering", None, ValueError, f"centering is None; {CENTERING}"),
     ("centering", ["current"], ValueError, f"centering is ['current']; {CENTERING}"),
+    ("asynchronous", None, TypeError, f"asynchronous is None; {TRUE_OR_FALSE}"),
+    ("asynchronous", [True], TypeError, f"asynchronous is [True]; {TRUE_OR_FALSE}"),
+    ("compensate", [True], TypeError, f"compensate is [True]; {TRUE_OR_FALSE}"),
     ("moment_dtype", "float32", TypeError, f"moment_dtype is 'float32'; {A_DTYPE}"),
     ("moment_dtype", np.float32, TypeError, A_DTYPE),
     ("moment_dtype", torch.int32, ValueError, f"moment_dtype is torch.int32; {SOME_KIND}"),
@@ -347,12 +350,21 @@ STATE_DICTS = [
     ("no groups", {"state": {}}, ValueError, f"or a {DICTS} 'param_groups'", RETURNED),
     ("a model's", {"fc.weight": torch.ones(2)}, ValueError, "lacks a dict 'state'", "not a model's"),
     ("AdamW's", From(lambda w: adamw().state_dict()), ValueError,
+     "parameter group 0 is of torch.optim.Adam or AdamW, whose moments mean something else with asynchronous=True and "
+     "centering='current', as here; make this optimizer with asynchronous=False and centering='none', or start anew"),
+    ("AdamW's with amsgrad", From(lambda w: adamw(amsgrad=True).state_dict()), ValueError,
+     "parameter group 0 comes from a run with amsgrad=True, which is another algorithm"),
+    ("NAdam's", From(lambda w: torch.optim.NAdam([torch.ones(4)]).state_dict()), ValueError,
+     "parameter group 0 lacks 'eps_root': it belongs to another optimizer; load one that ACProp saved"),
+    ("RAdam's", From(lambda w: torch.optim.RAdam([torch.ones(4)]).state_dict()), ValueError,
      "parameter group 0 lacks 'eps_root': it belongs to another optimizer; load one that ACProp saved"),
 ]
 CHANGED = [
     ("no state", lambda s: {"param_groups": s["param_groups"]}, ValueError, "lacks a dict 'state'", RETURNED),
     ("state a list", lambda s: {**s, "state": []}, ValueError, "lacks a dict 'state'", RETURNED),
     ("groups a string", lambda s: {**s, "param_groups": "ab"}, ValueError, f"{DICTS} 'param_groups'", RETURNED),
+    ("a group without parameters", lambda s: s["param_groups"][1].pop("params"), ValueError,
+     "parameter group 1 lacks 'params'"),
     ("a group of None", lambda s: {**s, "param_groups": [None]}, ValueError, DICTS, RETURNED),
     ("no group", lambda s: {**s, "state": {}, "param_groups": []}, ValueError, "different number of parameter groups"),
     ("a shorter group", lambda s: s["param_groups"][1].update(params=[]), ValueError,
@@ -410,13 +422,14 @@ SPOILT: list[tuple[str, Any, type[Exception], str]] = [
     ("clip_exponent", [0.25], TypeError, f"clip_exponent is [0.25]; {NUMBER_OR_NONE}"),
     ("clip_exponent", -1.0, ValueError, "clip_exponent is -1.0"),
     ("centering", "next", ValueError, f"centering is 'next'; {CENTERING}"),
+    ("asynchronous", "no", TypeError, f"asynchronous is 'no'; {TRUE_OR_FALSE}"),
     ("moment_dtype", "float32", TypeError, f"moment_dtype is 'float32'; {A_DTYPE}"),
 ]
 FIRST = "first moment of 'b'"
 
 
-def adamw() -> torch.optim.Optimizer:
-    return torch.optim.AdamW([{"params": [torch.ones(4)]}, {"params": [torch.ones(6)]}])
+def adamw(**options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": [torch.ones(4)]}, {"params": [torch.ones(6)]}], **options)
 
 
 TORCH_STATES: list[Bad] = [
@@ -432,8 +445,15 @@ TORCH_STATES: list[Bad] = [
         f"maximize is 'no'; {TRUE_OR_FALSE}"),
     *table("import_state: ", "import_into", "optimizer", [
         ("into no optimizer", None, TypeError, f"the optimizer is a NoneType; {AN_OPTIMIZER}"),
-        ("into AdamW", From(lambda w: torch.optim.AdamW(w.model.parameters())), TypeError,
-         f"the optimizer is a AdamW; {AN_OPTIMIZER}"),
+        ("into SGD", From(lambda w: torch.optim.SGD(w.model.parameters())), TypeError,
+         f"the optimizer is a SGD; {AN_OPTIMIZER}"),
+        ("into a state_dict", From(lambda w: w.optimizer.state_dict()), TypeError,
+         f"the optimizer is a dict; {AN_OPTIMIZER}"),
+        ("into AdamW", From(lambda w: torch.optim.AdamW(w.model.parameters())), ValueError,
+         "AdamW cannot have asynchronous=True, centering='current', eps_root=1e-16, as the saved state has; import it "
+         "into an acprop_torch.ACProp with these options, or use prefer='own'"),
+        ("into Adam with amsgrad", From(lambda w: torch.optim.Adam(w.model.parameters(), amsgrad=True)), ValueError,
+         "parameter group 0 of Adam has amsgrad=True", "use an optimizer without amsgrad"),
     ]),
     *table("import_state: ", "import_for", "model", [
         ("model a list", From(lambda w: [w.a, w.b]), TypeError,
