@@ -453,12 +453,12 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
     numbers = Numbers(*map(fit, numbers))
     eps = numbers.eps
     if type(eps) in (float, int):
-        return numbers._replace(eps=normal(eps, smallest_normal))
+        return numbers._replace(eps=_raised(eps, smallest_normal))
     return numbers._replace(eps=xp.where(eps < smallest_normal, xp.full_like(eps, smallest_normal), eps))
 
 
-def normal(eps: float, smallest_normal: float) -> float:
-    """Return a Python number `eps` as `cast` does."""
+def _raised(eps: float, smallest_normal: float) -> float:
+    # a function of its own, because Numba, which compiles this for Python numbers, cannot compile `cast`
     return max(eps, smallest_normal)
 
 

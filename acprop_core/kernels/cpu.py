@@ -274,7 +274,7 @@ def _numbers_of(asynchronous: bool, compensates: bool, dtype: str) -> Any:
             real(k.scale),
             real(k.offset),
             real(k.mean_scale),
-            real(rule.normal(k.eps, smallest_normal)),
+            real(rule._raised(k.eps, smallest_normal)),
             real(k.limit),
             real(k.old_weight1),
             real(k.new_weight1),

@@ -35,7 +35,7 @@ NAMESPACE = {
 """For `rule.step`; `rounded` must be added."""
 
 for _function in (
-    *(rule.numbers_of, rule.normal),
+    *(rule.numbers_of, rule._raised),
     *(rule._bias_correction, rule._log, rule._limit, rule._dither, rule._widest_float),
 ):
     register_jitable(_function)
