@@ -23,7 +23,7 @@ def why_no_numba() -> str | None:
 
         from acprop_core.kernels.disk import compiled
 
-        if numba.config.DISABLE_JIT:
+        if getattr(numba.config, "DISABLE_JIT", 0):
             return "Numba compiles nothing, because NUMBA_DISABLE_JIT is set"
         if compiled(_make_add_one, "int64(int64)", {}, "add one")(1) != 2:
             return "Numba computes 1 + 1 wrongly"
