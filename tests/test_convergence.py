@@ -26,7 +26,7 @@ RESULTS = ROOT / "docs" / "benchmarks" / "convergence.json"
 def test_the_runs_of_a_sweep_are_those_of_single_runs(make):
     task = make()._replace(steps=convergence.POINTS)
     rates, seeds = (1e-3, 1e-2), (0, 3)
-    together = convergence.sweep(task, "ACProp", rates, seeds)
+    together = convergence.sweep(task, convergence.OPTIMIZERS["ACProp"], rates, seeds)
     params, batches = convergence.beginnings(task, (3,))
     params, batches = jax.tree.map(lambda x: x[0], (params, batches))
     alone = jax.jit(

@@ -234,6 +234,14 @@ def test_the_language_model_trains(tmp_path: Path) -> None:
     assert (tmp_path / "language_model.png").stat().st_size > 10_000
 
 
+def test_the_adamw_run_moves(tmp_path: Path) -> None:
+    script = ROOT / "docs" / "examples" / "move_adamw.py"
+    run = [sys.executable, script, "--steps", "12", "--out", tmp_path]
+    printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"^largest difference of the two runs' losses: \S+e-1[3-9]$", printed, re.MULTILINE)
+    assert (tmp_path / "move_adamw.png").stat().st_size > 10_000
+
+
 def test_the_16_bit_models_train(tmp_path: Path) -> None:
     script = ROOT / "docs" / "examples" / "sixteen_bit.py"
     run = [sys.executable, script, "--steps", "2", "--out", tmp_path]

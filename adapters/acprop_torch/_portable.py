@@ -64,6 +64,7 @@ def export_state(
 
     Examples
     --------
+    >>> from acprop_torch import ACProp
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = ACProp(model.parameters(), lr=1e-3, clip_exponent=0.25)
     >>> model(torch.ones(1, 2)).sum().backward()
@@ -136,6 +137,7 @@ def import_state(
     Examples
     --------
     >>> import numpy as np
+    >>> from acprop_torch import ACProp
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = ACProp(model.parameters(), lr=1e-3, clip_exponent=0.25)
     >>> zeros = {"weight": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}

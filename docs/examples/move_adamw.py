@@ -220,13 +220,16 @@ def draw(stayed: list[float], moved: list[float], borders: tuple[int, int], file
     above.plot(steps, smooth[1], color="C0", linewidth=1.5, label="PyTorch, then JAX, then PyTorch")
     above.set(ylabel="loss (nats a character)", title="An AdamW run that moves: a transformer in float64")
     above.legend()
-    below.semilogy(np.arange(1, len(stayed) + 1), np.maximum(np.abs(np.subtract(stayed, moved)), 1e-17), color="C0")
-    below.set(xlabel="step", ylabel="difference of the losses")
+    below.plot(np.arange(1, len(stayed) + 1), np.subtract(moved, stayed), color="C0")
+    below.set(xlabel="step", ylabel="moved minus stayed")
     for axes in (above, below):
-        for border, name in zip(borders, ("to optax.adamw", "to torch AdamW"), strict=True):
+        for border in borders:
             axes.axvline(border, color="C3", linestyle=":")
-            axes.annotate(name, (border, 0.97), xycoords=("data", "axes fraction"), va="top", color="C3", fontsize=8)
         axes.grid(alpha=0.3)
+    for border, name in zip(borders, ("optax.adamw", "torch.optim.AdamW"), strict=True):
+        above.annotate(
+            f"  {name}", (border, 0.97), xycoords=("data", "axes fraction"), va="top", color="C3", fontsize=9
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 

@@ -5,8 +5,8 @@
 A point of the grid converges if, for the best of the learning rates from 1e-5 to 1, x is nearer than 0.01 to the
 optimum on average over the last 1,000 of 10,000 steps. The area is the share of points that converge.
 convergence_area.png is for beta1 = 0.9. convergence_area.json and .md have the areas for every beta1, for fewer
-learning rates and for more steps. `--quick` takes a coarse grid of short periods, in which every optimizer has enough
-steps.
+learning rates and for more steps, and those of the two asynchronous optimizers with and without their first step.
+`--quick` takes a coarse grid of short periods, in which every optimizer has enough steps.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from counterexamples import DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Grid, solve
+from counterexamples import DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Grid, Optimizer, corner, solve
 from output import options, table, write
 
 NEAR = 0.01
@@ -29,6 +29,10 @@ CLASSES = (  # of the distance from the optimum; colours of Okabe and Ito
     (NEAR, "#BBBBBB", "within 0.1"),
     (0.1, "#D55E00", "further away"),
 )
+OTHER_FIRST_STEP = {
+    "AdaShift, first step taken": corner("AdaShift"),
+    "ACProp, first step left out": corner("ACProp", skips_first=True),
+}
 ONLY_ADASHIFT = "points where AdaShift converges and ACProp does not"
 
 Areas = dict[str, dict[str, np.ndarray]]  # {problem: {optimizer: mean distances}}, axes (rate, b1, b2, P)
@@ -118,6 +122,19 @@ def by_setting(
     }
 
 
+def by_first_step(areas: Areas, grid: dict[str, Grid], others: Areas) -> dict[str, dict[str, float]]:
+    """Return the areas at the beta1 of the figure of AdaShift and ACProp, as in their papers and the other way."""
+    result: dict[str, dict[str, float]] = {}
+    for problem, distances in areas.items():
+        i = grid[problem].b1.index(DRAWN)
+        published = {f"{name}, as in its paper": distances[name][:, i] for name in ("AdaShift", "ACProp")}
+        others_here = {name: distance[:, 0] for name, distance in others[problem].items()}
+        result[problem] = {
+            name: float(converged(distance).mean()) for name, distance in (published | others_here).items()
+        }
+    return result
+
+
 def text(numbers: dict[str, Any]) -> str:
     """Return the tables of the page."""
     parts = []
@@ -132,6 +149,10 @@ def text(numbers: dict[str, Any]) -> str:
     settings = numbers["first problem by setting"]
     rows = [[name, *(_percent(shares[name]) for shares in settings.values())] for name in OPTIMIZERS]
     parts.append(table([f"first problem: area in %, beta1 = {DRAWN}", *settings], rows))
+    by_problem = numbers["first step"]
+    rows = [[name, *(_percent(shares[name]) for shares in by_problem.values())] for name in by_problem["first"]]
+    header = [f"area in %, beta1 = {DRAWN}", *(f"{problem} problem" for problem in by_problem)]
+    parts.append(table(header, rows))
     return "\n\n".join(parts)
 
 
@@ -144,26 +165,28 @@ def main() -> None:
     """Solve, draw and write."""
     given = options(__doc__)
     grid = grids(given.quick)
-    longer = grid["first"]._replace(b1=(DRAWN,))
-    bar = tqdm(total=3 * len(OPTIMIZERS), unit="solved")
+    at_drawn = {problem: axes._replace(b1=(DRAWN,)) for problem, axes in grid.items()}
+    bar = tqdm(total=3 * len(OPTIMIZERS) + 2 * len(OTHER_FIRST_STEP), unit="solved")
 
-    def areas(problem: str, axes: Grid, steps: int) -> dict[str, np.ndarray]:
+    def areas(problem: str, axes: Grid, steps: int, optimizers: dict[str, Optimizer]) -> dict[str, np.ndarray]:
         distances = {}
-        for name in OPTIMIZERS:
+        for name, optimizer in optimizers.items():
             bar.set_description(f"{problem}, {steps:,} steps, {name}")
             one = axes._replace(b1=axes.b1[:1]) if name in NO_FIRST_MOMENT else axes
-            found = solve(PROBLEMS[problem], name, one, steps)
+            found = solve(PROBLEMS[problem], optimizer, one, steps)
             distances[name] = np.broadcast_to(found, (len(axes.rates), len(axes.b1), *found.shape[2:]))
             bar.update()
         return distances
 
-    solved = {problem: areas(problem, axes, STEPS) for problem, axes in grid.items()}
+    solved = {problem: areas(problem, axes, STEPS, OPTIMIZERS) for problem, axes in grid.items()}
     steps = 2 * STEPS if given.quick else 10 * STEPS
-    more = areas("first", longer, steps)
+    more = areas("first", at_drawn["first"], steps, OPTIMIZERS)
+    others = {problem: areas(problem, axes, STEPS, OTHER_FIRST_STEP) for problem, axes in at_drawn.items()}
     bar.close()
     numbers = {
         **by_b1(solved, grid),
         "first problem by setting": by_setting(solved["first"], more, steps, grid["first"]),
+        "first step": by_first_step(solved, grid, others),
         "criterion": {"distance below": NEAR, "on average over the last steps": LAST, "of": STEPS},
     }
     write(given.out, "convergence_area", draw(solved, grid), numbers, text(numbers))

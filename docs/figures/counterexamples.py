@@ -4,8 +4,9 @@ Both problems are sequences of linear functions of one number, of period P: near
 optimum, and a rare large one points towards it. A synchronous optimizer divides the large gradient by a second moment
 that contains it; an asynchronous one does not.
 
-ACProp is `acprop_core.ACProp`, as in its paper and with the clip. The other four are written here from the equations of
-their papers. Each is a function of one gradient g and one pair of moments,
+Four of the optimizers are the corners of `acprop_core.ACProp`: its two switches, `asynchronous` and `centering`, and
+the eps of the paper in question. RMSProp is not a corner, and is written here. Each is a function of one gradient g and
+one pair of moments,
 
     direction, moments = optimizer(g, t, moments, b1, b2)
 
@@ -23,7 +24,23 @@ import numpy as np
 from acprop_core import ACProp, State
 
 Array = Any
-Moments = tuple[Array, Array]  # m and v; an optimizer that has no m leaves it as it is
+Moments = tuple[Array, Array]  # m and v; RMSProp has no m and leaves it as it is
+Optimizer = Callable[[Array, Array, Moments, Array, Array], tuple[Array, Moments]]
+
+# The two ideas of ACProp's paper, switched off and on.
+CORNERS: dict[str, dict[str, Any]] = {
+    "Adam": {"asynchronous": False, "centering": "none"},  # arXiv:1412.6980, algorithm 1
+    "AdaBelief": {"asynchronous": False, "centering": "current"},  # arXiv:2010.07468, algorithm 2
+    "AdaShift": {"asynchronous": True, "centering": "none"},  # arXiv:1810.00143 with n = 1, so that m_t is g_t
+    "ACProp": {"asynchronous": True, "centering": "current"},  # arXiv:2110.05454, algorithm 2
+}
+# Adam's and AdaShift's papers add eps to the root alone; AdaBelief's and ACProp's add it to the moment too.
+EPS = {
+    "Adam": {"eps": 1e-8, "eps_root": 0.0},
+    "AdaBelief": {"eps": 1e-16, "eps_root": 1e-16},
+    "AdaShift": {"eps": 1e-8, "eps_root": 0.0},
+    "ACProp": {"eps": 1e-16, "eps_root": 1e-16},
+}
 
 
 class Problem(NamedTuple):
@@ -61,48 +78,32 @@ def rmsprop(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tuple
     return g / (jnp.sqrt(v) + 1e-8), (m, v)
 
 
-def adam(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tuple[Array, Moments]:
-    """Divide m_t by the root of v_t (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1)."""
-    m, v = moments
-    m = b1 * m + (1.0 - b1) * g
-    v = b2 * v + (1.0 - b2) * g**2
-    return m / (1.0 - b1**t) / (jnp.sqrt(v / (1.0 - b2**t)) + 1e-8), (m, v)
+def corner(name: str, clip_exponent: float | None = None, skips_first: bool = False) -> Optimizer:
+    """Return the library's optimizer of a corner; AdaShift's paper leaves the first step out, as `skips_first` does."""
 
+    def optimizer(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tuple[Array, Moments]:
+        rule = ACProp(1.0, b1=b1, b2=b2, clip_exponent=clip_exponent, **CORNERS[name], **EPS[name])
+        update, state = rule.update(g, State(t - 1, *moments))
+        return jnp.where(skips_first & (t == 1), 0.0, -update), (state.mu, state.nu)
 
-def adabelief(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tuple[Array, Moments]:
-    """Divide m_t by the root of s_t, centred (Zhuang et al. 2020, arXiv:2010.07468, algorithm 2)."""
-    m, s = moments
-    m = b1 * m + (1.0 - b1) * g
-    s = b2 * s + (1.0 - b2) * (g - m) ** 2 + 1e-16
-    return m / (1.0 - b1**t) / (jnp.sqrt(s / (1.0 - b2**t)) + 1e-16), (m, s)
+    return optimizer
 
 
 def adashift(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tuple[Array, Moments]:
     """Divide by the root of v_{t-1}, not centred (Zhou et al. 2019, arXiv:1810.00143, n = 1, so that m_t is g_t).
 
-    As in its paper, the first n steps do nothing but fill the window.
+    This is the independent transcription of the paper's equations that the tests compare the library with; no figure
+    uses it. As in the paper, the first n steps do nothing but fill the window.
     """
     m, v = moments
     d = g / (jnp.sqrt(v / (1.0 - b2 ** jnp.maximum(t - 1, 1))) + 1e-8)
     return jnp.where(t > 1, d, 0.0), (m, b2 * v + (1.0 - b2) * g**2)
 
 
-def acprop(
-    g: Array, t: Array, moments: Moments, b1: Array, b2: Array, clip_exponent: float | None = None
-) -> tuple[Array, Moments]:
-    """Divide by the root of s_{t-1}, centred: the library itself, with its defaults."""
-    optimizer = ACProp(learning_rate=1.0, b1=b1, b2=b2, clip_exponent=clip_exponent)
-    update, state = optimizer.update(g, State(t - 1, *moments))
-    return -update, (state.mu, state.nu)
-
-
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Optimizer] = {
     "RMSProp": rmsprop,
-    "Adam": adam,
-    "AdaBelief": adabelief,
-    "AdaShift": adashift,
-    "ACProp": acprop,
-    "ACProp, clip 0.25": partial(acprop, clip_exponent=0.25),
+    **{name: corner(name, skips_first=name == "AdaShift") for name in CORNERS},
+    "ACProp, clip 0.25": corner("ACProp", clip_exponent=0.25),
 }
 NO_FIRST_MOMENT = ("RMSProp", "AdaShift")  # b1 does not matter
 LAST = 1000  # steps over which the distance from the optimum is averaged
@@ -117,7 +118,7 @@ class Grid(NamedTuple):
     periods: Sequence[int]
 
 
-def solve(problem: Problem, optimizer: str, grid: Grid, steps: int, trace: bool = False) -> np.ndarray:
+def solve(problem: Problem, optimizer: Optimizer, grid: Grid, steps: int, trace: bool = False) -> np.ndarray:
     """Return the mean distance from the optimum over the last steps, or with `trace` x after every step.
 
     The learning rate of step t is rate / sqrt(t), and x is put back into the interval after each step. The gradients do
@@ -129,9 +130,8 @@ def solve(problem: Problem, optimizer: str, grid: Grid, steps: int, trace: bool 
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))
-def _solve(problem: Problem, optimizer: str, grid: Grid, steps: int, trace: bool) -> Array:
-    one = OPTIMIZERS[optimizer]
-    over_periods = jax.vmap(one, in_axes=(0, None, 0, None, None))
+def _solve(problem: Problem, optimizer: Optimizer, grid: Grid, steps: int, trace: bool) -> Array:
+    over_periods = jax.vmap(optimizer, in_axes=(0, None, 0, None, None))
     over_b2 = jax.vmap(over_periods, in_axes=(None, None, 0, None, 0))
     over_all = jax.vmap(over_b2, in_axes=(None, None, 0, 0, None))
     rates = grid.rates[:, None, None, None]

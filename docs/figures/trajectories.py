@@ -7,7 +7,7 @@ shows the mean of x over each period, and the range of x within it. trajectories
 from the optimum over the last 1,000 of 10,000 steps. `--quick` takes 5,000 steps.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -29,14 +29,20 @@ class Setting(NamedTuple):
 
 SETTINGS = {"first": Setting(DENSE, 0.9, 0.5, 15), "sparse": Setting(SPARSE, 0.9, 0.5, 30)}
 RATE = 0.02
-COLOURS = ("#E69F00", "#555555", "#CC79A7", "#009E73", "#0072B2", "#000000")  # of Okabe and Ito
-LINES = ("-.", "--", ":", "-", "-", (0, (1, 3)))
+LOOKS: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito
+    "RMSProp": {"color": "#E69F00", "linestyle": "-."},
+    "Adam": {"color": "#555555", "linestyle": "--"},
+    "AdaBelief": {"color": "#CC79A7", "linestyle": ":"},
+    "AdaShift": {"color": "#009E73", "linestyle": "-"},
+    "ACProp": {"color": "#0072B2", "linestyle": "-"},
+    "ACProp, clip 0.25": {"color": "#000000", "linestyle": (0, (1, 3))},
+}
 
 
 def trajectory(name: str, setting: Setting, steps: int) -> np.ndarray:
     """Return x after every step."""
     problem, b1, b2, period = setting
-    return solve(problem, name, Grid((RATE,), (b1,), (b2,), (period,)), steps, trace=True).ravel()
+    return solve(problem, OPTIMIZERS[name], Grid((RATE,), (b1,), (b2,), (period,)), steps, trace=True).ravel()
 
 
 def draw(found: dict[str, dict[str, np.ndarray]]) -> Figure:
@@ -44,11 +50,13 @@ def draw(found: dict[str, dict[str, np.ndarray]]) -> Figure:
     figure, panels = plt.subplots(len(found), 1, figsize=(5.6, 7.4), sharex=True, layout="constrained")
     for axes, (title, runs) in zip(panels, found.items(), strict=True):
         problem, b1, b2, period = SETTINGS[title]
-        for (name, x), colour, line in zip(runs.items(), COLOURS, LINES, strict=True):
+        for name, x in runs.items():
             periods = x[: len(x) // period * period].reshape(-1, period)
             t = period * np.arange(1, len(periods) + 1)
-            axes.fill_between(t, periods.min(axis=1), periods.max(axis=1), color=colour, alpha=0.2, linewidth=0)
-            axes.plot(t, periods.mean(axis=1), linestyle=line, color=colour, linewidth=2.0, label=name)
+            axes.fill_between(
+                t, periods.min(axis=1), periods.max(axis=1), color=LOOKS[name]["color"], alpha=0.2, linewidth=0
+            )
+            axes.plot(t, periods.mean(axis=1), linewidth=2.0, label=name, **LOOKS[name])
         low, high = problem.interval
         axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel="x")
         axes.set_title(f"{title} problem: {problem.formula}\nP = {period}, beta1 = {b1}, beta2 = {b2}", fontsize=11)

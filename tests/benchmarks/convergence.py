@@ -13,7 +13,7 @@ began, or is not finite. The runs of one optimizer on one task are a single prog
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from tasks import TASKS, Task
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SEEDS = tuple(range(5))
 POINTS = 20  # of a curve, after the start
-OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
+LIBRARIES = ("jax", "optax", "numpy", "scikit-learn")
+Make = Callable[[Any, float], optax.GradientTransformation]  # from the learning rate and the momentum
+OPTIMIZERS: dict[str, Make] = {
     "ACProp": lambda rate, b1: acprop(rate, b1, clip_exponent=0.25),
     "AdamW": lambda rate, b1: optax.adamw(rate, b1),
     "AdaBelief": lambda rate, b1: optax.adabelief(rate, b1),
@@ -55,7 +57,7 @@ def beginnings(task: Task, seeds: tuple[int, ...]) -> tuple[Any, Any]:
     return jax.tree.map(lambda *x: np.stack(x), *params), jax.tree.map(by_points, *batches)
 
 
-def train(task: Task, make: Callable[..., optax.GradientTransformation], rate: Any, params: Any, batches: Any) -> Any:
+def train(task: Task, make: Make, rate: Any, params: Any, batches: Any) -> Any:
     """Return the losses on the validation data, (points + 1,), and the scores in the end, there and on the test data.
 
     The rate may be traced.
@@ -76,11 +78,11 @@ def train(task: Task, make: Callable[..., optax.GradientTransformation], rate: A
     return jnp.append(first, losses), task.validate(params)[1], task.test(params)[1]
 
 
-def sweep(task: Task, name: str, rates: tuple[float, ...], seeds: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+def sweep(task: Task, make: Make, rates: tuple[float, ...], seeds: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """Return what `train` does for each rate and seed, (rates, seeds, ...)."""
 
     def one(rate: Any, params: Any, batches: Any) -> Any:
-        return train(task, OPTIMIZERS[name], rate, params, batches)
+        return train(task, make, rate, params, batches)
 
     program = jax.jit(jax.vmap(jax.vmap(one, (None, 0, 0)), (0, None, None)))
     results = program(jnp.asarray(rates, jnp.float32), *beginnings(task, seeds))
@@ -127,17 +129,21 @@ def plain(values: np.ndarray) -> list[float | None]:
     return [float(f"{x:.5g}") if np.isfinite(x) else None for x in values]
 
 
-def main() -> None:
-    """Run everything, write the results, print the table."""
-    given = record.arguments(__doc__)
-    rates, seeds, shorter, names = QUICK.values() if given.quick else (RATES, SEEDS, 1, tuple(OPTIMIZERS))
-    tasks = [task._replace(steps=task.steps // shorter) for task in (make() for make in TASKS)]
-    progress = tqdm(total=len(tasks) * len(names), unit="sweep")
+def measure(
+    makers: Sequence[Callable[[], Task]],
+    optimizers: Mapping[str, Make],
+    rates: tuple[float, ...],
+    seeds: tuple[int, ...],
+    shorter: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of every optimizer on every task, and about each task what its table says."""
+    tasks = [task._replace(steps=task.steps // shorter) for task in (make() for make in makers)]
+    progress = tqdm(total=len(tasks) * len(optimizers), unit="sweep")
     found = []
     for task in tasks:
-        for name in names:
+        for name, make in optimizers.items():
             progress.set_description(f"{task.name}, {name}")
-            found += rows(task, name, rates, sweep(task, name, rates, seeds))
+            found += rows(task, name, rates, sweep(task, make, rates, seeds))
             progress.update()
     progress.close()
     about = {
@@ -150,7 +156,15 @@ def main() -> None:
         }
         for task in tasks
     }
-    used = record.versions("jax", "optax", "numpy", "scikit-learn")
+    return found, about
+
+
+def main() -> None:
+    """Run everything, write the results, print the table."""
+    given = record.arguments(__doc__)
+    rates, seeds, shorter, names = QUICK.values() if given.quick else (RATES, SEEDS, 1, tuple(OPTIMIZERS))
+    found, about = measure(TASKS, {name: OPTIMIZERS[name] for name in names}, rates, seeds, shorter)
+    used = record.versions(*LIBRARIES)
     print(convergence_report.write(record.save("convergence", found, given, used, tasks=about)))
 
 

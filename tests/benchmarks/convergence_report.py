@@ -139,10 +139,10 @@ def finish(figure: Any, axes: Any, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def line(ax: Any, name: str, x: list[float], bands: Any, top: float, **options: Any) -> None:
+def line(ax: Any, name: str, look: Row, x: list[float], bands: Any, top: float, **options: Any) -> None:
     """Draw medians, and from the lowest to the highest a band; what is beyond the `top`, or infinite, just above it."""
     middle, low, high = np.minimum(np.asarray(list(bands)), 2.0 * top).T
-    look = {"linewidth": 1.7, "markersize": 5, **LOOKS[name], **options}
+    look = {"linewidth": 1.7, "markersize": 5, **look, **options}
     ax.fill_between(x, low, high, color=look["color"], alpha=0.06 if "without" in name else 0.14, linewidth=0)
     ax.plot(x, middle, label=name, **look)
 
@@ -155,19 +155,28 @@ def draw_rates(result: Row, file: Path) -> None:
     )
     for ax, (task, about) in zip(axes, result["tasks"].items(), strict=True):
         grouped = of(result, task)
-        more = about["more is better"]
-        bands = {
-            name: np.asarray([summary([_lacking(x, more) for x in row["test"]], math.inf) for row in rows])
-            for name, rows in grouped.items()
-        }
-        least = min(x.min() for x in bands.values())
-        # an untrained network is above the frame, or at its upper end
-        top = 1.0 if more else (least + max(rows[0]["start"] for rows in grouped.values())) / 2.0
+        bands, least, top = over_rates(grouped, about)
         for name, rows in grouped.items():
-            line(ax, name, [row["rate"] for row in rows], bands[name], top)
-        score = "test error (1 - accuracy)" if more else about["score"]
-        ax.set(xscale="log", xlabel="learning rate", ylabel=score, ylim=(least / 1.05, top))
+            line(ax, name, LOOKS[name], [row["rate"] for row in rows], bands[name], top)
+        ax.set(xscale="log", xlabel="learning rate", ylabel=drawn_score(about), ylim=(least / 1.05, top))
     finish(figure, axes, file)
+
+
+def over_rates(grouped: dict[str, list[Row]], about: Row) -> tuple[dict[str, np.ndarray], float, float]:
+    """Return the bands of each optimizer, (rates, 3), the least of them, and the upper end of the frame."""
+    more = about["more is better"]
+    bands = {
+        name: np.asarray([summary([_lacking(x, more) for x in row["test"]], math.inf) for row in rows])
+        for name, rows in grouped.items()
+    }
+    least = min(x.min() for x in bands.values())
+    # an untrained network is above the frame, or at its upper end
+    top = 1.0 if more else (least + max(rows[0]["start"] for rows in grouped.values())) / 2.0
+    return bands, least, top
+
+
+def drawn_score(about: Row) -> str:
+    return "test error (1 - accuracy)" if about["more is better"] else about["score"]
 
 
 def _lacking(score: float | None, more_is_better: bool) -> float | None:
@@ -185,7 +194,7 @@ def draw_curves(result: Row, file: Path) -> None:
             row = next(row for row in rows if row["chosen"])
             bands = [summary(list(losses), math.inf) for losses in zip(*row["losses"], strict=True)]
             least = min(least, *(low for _, low, _ in bands))
-            line(ax, name, row["steps"], bands, top, markevery=(i % 4, 4))
+            line(ax, name, LOOKS[name], row["steps"], bands, top, markevery=(i % 4, 4))
         ax.set(xlabel="step", ylabel=about["loss"], ylim=(least / 1.05, top))
     finish(figure, axes, file)
 
