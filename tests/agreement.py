@@ -82,7 +82,7 @@ def bounds_of(case: Case) -> dict[str, dict[str, float]]:
     """Return the bounds of each quantity, by dtype."""
     if not case.random:
         return BOUNDS
-    return UNCENTRED_BOUNDS if case.hyper["centering"] == "none" else RANDOM_BOUNDS
+    return UNCENTRED_BOUNDS if case.hyper.get("centering") == "none" else RANDOM_BOUNDS
 
 
 def errors(case: Case, steps: Trajectory, complex_as_real: bool = False) -> dict[tuple[str, str], float]:

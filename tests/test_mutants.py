@@ -65,7 +65,7 @@ MUTANTS = {
         "Decay.L2",
         "numpy",
     ),
-    "schedule off by one": ("adapt.py", "option(count),", "option(count + 1),", "numpy"),
+    "schedule off by one": ("adapt.py", "schedule(count),", "schedule(count + 1),", "numpy"),
     "clip off by one": (
         "rule.py",
         "_limit(hyper.clip_exponent, before + 1)",

@@ -950,7 +950,7 @@ def test_a_thread_that_comes_late_touches_nothing(monkeypatch: pytest.MonkeyPatc
     stepper_tiles(monkeypatch, 64, 64)
     monkeypatch.setattr("acprop_stepper._stepper.cores", lambda: 2)
     jobs: list[Any] = []
-    monkeypatch.setattr(_numba, "wake", jobs.extend)  # nobody comes
+    monkeypatch.setattr(_numba, "call_beside", lambda job, helpers: jobs.append(job))  # nobody comes
     x, grads = np.ones(500), [np.full(500, 0.5), np.full(500, -0.25)]
     stepper = Stepper(x, **HYPER, engine="numba", threads=2)
     for g in grads:

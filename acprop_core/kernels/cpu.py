@@ -140,13 +140,13 @@ def _counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) 
             n = table.shape[1]
             if leads:
                 record[_STEP] += 1
-                _swap(done, 0)
-                _swap(following, 0)
+                atomic_swap(done, 0)
+                atomic_swap(following, 0)
             i, start, seen = 0, 0, -1  # a parameter, the number of elements before it, and for what `numbers` are
             group, count = 0, 0
             numbers = names.numbers_at(options, group, count)
             while True:
-                chunk = _add(following, 1)
+                chunk = atomic_add(following, 1)
                 if chunk >= record[_CHUNKS]:
                     break
                 first = chunk * record[_LENGTH]
@@ -178,9 +178,9 @@ def _counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) 
                         )
                     begin += size
                     k += 1
-                _add(done, 1)
+                atomic_add(done, 1)
             if leads:
-                while _add(done, 0) < record[_CHUNKS]:  # another thread is at its last chunk
+                while atomic_add(done, 0) < record[_CHUNKS]:  # another thread is at its last chunk
                     pass
                 for k in range(n):
                     _increment(table, k)
@@ -329,7 +329,7 @@ def _atomic(operation: str) -> Any:
     return change
 
 
-_add, _swap = _atomic("add"), _atomic("xchg")
+atomic_add, atomic_swap = _atomic("add"), _atomic("xchg")
 _float32_at, _float64_at = _pointer_to(np.dtype(np.float32)), _pointer_to(np.dtype(np.float64))
 
 

@@ -7,17 +7,16 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import types as nb
-from numba.extending import intrinsic
 
 from acprop_core import rule
 from acprop_core.adapt import Array, Step
 from acprop_core.kernels import cpu
+from acprop_core.kernels.helpers import call_beside
 from acprop_core.kernels.sixteen_bits import is_readable
 from acprop_stepper._buffers import Buffer
 from acprop_stepper._overlap import addresses
 from acprop_stepper._tiles import Tiles
-from acprop_stepper._work import Task, wake
+from acprop_stepper._work import Task
 
 CHUNK = 2**14  # elements that a thread takes at a time
 SHARE = 2**19  # elements for which it pays to wake one more thread: to wake it takes 30 microseconds
@@ -76,7 +75,7 @@ class Numba:
             return
         shared, ignored = _shared(self._kernel), np.zeros(1, np.int64)
         arguments = self._table, self._sizes, self._decays, self._numbers, self._chunks, self._record, ignored
-        wake([functools.partial(shared, *arguments, ignored, False)] * self._helpers)
+        call_beside(functools.partial(shared, *arguments, ignored, False), self._helpers)
         shared(*arguments, done, True)
 
     def tasks(self, grads: Sequence[Array | None], step: Step) -> list[Task]:
@@ -140,36 +139,19 @@ def _shared(kernel: Callable[..., None]) -> Callable[..., None]:
         following, finished = record.ctypes.data, record.ctypes.data + 8
         last = chunks.size - 1
         if leads:
-            _swap(finished, 0)
-            _swap(following, 0)
+            cpu.atomic_swap(finished, 0)
+            cpu.atomic_swap(following, 0)
         while True:
-            i = _add(following, 1)
+            i = cpu.atomic_add(following, 1)
             if i >= last:
                 break
             a, b = chunks[i], chunks[i + 1]
             part = table[5 * a : 5 * b].reshape(5, b - a)
             kernel(part, sizes[a:b], decays[a:b], numbers, ignored)
-            _add(finished, 1)
+            cpu.atomic_add(finished, 1)
         if leads:
-            while _add(finished, 0) < last:  # another thread is at its last chunk
+            while cpu.atomic_add(finished, 0) < last:  # another thread is at its last chunk
                 pass
             done[0] += 1
 
     return shared
-
-
-def _atomic(operation: str) -> Any:
-    """Return a compiled function that changes the int64 at an address in one go, and returns what was there."""
-
-    @intrinsic
-    def change(typing_context: Any, address: Any, number: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], context.get_value_type(nb.int64).as_pointer())
-            return builder.atomic_rmw(operation, pointer, arguments[1], "seq_cst")
-
-        return nb.int64(nb.int64, nb.int64), generate
-
-    return change
-
-
-_add, _swap = _atomic("add"), _atomic("xchg")

@@ -31,7 +31,7 @@ def main() -> None:
     worst: dict[tuple[str, str, str], tuple[float, float, str]] = {}
     for backend, case in tqdm(runs, unit="run"):
         for (quantity, dtype), error in errors(case, backend.run(case), backend.complex_as_real).items():
-            kind = "cases" if not case.random else case.hyper["centering"]
+            kind = "cases" if not case.random else case.hyper.get("centering", "current")
             found = error, bounds_of(case)[dtype][quantity], f"{backend} {case}"
             worst[kind, dtype, quantity] = max(worst.get((kind, dtype, quantity), found), found)
     for (kind, dtype, quantity), (error, bound, name) in sorted(worst.items()):

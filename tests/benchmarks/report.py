@@ -194,7 +194,7 @@ def summary(results: dict[str, Result]) -> str:
         f" {times('numpy', 'scikit-learn Adam', 'to limit')}. A fused step in [torch](docs/torch.md) takes"
         f" {times('torch', 'ACProp, fused', 'to unit')} times as long as fused AdamW's, one in [optax](docs/optax.md)"
         f" {times('jax', 'acprop_optax', 'to unit')} times as long as `optax.adamw`'s (`optax.contrib.acprop`:"
-        f" {times('jax', 'optax.contrib.acprop', 'to unit')}); below 100k ours are slower."
+        f" {times('jax', 'optax.contrib.acprop', 'to unit')})."
     )
 
 
