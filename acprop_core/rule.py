@@ -421,6 +421,7 @@ def numbers_of(hyper: Hyperparameters, count: Any, xp: Any) -> Numbers:
         rate=rate,
         weight_decay=weight_decay,
         dither=_dither(count, xp) if hyper.compensate else 0.0,
+        grad_scale=1.0,
     )
 
 
@@ -452,8 +453,13 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
     numbers = Numbers(*map(fit, numbers))
     eps = numbers.eps
     if type(eps) in (float, int):
-        return numbers._replace(eps=max(eps, smallest_normal))
+        return numbers._replace(eps=_raised(eps, smallest_normal))
     return numbers._replace(eps=xp.where(eps < smallest_normal, xp.full_like(eps, smallest_normal), eps))
+
+
+def _raised(eps: float, smallest_normal: float) -> float:
+    # a function of its own, because Numba, which compiles this for Python numbers, cannot compile `cast`
+    return max(eps, smallest_normal)
 
 
 def _bias_correction(b: Any, steps: Any, xp: Any) -> tuple[Any, Any]:
@@ -461,9 +467,10 @@ def _bias_correction(b: Any, steps: Any, xp: Any) -> tuple[Any, Any]:
     # 1 - b^steps as -expm1(steps log b), because the plain form cancels: by 1.4e-3 in float32 at b = 0.99999.
     # For 0 steps use 1 and a numerator of 0, so that value and derivative stay free of 1/0.
     is_known = isinstance(steps, int)
-    first = float(steps == 0) if is_known else xp.astype(steps == 0, _widest_float(xp))
-    expm1 = math.expm1 if is_known and isinstance(b, float) else xp.expm1
-    return (first - 1.0) / expm1((steps + first) * _log(b, xp)), first
+    first = 1.0 * (steps == 0) if is_known else xp.astype(steps == 0, _widest_float(xp))
+    exponent = (steps + first) * _log(b, xp)
+    minus_rest = math.expm1(exponent) if is_known and isinstance(b, float) else xp.expm1(exponent)
+    return (first - 1.0) / minus_rest, first
 
 
 def _log(b: Any, xp: Any) -> Any:
@@ -485,12 +492,11 @@ def _dither(count: Any, xp: Any) -> Any:
     # Multiples of the golden ratio, because any few consecutive ones are spread evenly. There are 4096 of them, and 256
     # between each two, a new one each time round. Both start in the middle, so that a count that stops at 2**24, as in
     # float32, stops at nearly 0. Computed in integers of no more bits than float32 has: the same on any device.
+    n = count if isinstance(count, int) else xp.astype(count, xp.int32)
+    coarse = (n % 4096 * 2531 + 2048) % 4096
+    fine = (n // 4096 % 256 * 159 + 128) % 256
     if not isinstance(count, int):
-        count = xp.astype(count, xp.int32)
-    coarse = (count % 4096 * 2531 + 2048) % 4096
-    fine = (count // 4096 % 256 * 159 + 128) % 256
-    if not isinstance(count, int):
-        coarse, fine = (xp.astype(n, _widest_float(xp)) for n in (coarse, fine))
+        coarse, fine = xp.astype(coarse, _widest_float(xp)), xp.astype(fine, _widest_float(xp))
     return (coarse + (fine + 0.5) / 256.0) / 4096.0 - 0.5
 
 

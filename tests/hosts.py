@@ -769,6 +769,7 @@ def torch_threads(patch: "pytest.MonkeyPatch", threads: int, least: int) -> None
     from acprop_torch import _numba
 
     patch.setattr(_numba, "_MIN_PER_THREAD", least)
+    patch.setattr(_numba, "_CHUNK", least)
     patch.setattr(torch, "get_num_threads", lambda: threads)
 
 
@@ -790,7 +791,7 @@ def numba_not_found() -> Iterator[None]:
     from acprop_core import kernels
     from acprop_torch import _numba
 
-    _numba.has_numba.cache_clear()
+    _numba.warn_of_torch_compile.cache_clear()
 
     def found(name: str, *args: Any) -> Any:
         return None if name == "numba" else find_spec(name, *args)
@@ -800,11 +801,11 @@ def numba_not_found() -> Iterator[None]:
         with (
             mock.patch.object(importlib.util, "find_spec", found),
             mock.patch.object(kernels, "why_no_numba", return_value="it is not installed"),
-            mock.patch.object(_numba, "memory_of", None),
+            mock.patch.object(_numba, "Compiled", None),
         ):
             yield
     finally:
-        _numba.has_numba.cache_clear()
+        _numba.warn_of_torch_compile.cache_clear()
 
 
 @contextlib.contextmanager
@@ -813,21 +814,21 @@ def numba_unusable() -> Iterator[None]:
     from acprop_core import kernels
     from acprop_torch import _numba
 
-    _numba.has_numba.cache_clear()
+    _numba.warn_of_torch_compile.cache_clear()
     why = "ImportError: Numba needs NumPy 1.26 or less"
     try:
-        with mock.patch.object(kernels, "why_no_numba", return_value=why), mock.patch.object(_numba, "memory_of", None):
+        with mock.patch.object(kernels, "why_no_numba", return_value=why), mock.patch.object(_numba, "Compiled", None):
             yield
     finally:
-        _numba.has_numba.cache_clear()
+        _numba.warn_of_torch_compile.cache_clear()
 
 
 def fused_as_on_an_accelerator() -> contextlib.AbstractContextManager[Any]:
     """Run the fused step on a CPU as on an accelerator, where no value may be read."""
     from acprop_torch import _fused, _inductor
 
-    def prepare(batch: Any, *rest: Any) -> Any:
-        return _inductor.prepare_on_accelerator(batch)
+    def prepare(batch: Any) -> Any:
+        return None, [_inductor.prepare_on_accelerator(batch)]
 
     return mock.patch.object(_fused, "prepare", prepare)
 
@@ -849,29 +850,25 @@ def interrupted_kernel() -> contextlib.AbstractContextManager[Any]:
     """Have Ctrl-C come while Numba compiles the fused step of torch."""
     from acprop_core.kernels import cpu
 
-    def kernel(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    return mock.patch.object(cpu, "kernel_of", return_value=kernel)
+    return mock.patch.object(cpu, "counting_kernel_of", side_effect=KeyboardInterrupt)
 
 
 def interrupted_after_kernel() -> contextlib.AbstractContextManager[Any]:
     """Have Ctrl-C come while the fused step of torch runs in Numba, so that Python handles it when that returns."""
     from acprop_core.kernels import cpu
 
-    kernel_of = cpu.kernel_of
+    kernel_of = cpu.counting_kernel_of
 
     def interrupted(*args: Any) -> Any:
         kernel = kernel_of(*args)
 
-        def run(table: Any, sizes: Any, *rest: Any) -> None:
-            kernel(table, sizes, *rest)
-            if sizes.size:
-                raise KeyboardInterrupt
+        def run(*arguments: Any) -> None:
+            kernel(*arguments)
+            raise KeyboardInterrupt
 
         return run
 
-    return mock.patch.object(cpu, "kernel_of", interrupted)
+    return mock.patch.object(cpu, "counting_kernel_of", interrupted)
 
 
 def failing_torch_compile(error: type[BaseException], at: Any) -> contextlib.AbstractContextManager[Any]:

@@ -1,9 +1,13 @@
-"""`rule.step` compiled by Numba for CPU memory: one pass over all arrays, which moves each number once."""
+"""`rule.step` compiled by Numba for CPU memory: one pass over all arrays, which moves each number once.
+
+There are two kernels around one loop. `kernel_of` takes the numbers of a step. `counting_kernel_of` takes
+hyperparameters and step counts, makes the numbers by `rule.numbers_of`, and can be called by several threads at once.
+"""
 
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -11,6 +15,8 @@ from numba import types as nb
 from numba.extending import intrinsic, register_jitable
 
 from acprop_core import rule
+from acprop_core.kernels.disk import compiled
+from acprop_core.kernels.scalars import MAKERS, NAMESPACE
 from acprop_core.kernels.sixteen_bits import access_to
 
 # Inlined, because a call stops vectorisation of the loop around it: 13 ms, not 0.8, for a million float32 numbers.
@@ -20,27 +26,19 @@ for _function in (rule._direction, rule._moments, rule._residual, rule._square, 
     _inlined(_function)
 _inlined(rule.step)
 
+SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
-@_inlined
-def _clip(x: Any, low: Any, high: Any) -> Any:
-    # np.minimum and np.maximum treat NaN in a way that stops vectorisation; here too NaN stays NaN
-    return low if x < low else (high if x > high else x)
+# Rows of the table of `counting_kernel_of`, a column a parameter: addresses, the number of elements, a `rule.Decay`,
+# the row of its hyperparameters, and whether its count is a float64 instead of a float32.
+PARAM, GRAD, MU, NU, CARRY, COUNT, SIZE, DECAY, GROUP, WIDE = range(10)
+ROWS = 10
+"""Number of rows of the table."""
 
+OPTIONS = (*rule.Hyperparameters._fields[:7], "maximize", "grad_scale")
+"""Columns of the hyperparameters of `counting_kernel_of`: float64, and 0 for a `clip_exponent` of None."""
 
-@_inlined
-def _maximum(x: Any, y: Any) -> Any:
-    return x if x > y or x != x else y
-
-
-@_inlined
-def _where(condition: Any, x: Any, y: Any) -> Any:
-    return x if condition else y
-
-
-_FUNCTIONS = {
-    **{"sqrt": np.sqrt, "abs": np.abs, "real": np.real, "conj": np.conj, "round": np.rint},
-    **{"clip": _clip, "maximum": _maximum, "where": _where},
-}
+# Places in the record that threads share: in cache lines of their own, because each chunk changes the first two.
+_NEXT, _DONE, _CHUNKS, _LENGTH, _STEP = 0, 8, 16, 17, 18
 
 
 def numbers_for(numbers: rule.Numbers, moment_dtype: str) -> Any:
@@ -48,8 +46,16 @@ def numbers_for(numbers: rule.Numbers, moment_dtype: str) -> Any:
     return np.array(numbers, np.float64 if moment_dtype == "float64" else np.float32)
 
 
+def shared(size: int, length: int) -> Any:
+    """Return the record that the threads of a step share, for `size` elements in chunks of `length`."""
+    record = np.zeros(24, np.int64)
+    record[_CHUNKS] = record[_NEXT] = record[_DONE] = -(-size // length)  # nothing is left to do before the first step
+    record[_LENGTH] = length
+    return record
+
+
 def kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
-    """Return `rule.step` for contiguous real memory of these dtypes, to be compiled at its first call.
+    """Return `rule.step` for contiguous real memory of these dtypes, compiled, or loaded from a file.
 
     Parameters
     ----------
@@ -77,41 +83,211 @@ def kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callabl
 
 @functools.cache
 def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
-    own, moments = access_to(param_dtype, moment_dtype)
-    own_at, moments_at = _pointer_to(own.dtype), _pointer_to(moments.dtype)
-    load, store, rounded = own[1:]
-    load_moment, store_moment = moments[1:3]
-    namespace = types.ModuleType("scalars")
-    vars(namespace).update(_FUNCTIONS, rounded=rounded)
-    centering, asynchronous, _, clipped, old_is_lighter1, old_is_lighter2, *_ = flags
-    low: Any = None if flags.format is None else rule.Format._make(map(np.float32, flags.format))
-    compensates = low is not None
+    step = _loop_of(flags, param_dtype, moment_dtype)
 
     @numba.njit(nogil=True, error_model="numpy")
     def kernel(table: Any, sizes: Any, decays: Any, k: Any, done: Any) -> None:
         numbers = rule.Numbers(k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8], k[9], k[10], k[11], k[12], k[13])
         for i in range(sizes.size):
-            flags = rule.Flags(
-                centering, asynchronous, decays[i], clipped, old_is_lighter1, old_is_lighter2, False, True, low, True
-            )
-            size = sizes[i]
-            param, grad = numba.carray(own_at(table[0, i]), size), numba.carray(own_at(table[1, i]), size)
-            mu, nu = numba.carray(moments_at(table[2, i]), size), numba.carray(moments_at(table[3, i]), size)
-            carry = numba.carray(own_at(table[4, i]), size)
-            for j in range(size):
-                x = load(param[j])
-                old = load(carry[j]) if compensates else None
-                update, new_mu, new_nu, new = rule.step(
-                    x, load(grad[j]), load_moment(mu[j]), load_moment(nu[j]), old, numbers, flags, namespace
-                )
-                param[j] = store(x + rounded(update))  # rounded before it is added, as in every framework
-                mu[j] = store_moment(new_mu)
-                nu[j] = store_moment(new_nu)
-                if compensates:
-                    carry[j] = store(new)
+            step(table[0, i], table[1, i], table[2, i], table[3, i], table[4, i], sizes[i], decays[i], numbers)
         done[0] += 1
 
     return kernel
+
+
+def counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
+    """Return `rule.step` for many parameter groups, with step counts that it reads and increments.
+
+    Parameters
+    ----------
+    flags, param_dtype, moment_dtype
+        As for `kernel_of`.
+
+    Returns
+    -------
+    callable
+        ``kernel(table, options, record, leads)`` updates parameters, moments, carries and counts in place.
+
+        - table : (`ROWS`, n) int64 array.
+        - options : (groups, len(`OPTIONS`)) float64 array.
+        - record : int64 array. From `shared`.
+        - leads : bool. One thread leads a step: it returns when everything is written and counted, and no Python code
+          runs in between. Other threads may call the kernel meanwhile, with False. Whenever they come, even after the
+          step or in the middle of the next, they take chunks as long as there are any.
+    """
+    return _counting_kernel_of(flags._replace(decay=rule.Decay.NONE, scaled=True), param_dtype, moment_dtype)
+
+
+class _Parts(NamedTuple):
+    """What `_counting_kernel_of` is made of."""
+
+    step: Any
+    numbers_at: Any
+    own: int
+    moments: int
+
+
+@functools.cache
+def _counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
+    widths = [access.dtype.itemsize for access in access_to(param_dtype, moment_dtype)]
+    real = "float64" if moment_dtype == "float64" else "float32"
+    numbers_at = _numbers_of(flags.asynchronous, flags.format is not None, real)
+
+    def make(names: Any) -> Callable[..., None]:
+        def kernel(table: Any, options: Any, record: Any, leads: bool) -> None:
+            following = record.ctypes.data + 8 * _NEXT
+            done = record.ctypes.data + 8 * _DONE
+            n = table.shape[1]
+            if leads:
+                record[_STEP] += 1
+                _swap(done, 0)
+                _swap(following, 0)
+            i, start, seen = 0, 0, -1  # a parameter, the number of elements before it, and for what `numbers` are
+            group, count = 0, 0
+            numbers = names.numbers_at(options, group, count)
+            while True:
+                chunk = _add(following, 1)
+                if chunk >= record[_CHUNKS]:
+                    break
+                first = chunk * record[_LENGTH]
+                last = first + record[_LENGTH]
+                if first < start:  # the leader has begun another step
+                    i, start = 0, 0
+                while start + table[SIZE, i] <= first:
+                    start += table[SIZE, i]
+                    i += 1
+                k, begin = i, start
+                while k < n and begin < last:
+                    size = table[SIZE, k]
+                    low = max(first - begin, 0)
+                    high = min(last - begin, size)
+                    if high > low:
+                        c = _count_at(table, k)
+                        if c != count or table[GROUP, k] != group or seen != record[_STEP]:
+                            group, count, seen = table[GROUP, k], c, record[_STEP]
+                            numbers = names.numbers_at(options, group, count)
+                        names.step(
+                            table[PARAM, k] + low * names.own,
+                            table[GRAD, k] + low * names.own,
+                            table[MU, k] + low * names.moments,
+                            table[NU, k] + low * names.moments,
+                            table[CARRY, k] + low * names.own,
+                            high - low,
+                            table[DECAY, k],
+                            numbers,
+                        )
+                    begin += size
+                    k += 1
+                _add(done, 1)
+            if leads:
+                while _add(done, 0) < record[_CHUNKS]:  # another thread is at its last chunk
+                    pass
+                for k in range(n):
+                    _increment(table, k)
+
+        return kernel
+
+    parts = _Parts(_loop_of(flags, param_dtype, moment_dtype), numbers_at, *widths)
+    signature = nb.void(nb.int64[:, ::1], nb.float64[:, ::1], nb.int64[::1], nb.boolean)
+    return compiled(make, signature, parts._asdict(), f"counting {flags} {param_dtype} {moment_dtype}")
+
+
+@functools.cache
+def check_kernel() -> Callable[..., bool]:
+    """Return a function that finds out whether a step of a table of `counting_kernel_of` can be taken.
+
+    Returns
+    -------
+    callable
+        ``check(table)`` is False if a step count is not a whole number of at least 0, or elements have no memory.
+    """
+
+    def make(names: Any) -> Callable[..., bool]:
+        def check(table: Any) -> bool:
+            for i in range(table.shape[1]):
+                count = _read_count(table, i)
+                if not (count >= 0.0 and np.floor(count) == count and count != np.inf):
+                    return False
+                if table[SIZE, i] > 0:
+                    for k in range(COUNT):
+                        if table[k, i] < 2**16:  # no operating system has memory there; a view may be a bit behind 0
+                            return False
+            return True
+
+        return check
+
+    return compiled(make, nb.boolean(nb.int64[:, ::1]), {}, "check")
+
+
+def _loop_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Any:
+    """Return the compiled loop over one parameter, or a part of one."""
+    own, moments = access_to(param_dtype, moment_dtype)
+    own_at, moments_at = _pointer_to(own.dtype), _pointer_to(moments.dtype)
+    load, store, rounded = own[1:]
+    load_moment, store_moment = moments[1:3]
+    namespace = types.ModuleType("scalars")
+    vars(namespace).update(NAMESPACE, rounded=rounded)
+    centering, asynchronous, _, clipped, old_is_lighter1, old_is_lighter2, *_ = flags
+    low: Any = None if flags.format is None else rule.Format._make(map(np.float32, flags.format))
+    compensates = low is not None
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def loop(
+        param_at: Any, grad_at: Any, mu_at: Any, nu_at: Any, carry_at: Any, size: Any, decay: Any, numbers: Any
+    ) -> None:
+        flags = rule.Flags(
+            centering, asynchronous, decay, clipped, old_is_lighter1, old_is_lighter2, False, True, low, True
+        )
+        param, grad = numba.carray(own_at(param_at), size), numba.carray(own_at(grad_at), size)
+        mu, nu = numba.carray(moments_at(mu_at), size), numba.carray(moments_at(nu_at), size)
+        carry = numba.carray(own_at(carry_at), size)
+        for j in range(size):
+            x = load(param[j])
+            old = load(carry[j]) if compensates else None
+            update, new_mu, new_nu, new = rule.step(
+                x, load(grad[j]), load_moment(mu[j]), load_moment(nu[j]), old, numbers, flags, namespace
+            )
+            param[j] = store(x + rounded(update))  # rounded before it is added, as in every framework
+            mu[j] = store_moment(new_mu)
+            nu[j] = store_moment(new_nu)
+            if compensates:
+                carry[j] = store(new)
+
+    return loop
+
+
+@functools.cache
+def _numbers_of(asynchronous: bool, compensates: bool, dtype: str) -> Any:
+    """Return a compiled function that makes the numbers of a step from a row of hyperparameters and a count."""
+    real: Any = getattr(np, dtype)
+    smallest_normal = SMALLEST_NORMAL[dtype]
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def numbers_at(options: Any, i: Any, count: Any) -> Any:
+        o = options[i]
+        centering: Any = None  # it is one of the flags, and so is the form of the decay
+        hyper = rule.Hyperparameters(
+            o[0], o[1], o[2], o[3], o[4], o[5], o[6], centering, asynchronous, compensates, False, o[7] != 0.0
+        )
+        k = rule.numbers_of(hyper, count, MAKERS)
+        return rule.Numbers(
+            real(k.scale),
+            real(k.offset),
+            real(k.mean_scale),
+            real(rule._raised(k.eps, smallest_normal)),
+            real(k.limit),
+            real(k.old_weight1),
+            real(k.new_weight1),
+            real(k.old_weight2),
+            real(k.new_weight2),
+            real(k.eps_root),
+            real(k.rate),
+            real(k.weight_decay),
+            real(k.dither),
+            real(o[8]),
+        )
+
+    return numbers_at
 
 
 def part_of(table: Any, sizes: Any, widths: tuple[int, int], first: int, last: int) -> tuple[Any, Any]:
@@ -137,3 +313,42 @@ def _pointer_to(dtype: Any) -> Any:
         return pointer(address), generate
 
     return at
+
+
+def _atomic(operation: str) -> Any:
+    """Return a compiled function that changes the int64 at an address in one go, and returns its old value."""
+
+    @intrinsic
+    def change(typing_context: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], context.get_value_type(nb.int64).as_pointer())
+            return builder.atomic_rmw(operation, pointer, arguments[1], "seq_cst")
+
+        return nb.int64(nb.int64, nb.int64), generate
+
+    return change
+
+
+_add, _swap = _atomic("add"), _atomic("xchg")
+_float32_at, _float64_at = _pointer_to(np.dtype(np.float32)), _pointer_to(np.dtype(np.float64))
+
+
+@register_jitable
+def _read_count(table: Any, i: Any) -> Any:
+    address = table[COUNT, i]
+    if table[WIDE, i]:
+        return numba.carray(_float64_at(address), 1)[0]
+    return np.float64(numba.carray(_float32_at(address), 1)[0])
+
+
+@register_jitable
+def _count_at(table: Any, i: Any) -> Any:
+    return np.int64(min(_read_count(table, i), 2.0**62))
+
+
+@register_jitable
+def _increment(table: Any, i: Any) -> None:
+    if table[WIDE, i]:
+        numba.carray(_float64_at(table[COUNT, i]), 1)[0] += 1.0
+    else:
+        numba.carray(_float32_at(table[COUNT, i]), 1)[0] += np.float32(1.0)

@@ -1,74 +1,74 @@
-"""The way to step of fused=True: each device by its compiler, and the rest by the rule uncompiled."""
+"""The ways to step that are compiled: each device by its compiler, and the rest by the rule uncompiled."""
 
 from collections.abc import Callable
 from operator import attrgetter
 
 import torch
 
+from acprop_core import kernels
 from acprop_core.adapt import Row
 from acprop_torch import _inductor, _numba
-from acprop_torch._numba import Memory
 from acprop_torch._rows import Batch, by_kind, check_shapes, columns_of, contiguous
 from acprop_torch._tiles import prepare as prepare_tiles
 
+Run = Callable[[], None]
 
-def prepare(batch: Batch, known: dict[int, Memory], group: int, check: Callable[[], None]) -> Callable[[], None]:
-    """Return the step of a batch.
 
-    `known` remembers for each group where its rows are. `check` refuses bad tensors of a group that has changed.
-    """
+def prepare(batch: Batch) -> tuple[Batch | None, list[Run]]:
+    """Return the rows for Numba, which steps those of all groups at once, and the steps of the others."""
     batches = [batch]
     if not all(map(attrgetter("is_cpu"), batch.columns.param)):
         devices: dict[torch.device, list[int]] = {}
         for i, param in enumerate(batch.columns.param):
             devices.setdefault(param.device, []).append(i)
         batches = list(map(batch.choose, devices.values()))
-    runs = []
+    compiled, runs = None, []
     for members in batches:
         if not members.columns.param[0].is_cpu:
             runs.append(_inductor.prepare_on_accelerator(members))
         elif members.found_inf is None or not members.found_inf.item():
-            runs += _prepare_on_cpu(members, known, group, check)
+            if _numba.has_numba():
+                compiled, others = _prepare_by_numba(members)
+                runs += others
+            else:
+                _numba.warn_of_torch_compile()
+                check_shapes(members.columns)
+                runs += [run for count, alike in by_kind(members) for run in _prepare_kind(alike, count)]
+    return compiled, runs
 
-    def run() -> None:
-        for part in runs:
-            part()
 
-    return run
-
-
-def _prepare_on_cpu(
-    batch: Batch, known: dict[int, Memory], group: int, check: Callable[[], None]
-) -> list[Callable[[], None]]:
-    if _numba.has_numba() and (memory := _numba.memory_of(batch.columns, known.get(group))) is not None:
-        known[group] = memory
-        counts = {*batch.counts} if batch.counts else ()
-        if len(counts) == 1:  # the usual case
-            return [_numba.prepare(batch, memory, *counts)]
-    if known.pop(group, None) is not None:
-        check()
+def prepare_default(batch: Batch) -> tuple[Batch | None, list[Run]]:
+    """Return the same where nothing is asked for: on a CPU, by Numba where it works, and otherwise by tiles."""
+    if _numba.has_numba() and kernels.numba_works():
+        return _prepare_by_numba(batch)
     check_shapes(batch.columns)
-    return [run for count, members in by_kind(batch) for run in _prepare_kind(members, count)]
+    return None, [prepare_tiles(batch)]
 
 
-def _prepare_kind(batch: Batch, count: int) -> list[Callable[[], None]]:
-    """Return the steps of rows alike in dtypes: compiled where they are plain memory."""
-    # Other rows take the rule uncompiled, operation by operation. So do 16-bit tensors without Numba, because the rule
-    # rounds in between and torch's compiler would leave that out.
-    plain = list(map(_as_plain, batch.rows))
+def _prepare_by_numba(batch: Batch) -> tuple[Batch | None, list[Run]]:
+    check_shapes(batch.columns)
+    plain = _numba.plain_members(batch)
+    if len(plain) == len(batch.steps):
+        return batch, []
+    # Other rows take the rule uncompiled, operation by operation.
+    others = batch.choose(sorted({*range(len(batch.steps))}.difference(plain)))
+    return batch.choose(plain) if plain else None, [prepare_tiles(others)]
+
+
+def _prepare_kind(batch: Batch, count: int) -> list[Run]:
+    """Return the steps of rows alike in dtypes without Numba: compiled by torch where they are plain memory."""
+    # Other rows take the rule uncompiled. So do 16-bit tensors, because the rule rounds in between and torch's compiler
+    # would leave that out.
+    plain = {i: contiguous(batch.rows[i]) for i in _numba.plain_members(batch)}
     runs = []
-    compiled = batch.choose([i for i, row in enumerate(plain) if row is not None])
-    if rows := [row for row in plain if row is not None]:
-        compiled = compiled._replace(columns=columns_of(rows))
-        if _numba.has_numba() and (memory := _numba.memory_of(compiled.columns, None)) is not None:
-            runs.append(_numba.prepare(compiled, memory, count))
-        else:
-            runs.append(_inductor.prepare(compiled, count))
-    if others := [i for i, row in enumerate(plain) if row is None]:
+    if plain:
+        compiled = batch.choose(list(plain))._replace(columns=columns_of(list(map(_not_none, plain.values()))))
+        runs.append(_inductor.prepare(compiled, count))
+    if others := [i for i in range(len(batch.steps)) if i not in plain]:
         runs.append(prepare_tiles(batch.choose(others)))
     return runs
 
 
-def _as_plain(row: Row) -> Row | None:
-    flat = contiguous(row)
-    return flat if flat is not None and _numba.are_plain(columns_of([flat])) else None
+def _not_none(row: Row | None) -> Row:
+    assert row is not None  # `plain_members` has looked
+    return row

@@ -1,11 +1,9 @@
-"""The way to step of fused=True on a CPU with Numba: one compiled call for all tensors of a parameter group."""
+"""The way to step of a CPU with Numba: one compiled call for all tensors of all parameter groups."""
 
 import functools
 import importlib.util
-import itertools
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,67 +12,51 @@ from torch import Tensor
 
 from acprop_core import kernels
 from acprop_core.adapt import Row, warn
-from acprop_torch._private import is_zerotensor, likeness_of
-from acprop_torch._rows import PLAIN, Batch, check_shapes, count_steps, step_of
+from acprop_core.rule import FORMATS, Decay, Flags, Hyperparameters, flags_of
+from acprop_torch._private import is_zerotensor
+from acprop_torch._rows import PLAIN, Batch, contiguous
 
-_MIN_PER_THREAD = 2**21  # elements: fewer are not worth a thread
+_MIN_PER_THREAD = 2**15  # elements: fewer are not worth a thread
+_CHUNK = 2**13  # elements that a thread takes at once: 32 kB of float32 numbers
+_COUNTS = frozenset({torch.float32, torch.float64})
 
 
-class Memory(NamedTuple):
-    """Where rows are in memory. It keeps no tensor alive."""
-
-    number: int  # of tensors
-    are_alike: Callable[..., bool]  # whether tensors have the types, devices, dtypes, shapes and strides of these
-    dtypes: tuple[str, str]  # of parameters and moments
-    table: Any  # (5, n) int64 array of addresses, in the order of Row
-    sizes: Any  # (n,) int64 array of numbers of elements
+def has_numba() -> bool:
+    """Return whether Numba can be used."""
+    return kernels.why_no_numba() is None
 
 
 @functools.cache
-def has_numba() -> bool:
-    """Return whether Numba can be used. Warn if it is installed and cannot."""
+def warn_of_torch_compile() -> None:
+    """Warn if Numba is installed and cannot be used."""
     why = kernels.why_no_numba()
     if why is not None and importlib.util.find_spec("numba") is not None:
         warn(f"fused=True compiles by torch.compile, because Numba cannot be used: {why}", RuntimeWarning)
-    return why is None
 
 
-def memory_of(columns: Row, known: Memory | None) -> Memory | None:
-    """Return where plain rows alike in dtypes are, or None; `known` is the result of the step before.
-
-    To check whether they are plain takes longer than the step if there are many small ones. So it is checked again only
-    if a tensor differs from the last step's in more than address and values. The addresses are read at every step.
-    """
-    import numpy as np
-
-    param, grad, mu, nu, carry = columns
-    tensors = [*param, *grad, *mu, *nu, *(x for x in carry if x is not None)]
-    if known is None or len(tensors) != known.number or not known.are_alike(*tensors):
-        if not are_plain(columns):
-            return None
-        check_shapes(columns)
-        dtypes = _name(grad[0].dtype), _name(mu[0].dtype)
-        sizes = np.fromiter(map(Tensor.numel, grad), np.int64)
-        known = Memory(len(tensors), likeness_of(tensors), dtypes, None, sizes)
-    addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64).reshape(-1, len(grad))
-    return known._replace(table=addresses[[0, 1, 2, 3, -1]])  # without carries the last row is not read
+def plain_members(batch: Batch) -> list[int]:
+    """Return which rows are CPU memory that holds its values as they are, in dtypes that can be compiled."""
+    if _are_plain(batch.columns, batch.steps):
+        return list(range(len(batch.steps)))
+    singles = (Row(*([x] for x in row)) for row in batch.rows)
+    return [i for i, single in enumerate(singles) if _are_plain(single, [batch.steps[i]])]
 
 
-def are_plain(columns: Row) -> bool:
-    """Return whether all tensors are contiguous CPU memory that holds their values as they are."""
+def _are_plain(columns: Row, steps: Sequence[Tensor]) -> bool:
     param, grad, mu, nu, carry = columns
     carries = [x for x in carry if x is not None]
     if len(carries) not in (0, len(carry)):
         return False
     own, moments = [*param, *grad, *carries], [*mu, *nu]
-    tensors = [*own, *moments]
+    tensors = [*own, *moments, *steps]
     return (
         PLAIN.issuperset(map(type, tensors))
         and all(map(attrgetter("is_cpu"), tensors))
+        and _COUNTS.issuperset(map(attrgetter("dtype"), steps))
         and _are_compiled({*map(attrgetter("dtype"), own)}, {*map(attrgetter("dtype"), moments)})
-        and all(map(Tensor.is_contiguous, tensors))
         and not any(map(Tensor.is_neg, tensors))
         and not any(map(is_zerotensor, tensors))
+        and (all(map(Tensor.is_contiguous, tensors)) or all(contiguous(row) is not None for row in map(Row, *columns)))
     )
 
 
@@ -90,58 +72,156 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def prepare(batch: Batch, memory: Memory, count: int) -> Callable[[], None]:
-    """Return the step of a batch that is in this memory, and has taken `count` steps."""
+class Compiled:
+    """The step of the plain rows of all groups. It keeps no tensor alive.
+
+    Parameters
+    ----------
+    batches : sequence of Batch
+        A batch of plain rows for each group.
+
+    Raises
+    ------
+    RuntimeError
+        If the storage of a tensor is smaller than the tensor.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        import numpy as np
+
+        from acprop_core.kernels import cpu
+
+        self._check = cpu.check_kernel()
+        self._flags = [_flags_of(batch.hyper) for batch in batches]
+        self._options = np.zeros((len(batches), len(cpu.OPTIONS)))
+        kinds: dict[_Kind, list[int]] = {}
+        table = np.zeros((cpu.ROWS, sum(len(batch.steps) for batch in batches)), np.int64)
+        rows: list[Row] = []
+        steps = list(chain.from_iterable(batch.steps for batch in batches))
+        for group, batch in enumerate(batches):
+            for row in map(Row, *batch.columns):
+                kinds.setdefault(_kind_of(row, self._flags[group]), []).append(len(rows))
+                table[cpu.GROUP, len(rows)] = group
+                rows.append(row)
+        table[cpu.SIZE] = [row.param.numel() for row in rows]
+        table[cpu.WIDE] = [step.dtype is torch.float64 for step in steps]
+        for i, column in enumerate(zip(*(row._replace(carry=_any_carry(row)) for row in rows), strict=True)):
+            table[i] = list(map(Tensor.data_ptr, column))
+        table[cpu.COUNT] = list(map(Tensor.data_ptr, steps))
+        for row in rows:
+            _check_storages(row)
+        self._parts = [_Part(kind, table, np.array(members), self._options) for kind, members in kinds.items()]
+        for group, batch in enumerate(batches):
+            self.set_options(group, batch.hyper, batch.grad_scale)
+
+    def set_options(self, group: int, hyper: Hyperparameters, grad_scale: Tensor | None = None) -> bool:
+        """Set the hyperparameters of a group; return False if its rows would need another kernel."""
+        from acprop_core.kernels import cpu
+
+        flags = _flags_of(hyper)
+        if flags != self._flags[group]:
+            return False
+        scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+        hyper = hyper._replace(clip_exponent=hyper.clip_exponent or 0.0)
+        self._options[group] = *hyper[:7], hyper.maximize, scale
+        decay = flags_of(hyper).decay
+        for part in self._parts:
+            part.table[cpu.DECAY, part.table[cpu.GROUP] == group] = decay
+        return True
+
+    def set_gradients(self, addresses: list[int]) -> bool:
+        """Set the addresses of all gradients; return False if a step count is bad, or a gradient has no memory."""
+        for part in self._parts:
+            part.set_gradients(addresses)
+        return all(self._check(part.table) for part in self._parts)
+
+    def run(self, params: list[Tensor]) -> None:
+        """Step all rows, and count the step of each; `params` are their parameters."""
+        torch.autograd.graph.increment_version(params)  # because autograd does not see the step
+        for part in self._parts:
+            part.run()
+
+
+class _Kind(NamedTuple):
+    """The rows that one kernel steps."""
+
+    flags: Flags
+    param: torch.dtype
+    moments: torch.dtype
+
+
+def _kind_of(row: Row, flags: Flags) -> _Kind:
+    own = row.param.dtype
+    if row.carry is not None:
+        flags = flags._replace(format=FORMATS[_name(own)])
+    return _Kind(flags, own, row.mu.dtype)
+
+
+def _flags_of(hyper: Hyperparameters) -> Flags:
+    """Return the flags for which a kernel is compiled."""
+    return flags_of(hyper)._replace(decay=Decay.NONE)
+
+
+def _any_carry(row: Row) -> Tensor:
+    return row.param if row.carry is None else row.carry  # without carries the address is not read
+
+
+def _check_storages(row: Row) -> None:
+    for x in row:
+        if x is not None and x.numel():
+            needed = x.storage_offset() + x.numel()
+            if x.untyped_storage().nbytes() < needed * x.element_size():
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(x.shape)} among a parameter, its gradient and its state has only "
+                    f"{x.untyped_storage().nbytes()} bytes of memory, because its storage was resized; resize it back "
+                    "before the step"
+                )
+
+
+class _Part:
+    """The rows of one kind: one compiled call."""
+
+    def __init__(self, kind: _Kind, table: Any, members: Any, options: Any) -> None:
+        import numpy as np
+
+        from acprop_core.kernels import cpu
+
+        self._all = len(members) == table.shape[1]
+        self._members = members.tolist()
+        self.table = np.ascontiguousarray(table[:, members])
+        self._kernel = cpu.counting_kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
+        self._options = options
+        self._size = int(self.table[cpu.SIZE].sum())
+        own, moments = kind.param.itemsize, kind.moments.itemsize
+        widths = np.array([own, moments, moments, own])[:, None]
+        written = self.table[[cpu.PARAM, cpu.MU, cpu.NU, cpu.CARRY][: 4 if kind.flags.format else 3]]
+        has_overlap = _overlap(written, self.table[cpu.SIZE] * widths[: len(written)])
+        self._most = 1 if has_overlap else self._size // _MIN_PER_THREAD  # threads must not write the same memory
+        self._threads = 0
+        self._arguments: tuple[Any, ...] = ()
+
+    def set_gradients(self, addresses: list[int]) -> None:
+        self.table[1] = addresses if self._all else [addresses[i] for i in self._members]
+
+    def run(self) -> None:
+        threads = max(1, min(torch.get_num_threads(), self._most))
+        if threads != self._threads:
+            from acprop_core.kernels import cpu
+
+            # a new record, because a thread may still read the old one
+            record = cpu.shared(self._size, max(1, self._size if threads == 1 else _CHUNK))
+            self._threads, self._arguments = threads, (self.table, self._options, record)
+        if threads > 1:
+            from acprop_core.kernels.helpers import call_beside
+
+            call_beside(functools.partial(self._kernel, *self._arguments, False), threads - 1)
+        self._kernel(*self._arguments, True)
+
+
+def _overlap(addresses: Any, sizes: Any) -> bool:
+    """Return whether two pieces of memory, of which none is inside itself, share bytes."""
     import numpy as np
 
-    from acprop_core.kernels import cpu
-
-    step = step_of(batch, count)
-    row, sizes = Row(*(column[0] for column in batch.columns)), memory.sizes
-    numbers, flags, *_ = step.cast_for(row.mu.dtype, row.param.dtype, has_carry=row.carry is not None)
-    kernel = cpu.kernel_of(flags, *memory.dtypes)
-    rest = np.full(sizes.size, int(flags.decay)), cpu.numbers_for(numbers, memory.dtypes[1]), np.zeros(1, np.int64)
-    # Call the kernel on zero tensors first. Compiling takes seconds; if Ctrl-C arrives then, nothing has changed.
-    kernel(memory.table[:, :0], sizes[:0], *rest)
-    threads = min(torch.get_num_threads(), int(sizes.sum()) // _MIN_PER_THREAD)
-    widths = row.param.element_size(), row.mu.element_size()
-    done = rest[-1]
-    done[0] = 0
-
-    def run() -> None:
-        torch.autograd.graph.increment_version(batch.columns.param)  # because autograd does not see the step
-        try:
-            if threads < 2:
-                kernel(memory.table, sizes, *rest)
-            else:
-                cuts = np.linspace(0, sizes.sum(), threads + 1).astype(np.int64)
-                parts = [cpu.part_of(memory.table, sizes, widths, *pair) for pair in itertools.pairwise(cuts)]
-                _in_threads([functools.partial(kernel, *part, *rest) for part in parts], done)
-        finally:
-            # Python handles signals when the kernel returns; their exceptions must find the step counted, and an
-            # exception before it must not.
-            if done[0]:
-                count_steps(batch.steps)
-
-    return run
-
-
-def _in_threads(functions: list[Callable[[], None]], done: Any) -> None:
-    """Call each function in a thread of its own, once all threads have started; if one cannot start, call none."""
-    gate = threading.Lock()  # not an Event, because a release is one call in C, which no signal interrupts
-    gate.acquire()
-    started = False
-
-    def call(function: Callable[[], None]) -> None:
-        with gate:
-            pass
-        if started:
-            function()
-
-    with ThreadPoolExecutor(len(functions)) as pool:
-        try:
-            for function in functions:
-                pool.submit(call, function)
-            done[0] = started = True
-        finally:
-            gate.release()
+    starts, sizes = addresses[sizes > 0], sizes[sizes > 0]
+    order = np.argsort(starts)
+    return bool((starts[order][:-1] + sizes[order][:-1] > starts[order][1:]).any())

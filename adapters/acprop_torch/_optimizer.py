@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from acprop_core.adapt import Row
-from acprop_torch import _fused, _lists, _tiles, _traced
 from acprop_torch import _private as private
 from acprop_torch import _state_dict as states
-from acprop_torch._numba import Memory
+from acprop_torch import _ways
+from acprop_torch._kept import Kept
 from acprop_torch._options import (
     called,
     check_options,
@@ -138,11 +138,11 @@ class ACProp(torch.optim.Optimizer):
         super().__init__(params, {**defaults, **plain_options(defaults)})
         if any(map(lacks_residual, self.param_groups)):
             warn_of_no_residual()
-        self._known: dict[int, Memory] = {}  # for each group, where a fused step has found its tensors
+        self._kept: Kept | None = None  # the last step, if it was compiled for all parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known = {}
+        self._kept = None
         for group in self.param_groups:
             for name, value in self.defaults.items():  # options that are newer than the saved state
                 group.setdefault(name, value)
@@ -176,7 +176,7 @@ class ACProp(torch.optim.Optimizer):
             check_options({**self.defaults, **param_group})
             param_group.update(plain_options(param_group))
         super().add_param_group(param_group)
-        if hasattr(self, "_known") and lacks_residual(param_group):  # the constructor warns once for all groups
+        if hasattr(self, "_kept") and lacks_residual(param_group):  # the constructor warns once for all groups
             warn_of_no_residual()
         self._say_who_unscales()
 
@@ -225,18 +225,33 @@ class ACProp(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # anything that can be refused is refused here, before anything is written
-        if len(self.param_groups) > 1 and not torch.compiler.is_compiling():  # `_init_group` asks again, of its group
-            for group in self.param_groups:
-                self._check_options(group)
-        runs = [self._prepare(i, group) for i, group in enumerate(self.param_groups)]
-        for run in runs:
-            if run is not None:
-                run()
+        if torch.compiler.is_compiling() or not self._steps_again():
+            self._step_anew()
         return loss
 
-    def _prepare(self, i: int, group: dict[str, Any]) -> Callable[[], None] | None:
-        """Return the step of the i-th group; None if none of its parameters has a gradient."""
+    def _steps_again(self) -> bool:
+        """Take the step that was kept, if all is as it was; return whether it was taken."""
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        kept, self._kept = self._kept, None
+        if kept is None or scaled or not kept.run(self.param_groups, self.state):
+            return False
+        self._kept = kept
+        return True
+
+    def _step_anew(self) -> None:
+        # anything that can be refused is refused here, before anything is written
+        compiling = torch.compiler.is_compiling()
+        if len(self.param_groups) > 1 and not compiling:  # `_init_group` asks again, of its group
+            for group in self.param_groups:
+                self._check_options(group)
+        runs, kept = _ways.together(self.param_groups, list(map(self._prepare, self.param_groups)))
+        for run in runs:
+            run()
+        if not compiling:
+            self._kept = kept
+
+    def _prepare(self, group: dict[str, Any]) -> tuple[Batch | None, _ways.Runs]:
+        """Return the rows of a group for Numba, and the steps of the others; none if there are no gradients."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
@@ -245,45 +260,24 @@ class ACProp(torch.optim.Optimizer):
         steps: list[Tensor] = []
         has_complex = self._init_group(group, params, grads, exp_avgs, exp_avg_vars, carries, steps)
         if not params:
-            return None
+            return None, []
         compiling = torch.compiler.is_compiling()
-        fused, capturable, differentiable = group["fused"], group["capturable"], group["differentiable"]
-
-        def check() -> None:
+        if not (compiling or group["differentiable"]):
             states.check_moments(params, exp_avgs + exp_avg_vars, self.state, lambda i: called(group, params[i]))
-
-        # a fused step checks when its tensors have changed
-        if not (compiling or differentiable or (fused and i in self._known)):
-            check()
         columns = local_columns(Row(params, grads, exp_avgs, exp_avg_vars, carries), has_complex)
-        foreach = group["foreach"]
-        if foreach is None and fused is None:
-            _, foreach = private.default_to_fused_or_foreach(params, differentiable)
-            foreach = foreach and (capturable or not isinstance(group["lr"], Tensor))
+        foreach = _ways.on_lists(group, params)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         counts = None
         if not compiling:
             counts = states.check_steps(steps, lambda i: called(group, params[i]))
             check_ways(group, params, steps, foreach, grad_scale is not None or found_inf is not None)
-        traced = compiling or differentiable or (capturable and not fused)
+            if not group["fused"]:
+                check_shapes(columns)
+        traced = compiling or group["differentiable"] or (group["capturable"] and not group["fused"])
         if traced or counts is None:  # a count of shape (1,) would widen its parameter, or not be stacked with others
             steps = [step.squeeze() if step.ndim else step for step in steps]
         batch = Batch(columns, steps, counts, hyperparameters_of(group, traced), grad_scale, found_inf)
-        if not compiling and not fused:
-            check_shapes(columns)
-        match fused or False, traced, foreach or False:
-            case True, False, _:
-                return _fused.prepare(batch, self._known, i, check)
-            case True, True, _:
-                return _traced.prepare_fused(batch)
-            case False, True, True:
-                return _lists.prepare_traced(batch)
-            case False, True, False:
-                return _traced.prepare(batch, differentiable)
-            case False, False, True:
-                return _lists.prepare(batch)
-            case _:
-                return _tiles.prepare(batch)
+        return _ways.prepare(group, batch, traced, foreach)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         def owner() -> str:

@@ -1,0 +1,114 @@
+"""What a compiled step has prepared, kept for the next step.
+
+It is used again as long as tensors and options are the same, which a few calls find out. All that the checks of a step
+depend on is compared: for each tensor its type, device, dtype, layout, shape and strides, and of all but the gradients
+the address; the options; the counts, by the kernel. No tensor is kept, not even weakly: a parameter that was removed
+must be freed, and torch.utils.swap_tensors refuses tensors with weak references. So the tensors are looked up anew.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acprop_torch._numba import Compiled
+from acprop_torch._options import check_options, hyperparameters_of
+from acprop_torch._private import likeness_of
+from acprop_torch._rows import Batch
+
+_NUMBERS = ("lr", "betas", "eps", "eps_root", "weight_decay", "clip_exponent")
+_OTHERS = (
+    *("decoupled_weight_decay", "maximize", "foreach", "capturable", "differentiable", "fused"),
+    *("centering", "asynchronous", "moment_dtype", "compensate"),
+)
+_options_of = itemgetter(*_NUMBERS, *_OTHERS)
+_CONSTANT = frozenset({float, int, bool, type(None), str, torch.dtype})
+
+
+def _are_constant(options: Sequence[Any]) -> bool:
+    """Return whether the same objects mean the same options: tensors and lists may have changed."""
+    betas = options[1]
+    return type(betas) is tuple and _CONSTANT.issuperset(map(type, [*betas, *options[:1], *options[2:]]))
+
+
+class Kept:
+    """The prepared step of all groups.
+
+    Parameters
+    ----------
+    groups : list of dict
+        The parameter groups.
+    batches : dict of int to Batch
+        For each group of which a parameter has a gradient: all rows, which must be plain.
+    compiled : Compiled
+        The step of these batches.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], batches: dict[int, Batch], compiled: Compiled) -> None:
+        self._compiled = compiled
+        self._options = list(map(_options_of, groups))
+        self._batches = {group: i for i, group in enumerate(batches)}  # their numbers in `compiled`
+        self._lengths = [len(batches[i].steps) if i in batches else 0 for i in range(len(groups))]
+        columns = [[x for batch in batches.values() for x in batch.columns[i] if x is not None] for i in range(5)]
+        params, grads, *others = *columns, [x for batch in batches.values() for x in batch.steps]
+        kept = [*params, *chain.from_iterable(others)]
+        self._addresses = list(map(Tensor.data_ptr, kept))
+        self._are_alike = likeness_of([*kept, *grads])
+
+    @staticmethod
+    def of(groups: list[dict[str, Any]], batches: dict[int, Batch], compiled: Compiled) -> "Kept | None":
+        """Return what to keep; None if an option might change its value in place, or rows are made from others."""
+        is_scaled = any(batch.grad_scale is not None or batch.found_inf is not None for batch in batches.values())
+        if is_scaled or not all(map(_are_constant, map(_options_of, groups))):
+            return None
+        params = [id(p) for group in groups for p in group["params"] if p.grad is not None]
+        if params != [id(p) for batch in batches.values() for p in batch.columns.param]:
+            return None
+        return Kept(groups, batches, compiled)
+
+    def run(self, groups: list[dict[str, Any]], state: Any) -> bool:
+        """Step all groups if they are as they were; return False if they are not, and nothing has changed then."""
+        try:
+            if len(groups) != len(self._lengths) or not all(map(self._has_options, range(len(groups)), groups)):
+                return False
+            params: list[Tensor] = []
+            for group, length in zip(groups, self._lengths, strict=True):
+                own = [p for p in group["params"] if p.grad is not None]
+                if len(own) != length:
+                    return False
+                params += own
+            states = [state[p] for p in params]
+            kept = [
+                *params,
+                *(own["exp_avg"] for own in states),
+                *(own["exp_avg_var"] for own in states),
+                *(own["carry"] for own in states if "carry" in own),
+                *(own["step"] for own in states),
+            ]
+            grads: list[Any] = [p.grad for p in params]
+            if len(kept) != len(self._addresses) or not self._are_alike(*kept, *grads):
+                return False
+            if list(map(Tensor.data_ptr, kept)) != self._addresses:
+                return False
+        except (KeyError, TypeError, AttributeError):  # of something that `step` refuses by name
+            return False
+        if not self._compiled.set_gradients(list(map(Tensor.data_ptr, grads))):
+            return False
+        self._compiled.run(params)
+        return True
+
+    def _has_options(self, i: int, group: dict[str, Any]) -> bool:
+        options = _options_of(group)
+        known = self._options[i]
+        if all(map(is_, options, known)):
+            return True
+        if not (all(map(is_, options[len(_NUMBERS) :], known[len(_NUMBERS) :])) and _are_constant(options)):
+            return False
+        check_options(group, True, lambda: f" of parameter group {i}")
+        if i in self._batches and not self._compiled.set_options(self._batches[i], hyperparameters_of(group, False)):
+            return False
+        self._options[i] = options
+        return True
