@@ -897,7 +897,7 @@ def forget_compiled_torch_step() -> None:
     """Have torch compile the fused step anew."""
     from acprop_torch import _inductor
 
-    _inductor._program.cache_clear()
+    _inductor._programs.clear()
 
 
 def stepper_tiles(patch: "pytest.MonkeyPatch", tile: int, run: int | None = None) -> None:
