@@ -23,7 +23,7 @@ import pytest
 
 from acprop_core import ACProp, State, kernels, rule
 from acprop_core.adapt import Step, with_values
-from acprop_core.kernels import cpu
+from acprop_core.kernels import cpu, disk
 from acprop_core.kernels.calls import program_of
 from acprop_stepper import Stepper, StepRecord, _tiles, _work, export_state, import_state
 from acprop_stepper._buffers import Tile
@@ -352,7 +352,9 @@ def test_numba_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 class BrokenNumba(types.ModuleType):
     """A Numba that can be imported, and whose compiler fails."""
 
-    def njit(self, *args: Any) -> Any:
+    config = types.SimpleNamespace(DISABLE_JIT=0)
+
+    def njit(self, *args: Any, **options: Any) -> Any:
         raise AttributeError("module 'numpy' has no attribute 'long'")
 
 
@@ -379,6 +381,7 @@ def test_numba_that_is_installed_and_does_not_work(fault: str, reason: str, monk
         monkeypatch.setattr(sys, "meta_path", [RefusedNumba(), *sys.meta_path])
     elif fault == "compiler":
         monkeypatch.setitem(sys.modules, "numba", BrokenNumba("numba"))
+        monkeypatch.setattr(disk, "numba", sys.modules["numba"])
     else:
         monkeypatch.setattr(pytest.importorskip("numba").config, "DISABLE_JIT", 1)
     x, expected = np.ones(2), functional(np.ones(2), [np.ones(2)] * 3)

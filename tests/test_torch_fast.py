@@ -71,6 +71,11 @@ def moved(optimizer: ACProp) -> None:
     optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
 
 
+def moved_in_order(optimizer: ACProp) -> None:
+    """Move a parameter so that the order of all of them stays."""
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+
+
 def exchanged(optimizer: ACProp) -> None:
     """Exchange parameters of one shape between groups."""
     a, b = (group["params"] for group in optimizer.param_groups)
@@ -148,6 +153,7 @@ CHANGES: dict[str, Callable[[ACProp], object]] = {
     "a group replaced": lambda x: x.param_groups.__setitem__(1, {**x.param_groups[1], "lr": 0.3}),
     "a group added": added,
     "a parameter moved to another group": moved,
+    "a parameter moved in order": moved_in_order,
     "parameters exchanged": exchanged,
     "a count of 0": state(lambda x: x["step"].zero_()),
     "a count of a half": state(lambda x: x["step"].fill_(2.5)),
@@ -251,6 +257,23 @@ def test_tensors_that_change_in_place_are_seen() -> None:
         a.step()
         b.param_groups[0]["lr"] = new
         b.step()
+    assert same(everything(a), everything(b))
+
+
+def test_a_scale_holds_for_one_step() -> None:
+    a, b = begun(fused=True), begun(fused=True)
+    a.grad_scale = torch.tensor(2.0)
+    a.step()
+    del a.grad_scale
+    for group in b.param_groups:
+        for x in group["params"]:
+            x.grad /= 2
+    b.step()
+    for group in b.param_groups:
+        for x in group["params"]:
+            x.grad *= 2
+    for optimizer in (a, b):
+        optimizer.step()
     assert same(everything(a), everything(b))
 
 

@@ -4,6 +4,8 @@ Import each module by its name, where its dependencies are installed; `import ac
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from acprop_core._checks import warn
 
@@ -19,9 +21,12 @@ def why_no_numba() -> str | None:
     try:
         import numba
 
-        function = numba.njit("int64(int64)")(_add_one)
-        if function(1) != 2 or not getattr(function, "signatures", None):
+        from acprop_core.kernels.disk import compiled
+
+        if getattr(numba.config, "DISABLE_JIT", 0):
             return "Numba compiles nothing, because NUMBA_DISABLE_JIT is set"
+        if compiled(_make_add_one, "int64(int64)", {}, "add one")(1) != 2:
+            return "Numba computes 1 + 1 wrongly"
     except Exception as error:  # of any type: the caller can do without Numba
         if isinstance(error, ModuleNotFoundError) and error.name == "numba":
             return NOT_INSTALLED
@@ -29,8 +34,11 @@ def why_no_numba() -> str | None:
     return None
 
 
-def _add_one(x: int) -> int:
-    return x + 1
+def _make_add_one(names: Any) -> Callable[[int], int]:
+    def add_one(x: int) -> int:
+        return x + 1
+
+    return add_one
 
 
 @functools.cache

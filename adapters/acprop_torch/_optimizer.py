@@ -49,7 +49,8 @@ class ACProp(torch.optim.Optimizer):
     maximize : bool
         Climb instead of descending. The moments are the same as without it.
     foreach : bool, optional
-        Run on lists of tensors. By default if all are on an accelerator, as in torch.optim.AdamW.
+        Run on lists of tensors. By default if all are on an accelerator, as in torch.optim.AdamW; on a CPU the default
+        is the compiled step where Numba works, and otherwise the rule tile after tile.
     capturable : bool
         Read no number on the host, so that a CUDA graph can capture the step; for accelerators only.
     differentiable : bool
@@ -201,8 +202,8 @@ class ACProp(torch.optim.Optimizer):
         Raises
         ------
         RuntimeError
-            If a gradient is sparse, `fused` cannot take a parameter, a parameter is an expanded tensor, or has another
-            shape than its gradient or moments; nothing has changed then.
+            If a gradient is sparse, `fused` cannot take a parameter, a parameter is an expanded tensor, has another
+            shape than its gradient or moments, or less memory than its shape needs; nothing has changed then.
         ValueError, TypeError
             If an option has a value that the constructor would refuse, a parameter has a dtype that no
             update can be in, or a step count is not a floating-point tensor of one whole number; nothing has changed
