@@ -1,6 +1,7 @@
 """Portable state: from a torch optimizer to `acprop_core.save`, and from `acprop_core.load` to a torch optimizer."""
 
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -272,8 +273,10 @@ def _part(x: Tensor, p: Tensor) -> Tensor:
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    # src_data_rank=None: each rank has the whole and cuts its own part; otherwise rank 0 would send one to each
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).to_local()
+    # src_data_rank=None: each rank has the whole and cuts its own part; otherwise rank 0 sends one to each, as it does
+    # in torch before 2.7, which cannot be asked
+    cuts: Any = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
+    return distribute_tensor(x, p.device_mesh, p.placements, **cuts).to_local()
 
 
 def _from_numpy(x: Any) -> Tensor:
