@@ -1,7 +1,6 @@
 """Portable state: from a torch optimizer to `acprop_core.save`, and from `acprop_core.load` to a torch optimizer."""
 
 from collections.abc import Iterable, Iterator
-from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -12,6 +11,7 @@ from acprop_core import State
 from acprop_core.checkpoint import check_portable, choose, match_names, to_numpy
 from acprop_torch._runs import OPTIONS, Model, Optimizer, Run, hyperparameters_of, run_of, run_of_state_dict
 from acprop_torch._state_dict import MOMENTS, Kind, begin, dtype_of_moments, has_carry
+from acprop_torch._version import VERSION
 
 if TYPE_CHECKING:  # slow to import; where there are sharded tensors, it has been imported
     from torch.distributed.tensor import DTensor
@@ -275,7 +275,7 @@ def _part(x: Tensor, p: Tensor) -> Tensor:
 
     # src_data_rank=None: each rank has the whole and cuts its own part; otherwise rank 0 sends one to each, as it does
     # in torch before 2.7, which cannot be asked
-    cuts: Any = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
+    cuts: Any = {"src_data_rank": None} if VERSION >= (2, 7) else {}
     return distribute_tensor(x, p.device_mesh, p.placements, **cuts).to_local()
 
 

@@ -80,7 +80,8 @@ def map_row(f: Callable[[Any], Any], row: Row) -> Row:
 
 def local_columns(columns: Row, has_complex: bool) -> Row:
     """Return the tensors that the rule works on: local shards of sharded ones, and complex ones as real."""
-    is_plain = all([type(x) in (Tensor, torch.nn.Parameter) for x in columns.param])
+    # not by `PLAIN` or `all`, which torch's compiler cannot trace in versions before 2.9
+    is_plain = not [x for x in columns.param if type(x) not in (Tensor, torch.nn.Parameter)]
     if is_plain and not has_complex:
         return columns
     rows = list(map(Row, *columns))
