@@ -16,7 +16,10 @@ def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
         return
     for key, child in children.items():
-        yield from flatten(child, _join(path, key))
+        if isinstance(child, _NODES):
+            yield from flatten(child, _join(path, key))
+        else:  # without another generator: the five containers of a step of four small arrays then take a third less
+            yield _join(path, key), child
 
 
 def names_and_leaves(tree: Any) -> tuple[list[str], list[Any]]:
@@ -52,7 +55,10 @@ def align(tree: Any, like: Any, what: str, prefix: bool = False, path: str = "")
         if surplus := [_join(path, key) for key in children if key not in expected]:
             raise ValueError(f"{what} has {_list(surplus)}, which the parameters lack; leave that out")
         for key, child in expected.items():
-            yield from align(children[key], child, what, prefix, _join(path, key))
+            if isinstance(child, _NODES) or isinstance(children[key], _NODES):
+                yield from align(children[key], child, what, prefix, _join(path, key))
+            else:
+                yield children[key]
 
 
 def unflatten(like: Any, leaves: Iterable[Any]) -> Any:
@@ -61,12 +67,17 @@ def unflatten(like: Any, leaves: Iterable[Any]) -> Any:
     children = _children(like)
     if children is None:
         return next(leaves)
-    new = {key: unflatten(child, leaves) for key, child in children.items()}
+    new = {
+        key: unflatten(child, leaves) if isinstance(child, _NODES) else next(leaves) for key, child in children.items()
+    }
     if isinstance(like, dict):
         tree = copy.copy(like)  # keeps subclasses that carry more than their items, such as defaultdict
         tree.update(new)
         return tree
     return type(like)(**new) if hasattr(like, "_fields") else type(like)(new.values())
+
+
+_NODES = (dict, list, tuple)
 
 
 def _children(node: Any) -> Mapping[Any, Any] | None:

@@ -127,13 +127,13 @@ class ACProp:
         d_t = \mathrm{clip}(\hat m_t / (\sqrt{\hat s_t} + \varepsilon),\ -t^p,\ t^p), \quad
         \hat m_t = m_t / (1 - \beta_1^t), \quad \hat s_t = s_t / (1 - \beta_2^t)
 
-    - ``asynchronous=True, centering="none"``: AdaShift with n = 1 (Zhou et al. 2019, arXiv:1810.00143), except its
-      first step, which AdaShift leaves out. `b1` has no effect on the steps.
+    - ``asynchronous=True, centering="none"``: AdaShift with n = 1, element by element (Zhou et al. 2019,
+      arXiv:1810.00143), except its first step, which AdaShift leaves out. `b1` has no effect on the steps.
     - ``asynchronous=False, centering="current"``: AdaBelief (Zhuang et al. 2020, arXiv:2010.07468), also
       ``optax.adabelief``.
     - ``asynchronous=False, centering="none"``: Adam (Kingma and Ba 2015, arXiv:1412.6980), with weight decay AdamW
       (Loshchilov and Hutter 2019, arXiv:1711.05101). ``eps=1e-8, eps_root=0.0, weight_decay=0.01`` are the defaults of
-      ``torch.optim.AdamW``. Where nothing moves between frameworks, that one is the better choice.
+      ``torch.optim.AdamW``, which is the better choice where nothing moves between frameworks.
 
     With PyTorch, call `update` and `apply` under ``torch.no_grad()`` unless you want to differentiate through them,
     because PyTorch records all operations on parameters that require gradients.
@@ -286,8 +286,9 @@ class ACProp:
             return like, state._replace(count=add_one(state.count))
         step = step_at(self, check_count(state.count), xp)
         results = list(map(step, rows, decays_of(self, like)))
-        updates, mu, nu, carry = (unflatten(like, [result[i] for result in results]) for i in range(4))
-        return updates, State(add_one(state.count), mu, nu, carry if self.compensate else None)
+        columns = list(zip(*results, strict=True))[: 4 if self.compensate else 3]
+        updates, *kept = (unflatten(like, column) for column in columns)
+        return updates, State(add_one(state.count), *kept)
 
     def apply(self, params: Container, updates: Container) -> Container:
         """Return the parameters after the step, ``params + updates``, in the dtypes of the parameters.

@@ -2,8 +2,8 @@
 
 - Dask: `clip` is not elementwise; `zeros_like` of a complex array as a real one warns; shapes may be unknown.
 - The standard 2022.12 (array-api-strict can be set to it): no `clip`.
-- NumPy: operators turn 0-d arrays into scalars; masked arrays and matrices are arrays whose arithmetic differs; scalars
-  have not always had a device; arrays are never traced.
+- NumPy: `clip` is written in Python; operators turn 0-d arrays into scalars; masked arrays and matrices are arrays
+  whose arithmetic differs; scalars have not always had a device; arrays are never traced.
 - JAX: tracers have no device, and uncommitted arrays move to the device where they are needed.
 - PyTorch: NumPy cannot read its bfloat16, or tensors that require gradients, are conjugated lazily or on a device.
 - CuPy: NumPy cannot read its arrays.
@@ -11,6 +11,7 @@
 """
 
 import numbers
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ def standard_namespace(xp: Any) -> Any:
     # its own, which the workers then exchange.
     is_dask = getattr(xp, "__name__", "").endswith("dask.array")  # written so that torch's compiler can trace it
     lacks_clip = getattr(xp, "__array_api_version__", "2025") < "2023.12"
+    if xp.__name__ == "array_api_compat.numpy":
+        return _NumpyClip(xp)
     return _OwnClip(xp) if is_dask or lacks_clip else xp
 
 
@@ -49,6 +52,17 @@ class _OwnClip(_Extended):
         return self._xp.where(x > high, self._xp.asarray(high, dtype=x.dtype), x)
 
 
+class _NumpyClip(_Extended):
+    """NumPy with a clip of two ufuncs: `clip` of array_api_compat takes 8 microseconds more, half a step of 1,000."""
+
+    def __init__(self, xp: Any) -> None:
+        super().__init__(xp)
+        self.sqrt = xp.sqrt  # found without `__getattr__`
+
+    def clip(self, x: Array, low: Any, high: Any) -> Array:
+        return self._xp.minimum(self._xp.maximum(x, low), high)
+
+
 class Rounding(_Extended):
     """A namespace with `rounded`, which rounds to the dtype of a 16-bit parameter and back."""
 
@@ -64,7 +78,7 @@ def as_array(x: Array, xp: Any) -> Array:
 
 def device_of(x: Any) -> Any:
     """Return the device of an array; None where devices are not compared."""
-    return None if is_jax_array(x) or is_numpy_array(x) else getattr(x, "device", None)
+    return None if is_numpy_array(x) or is_jax_array(x) else getattr(x, "device", None)
 
 
 def untraced(x: Any, kinds: str) -> Any:
@@ -83,9 +97,9 @@ def differs_from_arrays(x: Array) -> bool:
 
 def sparse_layout(x: Array) -> str:
     """Return the layout of a sparse array of any library, an empty string for anything else."""
-    layout = str(getattr(x, "layout", ""))
-    if "sparse" in layout:
-        return layout
+    layout = getattr(x, "layout", None)
+    if layout is not None and "sparse" in str(layout):
+        return str(layout)
     # SciPy, CuPy, JAX and pydata/sparse have modules and classes for them
     return type(x).__name__ if ".sparse" in f".{type(x).__module__}" and hasattr(x, "shape") else ""
 
@@ -97,7 +111,8 @@ def dense_method(x: Array) -> str:
 
 def has_unknown_shape(x: Array) -> bool:
     """Return whether an axis has an unknown length, which Dask writes as NaN."""
-    return any(isinstance(n, float) for n in getattr(x, "shape", ()))
+    shape = getattr(x, "shape", ())
+    return any(map(operator.ne, shape, shape))
 
 
 def add_one(count: Any) -> Any:

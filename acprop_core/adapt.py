@@ -5,7 +5,10 @@ and calls the `Step` that `step_at` returns. docs/howto-backend.md shows one.
 """
 
 import copy
+import itertools
 import math
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from acprop_core._checks import (
@@ -73,7 +76,9 @@ class Row(NamedTuple):
 
 
 WHAT = Row("parameter", "gradient", "first moment", "second moment", "carry")
-_CONTAINERS = Row("parameters", "gradients", "first moments", "second moments", "carries")
+_CONTAINERS = Row._make(
+    f"the container of {plural}" for plural in ("parameters", "gradients", "first moments", "second moments", "carries")
+)
 
 
 def rows_of(trees: Row, compensate: bool) -> tuple[list[str], list[Row], Any]:
@@ -102,22 +107,26 @@ def rows_of(trees: Row, compensate: bool) -> tuple[list[str], list[Row], Any]:
     """
     check_compensation(compensate, trees.carry)
     like = trees.mu if trees.param is None else trees.param
-    names, _ = names_and_leaves(like)
+    names, leaves = names_and_leaves(like)
     columns = [
-        [None] * len(names) if tree is None and what in (WHAT.param, WHAT.carry) else list(align(tree, like, container))
-        for tree, what, container in zip(
-            trees, WHAT, (f"the container of {plural}" for plural in _CONTAINERS), strict=True
-        )
+        leaves
+        if tree is like
+        else [None] * len(names)
+        if tree is None and what in (WHAT.param, WHAT.carry)
+        else list(align(tree, like, container))
+        for tree, what, container in zip(trees, WHAT, _CONTAINERS, strict=True)
     ]
     rows = list(map(Row, *columns))
-    xp = common_namespace(
-        (what, name, x)
-        for what, column in zip(WHAT, columns, strict=True)
-        for name, x in zip(names, column, strict=True)
-    )
+    xp = common_namespace(named(columns, names))
     for name, row in zip(names, rows, strict=True):
         check_row(name, row, compensate, has_params=trees.param is not None)
     return names, rows, xp
+
+
+def named(columns: Iterable[Any], names: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield what each leaf of some columns of rows is, its name, and the leaf."""
+    for what, column in zip(WHAT, columns, strict=False):
+        yield from zip(itertools.repeat(what), names, column, strict=False)
 
 
 def check_row(name: str, row: Row, compensate: bool = False, has_params: bool = True) -> None:
@@ -181,10 +190,10 @@ def decays_of(optimizer: Any, params: Any) -> list[bool]:
     ValueError
         If the mask has another structure than the parameters.
     """
-    names, leaves = names_and_leaves(params)
     mask = optimizer.mask
     if mask is None or not has_decay(optimizer.weight_decay):
-        return [has_decay(optimizer.weight_decay)] * len(names)
+        return [has_decay(optimizer.weight_decay) for _ in flatten(params)]
+    names, leaves = names_and_leaves(params)
     marks = align(mask(params) if callable(mask) else mask, params, "the mask", prefix=True)
     return check_mask(list(marks), names, leaves)
 
@@ -222,18 +231,21 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
     >>> update
     array([-0.5])
     """
-    fields = Hyperparameters._fields
-    # all but the last two, which the core does not have: l2 and maximize
-    hyper = Hyperparameters(*(_value(name, getattr(optimizer, name), count) for name in fields[:-2]))
-    for name, value in zip(fields[:7], hyper, strict=False):
-        check_library(name, value, xp)
+    hyper = Hyperparameters(*_options_of(optimizer))
+    for name in ("learning_rate", "weight_decay"):
+        if callable(schedule := getattr(hyper, name)):
+            value = check_number(f"{name}({count})", schedule(count), lowest=-math.inf)
+            hyper = hyper._replace(**{name: value})
+    for name, value in zip(_OPTIONS[:7], hyper, strict=False):
+        if type(value) is not float:
+            check_library(name, value, xp)
     check_library("the step count (state.count)", count, xp)
     return Step(numbers_of(hyper, count, xp), flags_of(hyper), xp)
 
 
-def _value(name: str, option: Any, count: Any) -> Any:
-    """Return an option, and of a schedule its value at this count."""
-    return check_number(f"{name}({count})", option(count), lowest=-math.inf) if callable(option) else option
+# all but the last two, which the core does not have: l2 and maximize
+_OPTIONS = Hyperparameters._fields[:-2]
+_options_of = operator.attrgetter(*_OPTIONS)
 
 
 def with_values(optimizer: Any, **values: Any) -> Any:

@@ -33,7 +33,7 @@ class Centering(IntEnum):
 
     CURRENT = 0  # m_t: the paper, and its authors' code
     PREVIOUS = 1  # m_{t-1}: the code of optax.contrib.acprop
-    NONE = 2  # 0: the raw second moment, as in Adam and AdaShift
+    NONE = 2  # none: the raw second moment, as in Adam and AdaShift
 
 
 class Decay(IntEnum):
@@ -192,7 +192,17 @@ def step(
 
     Notes
     -----
-    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip and the compensation are ours.
+    ::
+
+        m_t = b1 m_{t-1} + (1 - b1) g_t
+        r_t = g_t - m_t, g_t - m_{t-1} or g_t                     by centering
+        s_t = b2 s_{t-1} + (1 - b2) |r_t|^2 + eps_root
+        d_t = g_t / (sqrt(shat_{t-1}) + eps)                      asynchronous
+        d_t = mhat_t / (sqrt(shat_t) + eps)                       synchronous
+        u_t = -learning_rate (clip(d_t) + weight_decay x_{t-1})
+
+    Zhuang et al. 2021, arXiv:2110.05454, algorithm 2; the clip and the compensation are ours. `Hyperparameters` names
+    the optimizers that the other combinations are.
 
     Examples
     --------

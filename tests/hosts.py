@@ -908,15 +908,16 @@ def forget_compiled_torch_step() -> None:
     _inductor._programs.clear()
 
 
-def stepper_tiles(patch: "pytest.MonkeyPatch", tile: int, run: int | None = None) -> None:
-    """Set the bytes of a tile of the stepper, and of a run of its Numba engine."""
+def stepper_tiles(patch: "pytest.MonkeyPatch", tile: int, chunk: int | None = None) -> None:
+    """Set the bytes of a tile of the stepper, and the elements of a chunk of its Numba engine."""
     from acprop_stepper import _tiles
 
     patch.setattr(_tiles, "TILE", tile)
-    if run is not None and importlib.util.find_spec("numba") is not None:
+    if chunk is not None and importlib.util.find_spec("numba") is not None:
         from acprop_stepper import _numba
 
-        patch.setattr(_numba, "RUN", run)
+        patch.setattr(_numba, "CHUNK", chunk)
+        patch.setattr(_numba, "SHARE", 1)
 
 
 def compensated(

@@ -103,6 +103,8 @@ def test_the_page_has_the_areas_of_the_counterexamples() -> None:
         assert f"| {label} | {' | '.join(f'{100.0 * share:.3g}' for share in shares)} |" in page, label
     lost = areas["sparse"][0] - areas["sparse"][2]
     assert f"loses {100.0 * lost:.1f} points" in page
+    first, sparse = (100.0 * found[problem]["area"]["ACProp, clip 0.25"]["0.9"] for problem in ("first", "sparse"))
+    assert f"it does not: {first:.1f} % and {sparse:.1f} %" in page
 
 
 def test_what_the_page_says_holds_in_the_results() -> None:

@@ -192,7 +192,7 @@ import numpy as np
 from cases import prescribed
 from hosts import BACKENDS, Stepper
 
-GRADS = np.linspace(-1.0, 1.0, 100_000)
+GRADS = np.linspace(-1.0, 1.0, 600_000)  # enough to wake another thread
 CASE = prescribed({"learning_rate": 0.1, "weight_decay": 0.1}, {"w": GRADS[None]})
 
 def step(host):

@@ -542,6 +542,62 @@ def test_a_parameter_that_became_read_only_is_refused() -> None:
         stepper.step([np.ones(2)])
 
 
+def resized(x: np.ndarray) -> None:
+    x.resize(x.size + 1000, refcheck=False)
+
+
+def shrunk(x: np.ndarray) -> None:
+    x.resize(x.size - 1, refcheck=False)
+
+
+def refilled(x: np.ndarray) -> None:
+    x.__setstate__((1, x.shape, x.dtype, False, bytes(x.nbytes)))  # NumPy then has the array own other memory
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("change", [resized, shrunk, refilled])
+@pytest.mark.parametrize("kept", ["contiguous", "None"])
+def test_a_parameter_with_other_memory_is_refused(engine: str, change: Callable[..., None], kept: str) -> None:
+    """Moments, tiles and addresses are for the memory that the stepper was made for."""
+    memory = np.ones(60)  # which stays, so that other memory is elsewhere; what is resized must own its memory
+    params = {"a": memory[:50] if change is refilled else np.ones(50), "b": np.ones(50)}
+    grads = {"a": np.ones(50), "b": np.ones(50) if kept == "contiguous" else None}
+    stepper = Stepper(params, engine=engine)
+    stepper.step(grads)
+    change(params["a"])
+    before = params["a"].copy(), params["b"].copy()
+    for g in (grads, {"a": np.ones(params["a"].shape), "b": None}):
+        with pytest.raises(ValueError, match="parameter 'a' was resized, or has other memory"):
+            stepper.step(g)
+    np.testing.assert_array_equal(params["a"], before[0])
+    np.testing.assert_array_equal(params["b"], before[1])
+    assert stepper._count == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_are_read_where_they_are_now(engine: str) -> None:
+    """What is kept from step to step is for the same addresses only, and not for the same objects."""
+    rng = np.random.default_rng(0)
+    start = {"a": rng.normal(size=40), "b": rng.normal(size=7)}
+    memory = rng.normal(size=(3, 40))
+    moving = memory[0]
+    sequence: list[Any] = [{"a": memory[i], "b": memory[2, i : i + 7]} for i in (0, 0, 1, 0, 1, 1)]
+    sequence.insert(3, {"a": None, "b": memory[1, :7]})
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine=engine)
+    for g in sequence:
+        stepper.step(g)
+    assert_same(stepper, functional(start, sequence))
+    expected = functional(start, [*sequence, *({"a": g.copy(), "b": memory[0, :7]} for g in (memory[0], memory[1]))])
+    grads = {"a": moving, "b": memory[0, :7]}
+    stepper.step(grads)
+    moving = memory[1].copy()
+    grads["a"] = moving
+    stepper.step(grads)
+    assert_same(stepper, expected)
+    with pytest.raises(ValueError, match="share memory"):
+        stepper.step({"a": stepper.params["a"], "b": memory[0, :7]})
+
+
 def test_gradients_may_be_read_only_and_shared() -> None:
     g = readonly(np.ones(3))
     params = [np.ones(3), np.ones(3)]
@@ -868,6 +924,85 @@ def test_threads_that_cannot_be_had(engine: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(threading.Thread, "start", start)
     stepper.step(grads)
     assert_same(stepper, after)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("sizes", [(1,), (0, 300, 0), (64, 64, 1, 63, 200), (5,) * 90, (129, 0, 64)])
+def test_the_bits_do_not_depend_on_the_number_of_threads(
+    threads: int, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    stepper_tiles(monkeypatch, 64, 64)
+    monkeypatch.setattr("acprop_stepper._stepper.cores", lambda: 8)
+    rng = np.random.default_rng(0)
+    start = {str(i): rng.normal(size=n) for i, n in enumerate(sizes)}
+    grads = [{name: rng.normal(size=x.shape) for name, x in start.items()} for _ in range(20)]
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine="numba", threads=threads)
+    for g in grads:
+        stepper.step(g)
+    assert_same(stepper, functional(start, grads))
+
+
+def test_a_thread_that_comes_late_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    from acprop_stepper import _numba
+
+    stepper_tiles(monkeypatch, 64, 64)
+    monkeypatch.setattr("acprop_stepper._stepper.cores", lambda: 2)
+    jobs: list[Any] = []
+    monkeypatch.setattr(_numba, "wake", jobs.extend)  # nobody comes
+    x, grads = np.ones(500), [np.full(500, 0.5), np.full(500, -0.25)]
+    stepper = Stepper(x, **HYPER, engine="numba", threads=2)
+    for g in grads:
+        stepper.step(g)
+    assert len(jobs) == 2
+    for job in jobs * 3:
+        job()
+    assert_same(stepper, functional(np.ones(500), grads))
+    stepper.step(grads[0])
+    assert_same(stepper, functional(np.ones(500), [*grads, grads[0]]))
+
+
+def test_threads_that_last_hold_no_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads are made once, whatever the number of steps, and keep nothing of a stepper that is gone."""
+    pytest.importorskip("numba")
+    stepper_tiles(monkeypatch, 64, 64)
+    monkeypatch.setattr("acprop_stepper._stepper.cores", lambda: 3)
+    stepper = Stepper(np.ones(5000), engine="numba", threads=3)
+    stepper.step(np.ones(5000))
+    running = threading.active_count()
+    for _ in range(50):
+        stepper.step(np.ones(5000))
+    assert threading.active_count() == running
+    gone = weakref.ref(stepper._engines[0]._table)
+    del stepper
+    deadline = time.monotonic() + 20.0
+    while gone() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert gone() is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_does_not_grow_with_the_number_of_steps(engine: str, threads: int) -> None:
+    import tracemalloc
+
+    stepper = Stepper([np.ones(300), np.ones(20, np.float32)], **HYPER, engine=engine, threads=threads)
+
+    def steps(n: int) -> int:
+        for _ in range(n):
+            stepper.step([np.ones(300), np.ones(20, np.float32)])
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    steps(5)
+    tracemalloc.start()
+    try:
+        before = steps(20)
+        assert steps(200) < before + 20_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_one_program_serves_all_decays_and_scales() -> None:

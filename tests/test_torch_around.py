@@ -182,6 +182,18 @@ def test_older_states_load(flags: dict[str, bool]) -> None:
     assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_state_older_than_synchronous_steps_stays_asynchronous(asynchronous: bool) -> None:
+    model = model_of()
+    optimizer = ACProp(model.parameters())
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["param_groups"][0]["asynchronous"]
+    other = ACProp(model.parameters(), asynchronous=asynchronous)
+    other.load_state_dict(state)
+    assert other.param_groups[0]["asynchronous"] is True
+
+
 def test_loading_casts_to_the_dtype_that_the_moments_have_here() -> None:
     wide, narrow, half = (
         torch.ones(2, dtype=d, requires_grad=True) for d in (torch.float64, torch.float32, torch.half)
@@ -283,6 +295,27 @@ def test_a_run_of_the_authors_is_continued(l2: bool, steps: int) -> None:
         optimizer.step()
     torch.testing.assert_close(ours.detach(), x, rtol=1e-12, atol=1e-12)
     assert "amsgrad" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"asynchronous": False}, "asynchronous=False"),
+        ({"centering": "none"}, "centering='none'"),
+        ({"centering": "previous"}, "centering='previous'"),
+    ],
+)
+def test_a_run_of_the_authors_is_refused_in_another_corner(options: dict[str, Any], words: str) -> None:
+    x = torch.ones(1, requires_grad=True)
+    optimizer = ACProp([x], **options)
+    group = {"lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0, "params": [0]}
+    state = {"step": 3, "exp_avg": torch.ones(1), "exp_avg_var": torch.ones(1)}
+    reason = (
+        f"of the authors' ACProp, whose moments mean something else with {words}, as here; make this optimizer with"
+    )
+    with pytest.raises(ValueError, match=f"parameter group 0 is {reason} asynchronous=True and centering='current'"):
+        optimizer.load_state_dict({"state": {0: state}, "param_groups": [group]})
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize(

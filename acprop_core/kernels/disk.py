@@ -6,6 +6,7 @@ NUMBA_CACHE_DIR names another. ACPROP_CACHE=0 in the environment switches it off
 
 import hashlib
 import os
+import threading
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ def _digest() -> str | None:
     return "".join(hashlib.sha256(part).hexdigest() for part in parts)
 
 
+_one_at_a_time = threading.Lock()  # because Numba prepares itself without a lock, at the first program of a process
 _KEY = _digest()  # of the sources as they were imported
 
 
@@ -69,9 +71,10 @@ def compiled(
     function: Any = make(names)
     function.__qualname__ = f"{function.__name__}_{key[:32]}"
     compiler: Any = {"nogil": True, "error_model": "numpy"}
-    if _KEY is not None and os.environ.get(SWITCH) != "0":
-        try:
-            return numba.njit(signature, cache=True, **compiler)(function)
-        except Exception:  # no folder can be written, the disk is full, or a file is damaged
-            pass
-    return numba.njit(signature, **compiler)(function)
+    with _one_at_a_time:
+        if _KEY is not None and os.environ.get(SWITCH) != "0":
+            try:
+                return numba.njit(signature, cache=True, **compiler)(function)
+            except Exception:  # no folder can be written, the disk is full, or a file is damaged
+                pass
+        return numba.njit(signature, **compiler)(function)

@@ -62,6 +62,8 @@ def widened(row: Row) -> Row:
     """
     if row.param is None or row.grad is None or row.carry is not None:
         return row
+    if row.param.dtype == row.grad.dtype and not row.param.weak_type:
+        return row
     with jax.numpy_dtype_promotion("standard"):
         return row._replace(param=row.param.astype(jnp.promote_types(row.param.dtype, row.grad.dtype)))
 
@@ -119,7 +121,7 @@ def as_jax(what: str, name: str, x: Any) -> Any:
     if x is None or isinstance(x, jax.ShapeDtypeStruct):
         return x
     try:
-        x = jnp.asarray(x)
+        x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     except (TypeError, ValueError):  # ValueError of some containers, which arrive here if structures differ
         raise TypeError(
             f"{called(what, name)} is a {type(x).__name__} ({x!r:.40}); pass an array or a number"

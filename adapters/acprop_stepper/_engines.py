@@ -46,7 +46,7 @@ def buffers_of(optimizer: ACProp, matching: Matching) -> list[Buffer]:
     return buffers
 
 
-def engines_of(buffers: Sequence[Buffer], engine: str | None, xp: Any) -> list[Any]:
+def engines_of(buffers: Sequence[Buffer], engine: str | None, xp: Any, threads: int) -> list[Any]:
     """Return the engines of all buffers."""
     if xp is not np:
         return [Cupy(buffer) if buffer.is_alike() else Tiles(buffer) for buffer in buffers]
@@ -61,4 +61,4 @@ def engines_of(buffers: Sequence[Buffer], engine: str | None, xp: Any) -> list[A
             compiled.setdefault((buffer.params[0].dtype, buffer.mu.dtype), []).append(buffer)
         else:
             others.append(Tiles(buffer))
-    return [*map(Numba, compiled.values()), *others]
+    return [*(Numba(own, threads) for own in compiled.values()), *others]

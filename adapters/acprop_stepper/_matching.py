@@ -12,6 +12,7 @@ from acprop_core.adapt import Array, align, called
 from acprop_stepper._overlap import addresses, first_overlap
 
 _writeable = operator.attrgetter("flags.writeable")
+_nbytes = operator.attrgetter("nbytes")
 _layout = operator.attrgetter("__class__", "dtype", "shape", "strides")
 
 
@@ -43,14 +44,17 @@ class Matching:
         self._is_flat = self._is_flat and not any("." in name for name in self.names)
         self._present = [x for x in self.leaves if x is not None]
         self.check_parameters()
-        self._expected = None
+        self._expected: Any = None
+        if xp is np:
+            self._nbytes = list(map(_nbytes, self._present))
+            self._starts = addresses(self._present)
         if xp is np and self._present and all(x is not None and x.flags.c_contiguous for x in self.leaves):
             self._expected = [(np.ndarray, x.dtype, x.shape, x.strides) for x in self.leaves]
             self._alignments = np.array([x.dtype.alignment for x in self.leaves], np.int64)
-            self._sizes = np.array([x.nbytes for x in self.leaves], np.int64)
-            starts = addresses(self.leaves)
-            order = [i for i in np.argsort(starts) if self._sizes[i]]
-            self._starts, self._ends = starts[order], np.array([0, *(starts + self._sizes)[order]])
+            self._sizes = np.array(self._nbytes, np.int64)
+            order = [i for i in np.argsort(self._starts) if self._sizes[i]]
+            self._begins, self._ends = self._starts[order], np.array([0, *(self._starts + self._sizes)[order]])
+            self._fitting = b"", self._starts  # addresses of all arrays, and of gradients, at the last step that fitted
 
     def gradients(self, params: Any, grads: Any) -> tuple[list[Any], Any]:
         """Return the gradients in the order of the parameters, checked; refuse parameters that have been replaced.
@@ -64,8 +68,8 @@ class Matching:
                 f"{called('parameter', name)} is not the array that the stepper was made for; write into that "
                 "array, or make another stepper"
             )
-        if self.xp is np and not all(map(_writeable, self._present)):
-            self.check_parameters()  # which names the parameter
+        if self.xp is np:
+            self._check_memory()
         leaves = self._leaves_of(grads, "the container of gradients")
         if (found := self._plain_addresses(leaves)) is not None:
             return leaves, found
@@ -90,9 +94,32 @@ class Matching:
         except AttributeError:  # None, or not an array
             return None
         begin = addresses(leaves)
+        # gradients are usually where the last ones were: to see that is one comparison, not seven operations
+        if (key := begin.tobytes()) == self._fitting[0]:
+            return self._fitting[1]
         # of the parameters that begin before a gradient ends, the last one ends last
-        last = np.searchsorted(self._starts, begin + self._sizes)
-        return None if (self._ends[last] > begin).any() or (begin % self._alignments).any() else begin
+        last = np.searchsorted(self._begins, begin + self._sizes)
+        if (self._ends[last] > begin).any() or (begin % self._alignments).any():
+            return None
+        self._fitting = key, begin
+        return begin
+
+    def _check_memory(self) -> None:
+        """Refuse parameters that are read-only or whose memory is no longer where it was."""
+        if not all(map(_writeable, self._present)):
+            self.check_parameters()  # which names the parameter
+        if (
+            list(map(_nbytes, self._present)) == self._nbytes
+            and addresses(self._present).tobytes() == self._starts.tobytes()
+        ):
+            return
+        names = [name for name, x in zip(self.names, self.leaves, strict=True) if x is not None]
+        for name, x, nbytes, start in zip(names, self._present, self._nbytes, self._starts, strict=True):
+            if x.nbytes != nbytes or x.ctypes.data != start:
+                raise ValueError(
+                    f"{called('parameter', name)} was resized, or has other memory, since the stepper was made; write "
+                    "into the array as it was, or make another stepper"
+                )
 
     def check_parameters(self) -> None:
         """Refuse parameters that a stepper cannot write into."""

@@ -15,7 +15,7 @@ from acprop_stepper._copies import new, restored
 from acprop_stepper._engines import buffers_of, check_engine, engines_of
 from acprop_stepper._gradients import find_nonfinite, global_norm
 from acprop_stepper._matching import Matching
-from acprop_stepper._work import Task, Work
+from acprop_stepper._work import Task, Work, cores
 
 Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of arrays and None
 
@@ -192,7 +192,7 @@ class Stepper:
         check_engine(engine, self._xp)
         self._count = np.zeros(1, np.int64)  # an array, because a compiled step increments it
         self._buffers = buffers_of(self.functional, self._matching)
-        self._engines = engines_of(self._buffers, engine, self._xp)
+        self._engines = engines_of(self._buffers, engine, self._xp, min(threads, cores()))
         self._tame = True  # whether no moment exceeds `safe_magnitude`
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -371,7 +371,7 @@ class Stepper:
             if culprit is not None:
                 return StepRecord(count, learning_rate, norm, skipped=True)
         # Python looks for no signal within `run`: it steps and counts, or does neither
-        run = getattr(self._engines[0], "run", None) if len(self._engines) == self._threads == 1 else None
+        run = getattr(self._engines[0], "run", None) if len(self._engines) == 1 else None
         if run is not None and found is not None:
             run(found, step, self._count)
         else:
@@ -380,7 +380,7 @@ class Stepper:
         return StepRecord(count + 1, learning_rate, norm, skipped=False)
 
     def _finish(self, tasks: Sequence[Task], count: int) -> None:
-        self._work = Work(tasks, lambda: self._count.fill(count), self._threads)
+        self._work = Work(tasks, lambda: self._count.fill(count), min(self._threads, cores()))
         self._work.finish()
         self._work = None  # frees the gradients too
 

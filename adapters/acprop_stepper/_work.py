@@ -4,6 +4,8 @@ Signal handlers, Ctrl-C's above all, run between any two instructions of the mai
 main thread only waits, and another thread, where no handler runs, does the writing.
 """
 
+import contextlib
+import functools
 import os
 import threading
 from collections import deque
@@ -49,14 +51,21 @@ class Work:
             raise interruption
 
     def _run(self) -> None:
-        helpers = [threading.Thread(target=self._drain) for _ in range(min(self._threads, len(self._pending)) - 1)]
-        started = [helper for helper in helpers if _start(helper)]
+        locks = [threading.Lock() for _ in range(min(self._threads, len(self._pending)) - 1)]
+        wake([functools.partial(self._help, lock) for lock in locks])
         self._drain()
-        for helper in started:
-            helper.join()
+        for lock in locks:
+            lock.acquire()  # waits for a thread that is at work; one that comes later finds it taken
         if not (self._pending or self.finished):  # an interrupted `finish` may have sent this twice
             self._count()
             self.finished = True
+
+    def _help(self, lock: Any) -> None:
+        if lock.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                lock.release()
 
     def _drain(self) -> None:
         while self._pending:
@@ -110,6 +119,50 @@ class _Worker:
             ended.release()
 
 
+class _Helper:
+    """A thread that lasts, and sleeps until it is woken: a new one for each step takes 100 microseconds."""
+
+    def __init__(self) -> None:
+        self._job: Task | None = None
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self.started = _start(threading.Thread(target=self._loop, name="acprop_stepper helper", daemon=True))
+
+    def wake(self, job: Task) -> None:
+        """Have this job done soon, and nothing else that has not begun."""
+        self._job = job
+        with contextlib.suppress(RuntimeError):  # it has been woken, and takes this job instead of the last
+            self._gate.release()
+
+    def _loop(self) -> None:
+        while True:
+            self._gate.acquire()
+            job, self._job = self._job, None
+            if job is not None:
+                with contextlib.suppress(Exception):
+                    job()
+            del job  # it holds arrays
+
+
+def wake(jobs: Sequence[Task]) -> None:
+    """Have other threads do these jobs, each in a thread of its own, if there are threads to be had.
+
+    A job may come late, or never if another step wakes the thread meanwhile: so nobody may wait for one to begin.
+    """
+    while len(_helpers) < len(jobs):
+        helper = _Helper()
+        if not helper.started:
+            break
+        _helpers.append(helper)
+    for helper, job in zip(_helpers, jobs, strict=False):
+        helper.wake(job)
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _start(thread: threading.Thread) -> bool:
     try:
         thread.start()
@@ -123,8 +176,10 @@ def _new_worker() -> None:
     if _worker.open is not None and _worker.open.locked():
         _worker.open.release()  # the copy of a thread that waits for it would wait forever
     _worker = _Worker()
+    _helpers.clear()
 
 
 _worker = _Worker()
+_helpers: list[_Helper] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_worker)  # threads do not survive a fork

@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 _OF_ALL = ("lr", "betas", "eps", "weight_decay")
 ACPROP = Kind(MOMENTS, (*_OF_ALL, "eps_root"), {})
-AUTHORS = Kind(MOMENTS, _OF_ALL, {})
+AUTHORS = Kind(MOMENTS, _OF_ALL, {"asynchronous": True, "centering": "current"})
 ADAM = Kind(  # torch's Adam and AdamW, whose moments always have their parameter's dtype
     ("exp_avg", "exp_avg_sq"),
     (*_OF_ALL, "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"),
@@ -246,14 +246,14 @@ def _translated_group(i: int, kind: Kind, saved: dict[str, Any], own: dict[str, 
                 f"parameter group {i} comes from a run with {option}=True, which is another algorithm than ACProp's; "
                 "finish that run with the optimizer that began it, or start anew"
             )
-    if kind is ADAM:
-        wanted = {key: ADAM.fixed[key] for key in ("asynchronous", "centering")}
-        if apart := [f"{key}={own[key]!r}" for key, value in wanted.items() if own[key] != value]:
-            raise ValueError(
-                f"parameter group {i} is of torch.optim.Adam or AdamW, whose moments mean something else with "
-                f"{' and '.join(apart)}, as here; make this optimizer with "
-                f"{' and '.join(f'{key}={value!r}' for key, value in wanted.items())}, or start anew"
-            )
+    wanted = {key: kind.fixed[key] for key in ("asynchronous", "centering")}
+    if apart := [f"{key}={own[key]!r}" for key, value in wanted.items() if own[key] != value]:
+        origin = "torch.optim.Adam or AdamW" if kind is ADAM else "the authors' ACProp"
+        raise ValueError(
+            f"parameter group {i} is of {origin}, whose moments mean something else with {' and '.join(apart)}, as "
+            "here; make this optimizer with "
+            f"{' and '.join(f'{key}={value!r}' for key, value in wanted.items())}, or start anew"
+        )
     kept = {key: value for key, value in saved.items() if key not in ("amsgrad", "rectify", "buffer")}
     eps_root = saved["eps"] if kind is AUTHORS else ADAM.fixed["eps_root"]
     return {**{key: value for key, value in own.items() if key != "params"}, **kept, "eps_root": eps_root}
@@ -273,7 +273,8 @@ def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dic
     if len(saved) != len(optimizer.param_groups):  # the base class refuses it
         return state_dict
     groups = [
-        group if kind is ACPROP else _translated_group(i, kind, group, own)
+        # an ACProp that did not say so was older than the option, and asynchronous
+        {"asynchronous": True, **group} if kind is ACPROP else _translated_group(i, kind, group, own)
         for i, (kind, group, own) in enumerate(zip(kinds, saved, optimizer.param_groups, strict=True))
     ]
     for i, group in enumerate(groups):

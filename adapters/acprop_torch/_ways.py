@@ -1,7 +1,6 @@
 """The choice of a way to step."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -50,5 +49,10 @@ def together(groups: list[dict[str, Any]], prepared: list[tuple[Batch | None, Ru
     if not batches:
         return runs, None
     compiled = Compiled(list(batches.values()))
-    params = [p for batch in batches.values() for p in batch.columns.param]
-    return [*runs, partial(compiled.run, params)], None if runs else Kept.of(groups, batches, compiled)
+
+    def run() -> None:
+        # It has the addresses alone. So `batches` must live until here: they may hold copies, such as gradients that
+        # were placed otherwise.
+        compiled.run([p for batch in batches.values() for p in batch.columns.param])
+
+    return [*runs, run], None if runs else Kept.of(groups, batches, compiled)

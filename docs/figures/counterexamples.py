@@ -34,7 +34,7 @@ CORNERS: dict[str, dict[str, Any]] = {
     "AdaShift": {"asynchronous": True, "centering": "none"},  # arXiv:1810.00143 with n = 1, so that m_t is g_t
     "ACProp": {"asynchronous": True, "centering": "current"},  # arXiv:2110.05454, algorithm 2
 }
-# Adam's and AdaShift's papers add eps to the root alone; AdaBelief's and ACProp's add it to the moment too.
+# Adam's paper adds eps to the root alone, AdaBelief's and ACProp's to the moment too. AdaShift has Adam's here.
 EPS = {
     "Adam": {"eps": 1e-8, "eps_root": 0.0},
     "AdaBelief": {"eps": 1e-16, "eps_root": 1e-16},
@@ -87,17 +87,6 @@ def corner(name: str, clip_exponent: float | None = None, skips_first: bool = Fa
         return jnp.where(skips_first & (t == 1), 0.0, -update), (state.mu, state.nu)
 
     return optimizer
-
-
-def adashift(g: Array, t: Array, moments: Moments, b1: Array, b2: Array) -> tuple[Array, Moments]:
-    """Divide by the root of v_{t-1}, not centred (Zhou et al. 2019, arXiv:1810.00143, n = 1, so that m_t is g_t).
-
-    This is the independent transcription of the paper's equations that the tests compare the library with; no figure
-    uses it. As in the paper, the first n steps do nothing but fill the window.
-    """
-    m, v = moments
-    d = g / (jnp.sqrt(v / (1.0 - b2 ** jnp.maximum(t - 1, 1))) + 1e-8)
-    return jnp.where(t > 1, d, 0.0), (m, b2 * v + (1.0 - b2) * g**2)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import optax
 
 from acprop_optax import acprop
 
@@ -43,12 +42,8 @@ def named(corner: str, clipped: bool) -> str:
     return f"{corner}, clip {CLIP}" if clipped else corner
 
 
-def make(rate: Any, b1: float, **options: Any) -> optax.GradientTransformation:
-    return acprop(rate, b1, **options)
-
-
 OPTIMIZERS = {
-    named(corner, clipped): partial(make, clip_exponent=CLIP if clipped else None, **switches)
+    named(corner, clipped): partial(acprop, clip_exponent=CLIP if clipped else None, **switches)
     for clipped in (True, False)
     for corner, switches in CORNERS.items()
 }
