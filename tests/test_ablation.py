@@ -125,20 +125,22 @@ def test_what_the_page_says_holds_in_the_results() -> None:
         steps = [(before, after) for _, before, after in ablation.IDEAS]
         return {(a, b): ablation.gains(result, task, *(ablation.named(x, clipped) for x in (a, b))) for a, b in steps}
 
+    def agree(found: list[float]) -> bool:
+        return min(found) > 0.0 or max(found) < 0.0
+
     for task, apart in zip(three, (0.006, 0.006, 0.02), strict=True):
         medians = [median(task, ablation.named(name, True)) for name in CORNERS]
         assert max(medians) - min(medians) < apart
-    agreed = [x for task in three for x in gains(task, True).values() if min(x) > 0.0 or max(x) < 0.0]
-    assert len(agreed) == 2
-    assert all(abs(np.median(x)) < 0.006 for x in agreed)
-    clipped = gains(gan, True)
-    assert max(clipped["Adam", "AdaBelief"]) < 0.0 < min(clipped["AdaShift", "ACProp"])
-    assert min(clipped["AdaBelief", "ACProp"]) > 0.0 == round(float(np.median(clipped["Adam", "AdaShift"])), 2)
-    assert abs(median(gan, "Adam, clip 0.25") - median(gan, "ACProp, clip 0.25")) < 0.01
-    assert [diverged(three[0], name) for name in CORNERS] == [0, 0, 24, 24]
+    medians = {name: median(gan, ablation.named(name, True)) for name in CORNERS}
+    level = [x for name, x in medians.items() if name != "AdaBelief"]
+    assert max(level) - min(level) < 0.01 < medians["AdaBelief"] - max(level)
+    assert not any(agree(x) for task in result["tasks"] for x in gains(task, True).values())
+    assert [diverged(three[0], name) for name in CORNERS] == [0, 0, 42, 42]
     lost = gains(three[2], False)
     assert [round(-float(np.median(lost[x])), 2) for x in (("Adam", "AdaShift"), ("AdaBelief", "ACProp"))] == [0.17] * 2
     unclipped = gains(gan, False)
     assert min(*unclipped["Adam", "AdaShift"], *unclipped["AdaBelief", "ACProp"]) > 0.0
     assert min(ablation.OPTIMIZERS, key=lambda name: median(gan, name)) == "ACProp"
-    assert diverged(gan, "ACProp") == 12
+    assert diverged(gan, "ACProp") == 21
+    centred = [("Adam", "AdaBelief"), ("AdaShift", "ACProp")]
+    assert not any(agree(gains(task, False)[x]) for task in result["tasks"] for x in centred)
