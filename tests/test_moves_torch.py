@@ -254,6 +254,7 @@ def kept(optimizer: torch.optim.Optimizer) -> Any:
     ]
 
 
+@needs_form  # a state_dict is exported as well
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
 @pytest.mark.parametrize("way", [*WAYS, "tensor lr", "differentiable"])
