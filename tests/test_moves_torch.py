@@ -38,7 +38,6 @@ FLAX = {
 
 HAS_FORM = torch_version() >= (2, 7)
 needs_form = pytest.mark.skipif(not HAS_FORM, reason="torch before 2.7: no decoupled_weight_decay in groups of Adam")
-needs_names = pytest.mark.skipif(torch_version() < (2, 6), reason="torch before 2.6: no names in parameter groups")
 
 
 def named(pairs: Iterable[tuple[str, torch.Tensor]]) -> list[Any]:
