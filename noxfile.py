@@ -1,5 +1,8 @@
 """The project's tasks. `python -m nox -l` lists them; each makes its own environment with pip."""
 
+import glob
+import os
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -8,6 +11,8 @@ nox.options.sessions = ["demo", "tests"]
 nox.options.reuse_venv = "yes"
 
 PYTHONS = ["3.11", "3.12", "3.13"]
+TORCHES = ["2.5.1", "2.6.0", "2.8.0", "2.11.0", "2.13.0", "2.14.1", "2.15.0"]  # the oldest is the extra's lower bound
+TORCH_TESTS = ["tests/test_moves_torch.py", "tests/test_portable.py", "tests/test_scale_torch.py"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -42,6 +47,18 @@ def minimums(session: nox.Session) -> None:
     """Run the suite without torch on the oldest versions that pyproject.toml promises."""
     install(session, "suite", "minimums")
     session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
+
+
+@nox.session(python="3.11")
+@nox.parametrize("torch", TORCHES)
+def torch_versions(session: nox.Session, torch: str) -> None:
+    """Run the part of the suite that needs torch on each of its versions (3 GB and an hour of a core a version)."""
+    install(session, "suite", "jax", "fast")
+    # a constraints file of the system may hold torch back; what is asked for here is exact
+    session.install(f"torch=={torch}", env={"PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""})
+    options = ["-n", "auto", "-m", "not gpu"]
+    session.run("python", "-m", "pytest", *options, *sorted(glob.glob("tests/test_torch*.py")), *TORCH_TESTS)
+    session.run("python", "-m", "pytest", *options, "-k", "torch", "tests/test_suite.py")
 
 
 @nox.session

@@ -105,11 +105,11 @@ class Step:
 
     def without_rate(self) -> "Step":
         """Return this step without its learning rate: the update is d_t, for hosts that apply their own rate."""
-        return Step(self.numbers, self.flags._replace(rated=False), self._xp)
+        return Step(self.numbers, rule.replace(self.flags, "rated", False), self._xp)
 
     def with_grad_scale(self, scale: Any) -> "Step":
         """Return this step for gradients that are multiplied by a number first."""
-        return Step(self.numbers._replace(grad_scale=scale), self.flags._replace(scaled=True), self._xp)
+        return Step(rule.replace(self.numbers, "grad_scale", scale), rule.replace(self.flags, "scaled", True), self._xp)
 
     def __call__(self, row: Any, decays: bool = True) -> tuple[Array, Array, Array, Array | None]:
         """Return u_t, m_t, s_t and c_t, the last None without a carry.
@@ -160,11 +160,11 @@ class Step:
             real_dtype = getattr(self._xp, real)
             dtype = getattr(self._xp, COMPLEX_OF[real]) if is_complex else real_dtype
             numbers = rule.cast(self.numbers, real_dtype, SMALLEST_NORMAL[real], self._xp)
-            flags = self.flags._replace(is_complex=True) if is_complex else self.flags
+            flags = rule.replace(self.flags, "is_complex", True) if is_complex else self.flags
             self._cast[key] = numbers, flags, dtype, real_dtype
         numbers, flags, dtype, real_dtype = self._cast[key]
         if flags.decay and not decays:
-            flags = flags._replace(decay=rule.Decay.NONE)
+            flags = rule.replace(flags, "decay", rule.Decay.NONE)
         if has_carry:
-            flags = flags._replace(format=rule.FORMATS[dtype_name(param_dtype)])
+            flags = rule.replace(flags, "format", rule.FORMATS[dtype_name(param_dtype)])
         return numbers, flags, dtype, real_dtype

@@ -29,8 +29,8 @@ def standard_namespace(xp: Any) -> Any:
     """Return the namespace with a `clip` that is elementwise."""
     # Dask's clip, as array_api_compat has it, makes an array of each limit, as large as the parameter and in chunks of
     # its own, which the workers then exchange.
-    name = getattr(xp, "__name__", "")
-    is_dask = name.endswith("dask.array")  # written so that torch's compiler can trace it
+    name = getattr(xp, "__name__", "")  # written so that torch's compiler can trace it
+    is_dask = name.endswith("dask.array")
     lacks_clip = getattr(xp, "__array_api_version__", "2025") < "2023.12"
     if name == "array_api_compat.numpy":
         return _NumpyClip(xp)

@@ -463,8 +463,32 @@ def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> 
     numbers = Numbers(*map(fit, numbers))
     eps = numbers.eps
     if type(eps) in (float, int):
-        return numbers._replace(eps=_raised(eps, smallest_normal))
-    return numbers._replace(eps=xp.where(eps < smallest_normal, xp.full_like(eps, smallest_normal), eps))
+        return replace(numbers, "eps", _raised(eps, smallest_normal))
+    return replace(numbers, "eps", xp.where(eps < smallest_normal, xp.full_like(eps, smallest_normal), eps))
+
+
+def replace(values: Any, name: str, new: Any) -> Any:
+    """Return numbers or flags with one changed, as `_replace`, which torch's compiler takes only in new versions.
+
+    Parameters
+    ----------
+    values : Numbers or Flags
+        What to copy.
+    name : str
+        Which to change.
+    new : any
+        Its new value.
+
+    Returns
+    -------
+    Numbers or Flags
+        Of the same type.
+    """
+    i = _INDICES[name]
+    return type(values)(*[new if j == i else old for j, old in enumerate(values)])
+
+
+_INDICES = {name: i for cls in (Numbers, Flags) for i, name in enumerate(cls._fields)}  # they share no name
 
 
 def _raised(eps: float, smallest_normal: float) -> float:

@@ -873,9 +873,9 @@ def interrupted_after_kernel() -> contextlib.AbstractContextManager[Any]:
 
 def failing_torch_compile(error: type[BaseException], at: Any) -> contextlib.AbstractContextManager[Any]:
     """Have torch.compile raise where it would compile the fused step for this dtype."""
-    from acprop_torch import _inductor
+    import torch
 
-    def compiled(function: Any) -> Any:
+    def compile(function: Any, **options: Any) -> Any:
         def run(row: Any, *rest: Any) -> None:
             if row.mu.dtype is at:
                 raise error("no working compiler\nand more")
@@ -883,7 +883,15 @@ def failing_torch_compile(error: type[BaseException], at: Any) -> contextlib.Abs
 
         return run
 
-    return mock.patch.object(_inductor, "compiled", compiled)
+    return mock.patch.object(torch, "compile", compile)
+
+
+def torch_version() -> tuple[int, int]:
+    """Return the version of torch that is installed, as far as its features depend on it."""
+    import torch
+
+    major, minor, *_ = torch.__version__.split(".")
+    return int(major), int(minor)
 
 
 def torch_operation(patch: "pytest.MonkeyPatch", name: str, function: Any) -> None:
@@ -897,7 +905,7 @@ def forget_compiled_torch_step() -> None:
     """Have torch compile the fused step anew."""
     from acprop_torch import _inductor
 
-    _inductor._program.cache_clear()
+    _inductor._programs.clear()
 
 
 def stepper_tiles(patch: "pytest.MonkeyPatch", tile: int, chunk: int | None = None) -> None:

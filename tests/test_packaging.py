@@ -55,6 +55,14 @@ def test_import_of_an_adapter_imports_its_own_framework(package: str, framework:
     assert not others & loaded
 
 
+def test_a_torch_that_is_too_old_is_refused_at_import() -> None:
+    pytest.importorskip("torch")
+    lines = "import torch; torch.__version__ = '2.4.1+cpu'\ntry: import acprop_torch\nexcept ImportError as e: print(e)"
+    assert python(lines).strip() == (
+        "acprop_torch needs torch 2.5 or newer, and torch 2.4.1+cpu is installed; upgrade torch"
+    )
+
+
 def test_arrows_point_to_the_core() -> None:
     result = subprocess.run(
         [Path(sys.executable).parent / "lint-imports", "--no-cache"],

@@ -1,6 +1,7 @@
 """The files for contributors and for GitHub: workflows call what there is, pinned and with few rights."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,18 @@ def parsed(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
 
 
-def test_there_are_three_workflows() -> None:
-    assert [path.name for path in WORKFLOWS] == ["docs.yml", "release.yml", "tests.yml"]
+def test_there_are_four_workflows() -> None:
+    assert [path.name for path in WORKFLOWS] == ["docs.yml", "release.yml", "tests.yml", "weekly.yml"]
+
+
+def test_the_oldest_torch_is_the_same_everywhere() -> None:
+    """In the sessions, in the promise of pyproject.toml, and in the error at import."""
+    versions = re.findall(r'^TORCHES = \["([\d.]+)"', (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["torch"] == [f"torch>={versions[0]}"]
+    needed = re.search(r"^OLDEST = \((\d+), (\d+)\)", (ROOT / "adapters/acprop_torch/_version.py").read_text(), re.M)
+    assert needed is not None
+    assert needed.groups() == tuple(versions[0].split(".")[:2])
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim import lr_scheduler, swa_utils
 
 from acprop_torch import ACProp
+from hosts import torch_version
 
 WAYS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 ways = pytest.mark.parametrize("flags", WAYS.values(), ids=WAYS)
@@ -334,6 +335,7 @@ def test_what_the_authors_do_beyond_the_paper_is_refused(change: dict[str, Any],
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.skipif(torch_version() < (2, 6), reason="torch before 2.6: no names in parameter groups")
 def test_named_parameters_keep_their_names() -> None:
     model = model_of()
     optimizer = ACProp(model.named_parameters())
@@ -519,8 +521,9 @@ def test_distributed_state_dicts(one_process: Any, flags: dict[str, bool]) -> No
 def test_sharded_parameters(one_process: Any, flags: dict[str, bool]) -> None:
     """FSDP2: parameters, gradients and moments are DTensors, whose local shards the rule runs on; steps are plain."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
+
+    from torch_ranks import fully_shard
 
     model, twin = model_of(torch.float32), model_of(torch.float32)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))

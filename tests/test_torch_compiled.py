@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from acprop_torch import ACProp
-from hosts import forget_compiled_torch_step, without_numba
+from hosts import forget_compiled_torch_step, torch_version, without_numba
 
 OPTIONS = [
     {},
@@ -225,6 +225,9 @@ def test_no_combination_of_options_is_left_uncompiled() -> None:
     assert counters["stats"]["unique_graphs"] == 18  # without decay, its form does not matter
 
 
+@pytest.mark.skipif(
+    torch_version() == (2, 11), reason="torch 2.11 loses an object whose constructor is not traced as a whole"
+)
 @pytest.mark.parametrize("flags", [{}, {"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_an_optimizer_may_be_made_inside_a_compiled_function(flags: dict[str, bool]) -> None:
     """Dynamo drops attributes that are set before those of the base class, and warns of caches (here an error)."""

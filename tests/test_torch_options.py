@@ -410,6 +410,8 @@ def exchanged_parameters(x: torch.Tensor, optimizer: ACProp) -> None:
 
 
 def another_gradient_dtype(x: torch.Tensor, optimizer: ACProp) -> None:
+    if not hasattr(x, "grad_dtype"):
+        pytest.skip("this torch refuses a gradient of another dtype itself")
     grad, x.grad = x.grad.float(), None
     x.grad_dtype = None
     x.grad = grad

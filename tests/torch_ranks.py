@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -23,6 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import acprop_core
 from acprop_torch import ACProp, export_state, import_state
+from hosts import torch_version
+
+if torch_version() >= (2, 6):
+    from torch.distributed.fsdp import fully_shard
+else:
+    from torch.distributed._composable.fsdp import fully_shard
 
 WAYS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 OF_16_BITS = {"wide": {}, "narrow": {"moment_dtype": torch.bfloat16}, "compensated": {"compensate": True}}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from acprop_core.adapt import Row, Step
 from acprop_torch import _private as private
-from acprop_torch._rows import Batch, Block, blocks, by_kind, count_steps, kind_of, step_of, tile_of, write
+from acprop_torch._rows import Batch, Block, blocks, by_kind, count_steps, kind_of, rows_of, step_of, tile_of, write
 from acprop_torch._tiles import in_tiles
 
 
@@ -32,12 +32,12 @@ def prepare_traced(batch: Batch) -> Callable[[], None]:
 
     def run() -> None:
         kinds: dict[Any, list[int]] = {}
-        for i, row in enumerate(batch.rows):
+        for i, row in enumerate(rows_of(batch.columns)):
             kinds.setdefault(kind_of(row), []).append(i)
         for members in map(batch.choose, kinds.values()):
             step = step_of(members, torch.stack(members.steps), _namespace)
             start = 0
-            for chunk in _chunks(map(Block, members.rows)):
+            for chunk in _chunks(map(Block, rows_of(members.columns))):
                 own = step.map_numbers(_own(slice(start, start + len(chunk))))
                 write(chunk, _results_of(chunk, own))
                 start += len(chunk)

@@ -14,7 +14,7 @@ import acprop_core
 from acprop_core.adapt import dtype_name, warn
 from acprop_core.rule import Hyperparameters
 from acprop_torch import _private as private
-from acprop_torch._private import to_scalar, untraced
+from acprop_torch._private import untraced
 
 _NUMBERS = ("lr", "eps", "eps_root", "weight_decay", "clip_exponent")
 _FLAGS = ("decoupled_weight_decay", "maximize", "foreach", "capturable", "differentiable", "fused")
@@ -90,11 +90,15 @@ def as_plain(x: Any) -> Any:
     return x if x is None or isinstance(x, Tensor) or type(x) in (float, int) else float(x)
 
 
+def _without_axes(x: Any) -> Any:
+    return x.squeeze() if isinstance(x, Tensor) and x.ndim else x
+
+
 def plain_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers among checked options as a group keeps them, so that `torch.load` takes them by default."""
     numbers = {name: as_plain(options[name]) for name in _NUMBERS if name in options}
     if "betas" in options:
-        numbers["betas"] = tuple(as_plain(to_scalar(x)) for x in pair_of(options["betas"]))
+        numbers["betas"] = tuple(as_plain(_without_axes(x)) for x in pair_of(options["betas"]))
     return numbers
 
 
@@ -150,7 +154,7 @@ def hyperparameters_of(group: dict[str, Any], traced: bool) -> Hyperparameters:
         if not isinstance(x, Tensor):
             return float(x)
         # a number on the host is read; on an accelerator that would synchronize with the device
-        return x.item() if x.is_cpu and not traced else to_scalar(x)
+        return x.item() if x.is_cpu and not traced else _without_axes(x)
 
     b1, b2 = pair_of(group["betas"])
     return Hyperparameters(

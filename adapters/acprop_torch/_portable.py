@@ -11,6 +11,7 @@ from acprop_core import State
 from acprop_core.checkpoint import check_portable, choose, match_names, to_numpy
 from acprop_torch._runs import OPTIONS, Model, Optimizer, Run, hyperparameters_of, run_of, run_of_state_dict
 from acprop_torch._state_dict import MOMENTS, Kind, begin, dtype_of_moments, has_carry
+from acprop_torch._version import VERSION
 
 if TYPE_CHECKING:  # slow to import; where there are sharded tensors, it has been imported
     from torch.distributed.tensor import DTensor
@@ -272,8 +273,10 @@ def _part(x: Tensor, p: Tensor) -> Tensor:
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    # src_data_rank=None: each rank has the whole and cuts its own part; otherwise rank 0 would send one to each
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).to_local()
+    # src_data_rank=None: each rank has the whole and cuts its own part; otherwise rank 0 sends one to each, as it does
+    # in torch before 2.7, which cannot be asked
+    cuts: Any = {"src_data_rank": None} if VERSION >= (2, 7) else {}
+    return distribute_tensor(x, p.device_mesh, p.placements, **cuts).to_local()
 
 
 def _from_numpy(x: Any) -> Tensor:

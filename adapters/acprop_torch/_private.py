@@ -17,8 +17,6 @@ default_to_fused_or_foreach = _optimizer._default_to_fused_or_foreach
 device_dtype_check_for_fused = _optimizer._device_dtype_check_for_fused
 # The dtype of step counts; otherwise float32, or float64 if that is the default dtype.
 scalar_dtype: Any = _optimizer._get_scalar_dtype
-# A 1-element tensor as a 0-d one, anything else as it is; otherwise `squeeze()`.
-to_scalar = _optimizer._to_scalar
 # Has torch.compile call a function instead of tracing it; otherwise `torch.compiler.disable`, which is slow to import.
 untraced = _compile._disable_dynamo
 
@@ -57,16 +55,10 @@ def likeness_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
     """Refuse a step that a CUDA graph captures without capturable=True."""
-    optimizer._accelerator_graph_capture_health_check()  # in older torch `_cuda_graph_capture_health_check`
-
-
-def compiled(function: Any) -> Any:
-    """Return `function` compiled for any sizes, one program for each combination of dtypes and options."""
-    # Beyond the limit on programs, torch would run it uncompiled without warning; with `fullgraph` it raises an error.
-    # Older torch has the limit as `torch._dynamo.config.recompile_limit` alone.
-    return torch.compile(  # type: ignore[call-overload]  # torch's annotations lack the limit
-        function, dynamic=True, fullgraph=True, recompile_limit=256
-    )
+    if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
+        optimizer._accelerator_graph_capture_health_check()
+    else:  # torch before 2.9
+        optimizer._cuda_graph_capture_health_check()
 
 
 def capturable_devices() -> list[str]:

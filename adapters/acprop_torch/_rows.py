@@ -37,13 +37,19 @@ class Batch(NamedTuple):
     @property
     def rows(self) -> list[Row]:
         """The rows one by one."""
-        return list(map(Row, *self.columns))
+        return rows_of(self.columns)
 
     def choose(self, members: Sequence[int]) -> "Batch":
         """Return the batch of some of the rows."""
         columns = Row(*([column[i] for i in members] for column in self.columns))
         counts = None if self.counts is None else [self.counts[i] for i in members]
-        return self._replace(columns=columns, steps=[self.steps[i] for i in members], counts=counts)
+        steps = [self.steps[i] for i in members]
+        return Batch(columns, steps, counts, self.hyper, self.grad_scale, self.found_inf)
+
+
+def rows_of(columns: Row) -> list[Row]:
+    """Return a row of lists as rows."""
+    return [Row(*row) for row in zip(*columns, strict=True)]
 
 
 class Block(NamedTuple):
@@ -74,7 +80,8 @@ def map_row(f: Callable[[Any], Any], row: Row) -> Row:
 
 def local_columns(columns: Row, has_complex: bool) -> Row:
     """Return the tensors that the rule works on: local shards of sharded ones, and complex ones as real."""
-    is_plain = PLAIN.issuperset(map(type, columns.param))
+    # not by `PLAIN` or `all`, which torch's compiler cannot trace in versions before 2.9
+    is_plain = not [x for x in columns.param if type(x) not in (Tensor, torch.nn.Parameter)]
     if is_plain and not has_complex:
         return columns
     rows = list(map(Row, *columns))
@@ -90,7 +97,7 @@ def columns_of(rows: Sequence[Row]) -> Row:
 
 def _real_row(row: Row) -> Row:
     # a gradient may be conjugated lazily; a parameter may not, because its memory is what counts
-    row = row._replace(grad=row.grad.resolve_conj())
+    row = Row(row.param, row.grad.resolve_conj(), row.mu, row.nu, row.carry)
     return map_row(lambda x: torch.view_as_real(x) if x.is_complex() else x, row)
 
 
@@ -98,7 +105,8 @@ def _local_row(row: Row) -> Row:
     if not hasattr(row.param, "to_local"):
         return row
     if row.grad.placements != row.param.placements:
-        row = row._replace(grad=row.grad.redistribute(placements=row.param.placements))
+        grad = row.grad.redistribute(placements=row.param.placements)
+        row = Row(row.param, grad, row.mu, row.nu, row.carry)
     return map_row(lambda x: x.to_local(), row)
 
 

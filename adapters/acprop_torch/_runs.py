@@ -14,7 +14,7 @@ from acprop_torch._optimizer import ACProp
 from acprop_torch._options import check_options, is_number, pair_of
 from acprop_torch._state_dict import ACPROP, ADAM, Kind, check_state, in_our_words, read, refuse_incomplete
 
-Optimizer = ACProp | torch.optim.Adam  # AdamW is a subclass of Adam
+Optimizer = ACProp | torch.optim.Adam | torch.optim.AdamW  # AdamW is a subclass of Adam from torch 2.7 on only
 Model = torch.nn.Module | Mapping[str, Tensor]
 # Options of a group that the core has by the same name. Weight decay, its mask and other options are handled apart.
 OPTIONS = ("eps", "eps_root", "clip_exponent", "centering", "compensate", "asynchronous")
@@ -64,7 +64,10 @@ def run_of(optimizer: Optimizer, model: Model) -> Run:
             if not own.keys() >= {"step", *kind.moments}:
                 refuse_incomplete(f"parameter {name!r}", own, kind)
             states[name] = in_our_words(kind, own)
-    groups = [{**kind.fixed, **group} for group in optimizer.param_groups]
+    fixed = dict(kind.fixed)
+    if kind is ADAM:  # before torch 2.7 the class alone says it
+        fixed["decoupled_weight_decay"] = isinstance(optimizer, torch.optim.AdamW)
+    groups = [{**fixed, **group} for group in optimizer.param_groups]
     _refuse_variants([kind] * len(groups), groups)
     return Run(kind, groups, named, states)
 
