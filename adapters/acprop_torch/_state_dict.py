@@ -274,7 +274,9 @@ def checked(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dic
         return state_dict
     groups = [
         # an ACProp that did not say so was older than the option, and asynchronous
-        {"asynchronous": True, **group} if kind is ACPROP else _translated_group(i, kind, group, own)
+        {**group, "asynchronous": group.get("asynchronous", True)}
+        if kind is ACPROP
+        else _translated_group(i, kind, group, own)
         for i, (kind, group, own) in enumerate(zip(kinds, saved, optimizer.param_groups, strict=True))
     ]
     for i, group in enumerate(groups):
