@@ -237,8 +237,9 @@ def test_the_second_moment_is_never_negative_and_nothing_is_nan(backend: Backend
 @pytest.mark.promise("first step")
 @every_backend
 def test_the_first_step_is_that_of_gradient_descent(backend: Backend) -> None:
-    # Exactly, with an eps that is invisible next to 1: d = g / (sqrt(1) + eps) = g, and one rounding for -lr g.
-    @holds(backend, grads=gradients(backend, -18.0, 18.0, steps=1), hyper=hypers(backend, eps=1e-17))
+    # of an asynchronous step; exactly, with an eps that is invisible next to 1: d = g / (sqrt(1) + eps) = g, and one
+    # rounding for -lr g
+    @holds(backend, grads=gradients(backend, -18.0, 18.0, steps=1), hyper=hypers(backend, eps=1e-17, asynchronous=True))
     def _(grads: np.ndarray, hyper: Hyper) -> None:
         arithmetic = np.float64 if grads.dtype == np.float64 else np.float32
         g = grads.astype(arithmetic)
