@@ -29,6 +29,21 @@ kernel = cpu.counting_kernel_of(flags, "float32", "float32")
 kernel(table, options, cpu.shared(100, 100), True)
 print(sum(kernel.stats.cache_hits.values()), x.tobytes().hex()[:8], count[0])
 """
+CORNERS = """
+import sys
+import numpy as np
+from acprop_core import rule
+from acprop_core.kernels import cpu
+options = np.array([[1e-3, 0.9, 0.999, 1e-16, 1e-16, 0.0, 0.0, 0.0, 1.0]])
+for name in sys.argv[1:]:
+    kernel = cpu.counting_kernel_of(rule.Flags(centering=rule.Centering[name]), "float32", "float32")
+    x, g, m, s, count = (np.full(100, value, "f4") for value in (1.0, 0.5, 0.25, 1.0, 1.0))
+    table = np.zeros((cpu.ROWS, 1), np.int64)
+    table[: cpu.SIZE, 0] = [a.ctypes.data for a in (x, g, m, s, x, count)]
+    table[cpu.SIZE] = 100
+    kernel(table, options, cpu.shared(100, 100), True)
+    print(name, s[0])
+"""
 CHECK = """
 from acprop_core.kernels import cpu
 check = cpu.check_kernel()
@@ -132,3 +147,13 @@ def test_a_disk_that_is_full(core: Path) -> None:
     full += "caching.IndexDataCacheFile.save = full\n"
     assert run(core, full + CHECK)[:2] == ["0", "True"]
     assert files(core) == []
+
+
+def test_programs_of_several_processes_do_not_mix(core: Path) -> None:
+    """Numba names functions by a number that is unique within a process only."""
+    names = ["CURRENT", "PREVIOUS", "NONE"]
+    alone = [ended(begin(core, CORNERS, name)) for name in names]
+    assert len({moment for _, moment in alone}) == 3
+    for order in (names, names[::-1]):
+        together = ended(begin(core, CORNERS, *order))
+        assert sorted(together) == sorted(word for words in alone for word in words)

@@ -26,13 +26,18 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # urllib, http, asyncio, multiprocessing, tempfile ...) is not on the list.
 STANDARD = {
     "collections", "concurrent", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib", "importlib",
-    "itertools", "json", "math", "mmap", "numbers", "operator", "os", "queue", "stat", "sys", "threading", "types",
-    "typing", "warnings",
+    "itertools", "json", "math", "mmap", "numbers", "operator", "os", "pathlib", "queue", "stat", "sys", "threading",
+    "types", "typing", "warnings",
 }  # fmt: skip
 FRAMEWORKS = {
     "acprop_core": {"array_api_compat", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"},  # llvmlite: Numba's
     "acprop_optax": {"jax", "numpy", "optax"},
-    "acprop_stepper": {"array_api_compat", "ctypes", "numpy"},  # ctypes: the addresses of arrays, in _overlap.py
+    "acprop_stepper": {
+        "array_api_compat",
+        "ctypes",
+        "numba",
+        "numpy",
+    },  # ctypes: the addresses of arrays, in _overlap.py
     "acprop_torch": {"array_api_compat", "numpy", "torch"},
 }
 # Imports by a name that is computed: each a choice among names that stand in the code next to it.
@@ -43,7 +48,8 @@ NAMES = {"eval", "exec", "compile", "__import__", "breakpoint", "input", "print"
 # Of modules that can do more than they should, what may be used.
 OF_MODULES = {
     "ctypes": {"c_int64"},
-    "os": {"PathLike", "fsdecode", "getpid", "name", "path", "register_at_fork", "urandom"}
+    "os": {"PathLike", "environ", "fsdecode", "getpid", "name", "path", "register_at_fork", "urandom"}
+    | {"cpu_count", "sched_getaffinity"}
     | {"O_RDONLY", "chmod", "chown", "close", "fstat", "fsync", "open", "replace", "stat", "stat_result", "unlink"},
     "sys": {"_getframe", "float_info", "maxsize"},
     "importlib": {"import_module", "util"},

@@ -386,6 +386,7 @@ def steps_in_a_child(optimizer: ACProp, results: Any) -> None:
     results.put([x.tolist() for x in everything(optimizer)])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # JAX warns of forks
 def test_a_fork_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_threads(monkeypatch, 3, least=2)
     optimizer = begun()  # its threads are running

@@ -15,6 +15,7 @@ from typing import Any
 import llvmlite
 import numba
 from llvmlite import binding
+from numba.core.bytecode import FunctionIdentity
 
 from acprop_core import rule
 
@@ -32,6 +33,13 @@ def _digest() -> str | None:
     parts = [*sources, f"{numba.__version__} {llvmlite.__version__} {processor}".encode()]
     return "".join(hashlib.sha256(part).hexdigest() for part in parts)
 
+
+# Numba puts a number into the name of each compiled function, counted from 1 in each process. Where programs of several
+# processes are loaded into one, two functions would have one name, and the first would run in the place of the second.
+# So the numbers are drawn at random; without them nothing is kept on disk.
+_HAS_NUMBERS = hasattr(FunctionIdentity, "_unique_ids")
+if _HAS_NUMBERS:
+    FunctionIdentity._unique_ids = iter(lambda: int.from_bytes(os.urandom(8), "little"), -1)
 
 _one_at_a_time = threading.Lock()  # because Numba prepares itself without a lock, at the first program of a process
 _KEY = _digest()  # of the sources as they were imported
@@ -72,7 +80,7 @@ def compiled(
     function.__qualname__ = f"{function.__name__}_{key[:32]}"
     compiler: Any = {"nogil": True, "error_model": "numpy"}
     with _one_at_a_time:
-        if _KEY is not None and os.environ.get(SWITCH) != "0":
+        if _HAS_NUMBERS and _KEY is not None and os.environ.get(SWITCH) != "0":
             try:
                 return numba.njit(signature, cache=True, **compiler)(function)
             except Exception:  # no folder can be written, the disk is full, or a file is damaged

@@ -65,7 +65,7 @@ def _after(first: jax.Array, x: jax.Array, never: jax.Array) -> jax.Array:
     """
     if jnp.iscomplexobj(first):
         first = first.real
-    if first.dtype == x.dtype:
+    if first.dtype == x.dtype and first.dtype.itemsize > 2:
         return jax.lax.select(never, jax.lax.stop_gradient(first), x)
     bits = jax.lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
     return jax.lax.select(never, jax.lax.convert_element_type(bits, x.dtype), x)  # `where` is a program of its own
