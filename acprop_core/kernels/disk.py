@@ -39,7 +39,8 @@ def _digest() -> str | None:
 # So the numbers are drawn at random; without them nothing is kept on disk.
 _HAS_NUMBERS = hasattr(FunctionIdentity, "_unique_ids")
 if _HAS_NUMBERS:
-    FunctionIdentity._unique_ids = iter(lambda: int.from_bytes(os.urandom(8), "little"), -1)
+    _numbers: Any = iter(lambda: int.from_bytes(os.urandom(8), "little"), -1)
+    FunctionIdentity._unique_ids = _numbers
 
 _one_at_a_time = threading.Lock()  # because Numba prepares itself without a lock, at the first program of a process
 _KEY = _digest()  # of the sources as they were imported
