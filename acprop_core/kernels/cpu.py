@@ -290,17 +290,6 @@ def _numbers_of(asynchronous: bool, compensates: bool, dtype: str) -> Any:
     return numbers_at
 
 
-def part_of(table: Any, sizes: Any, widths: tuple[int, int], first: int, last: int) -> tuple[Any, Any]:
-    """Return table and sizes of the elements [first, last), counted as if all arrays were back to back.
-
-    `widths` are the bytes of an element: of parameters, and of moments.
-    """
-    own, moments = widths
-    ends = np.cumsum(sizes)
-    start, stop = (np.clip(cut - (ends - sizes), 0, sizes) for cut in (first, last))
-    return table + np.array([[own], [own], [moments], [moments], [own]]) * start, stop - start
-
-
 def _pointer_to(dtype: Any) -> Any:
     """Return a compiled function from an address to a pointer to numbers of this dtype."""
     pointer = nb.CPointer(numba.from_dtype(dtype))
