@@ -233,14 +233,8 @@ def scale_by_acprop(
         Added to the root of the second moment, and to the second moment at every step; at least 0.
     clip_exponent : float, optional
         No element of d_t exceeds ``t**clip_exponent``; None for no clip. 0.25 is recommended.
-    centering : {"current", "previous", "none"}
-        Centre the second moment on m_t as the paper does, on m_{t-1} as the code of ``optax.contrib.acprop``, or not
-        at all, as Adam.
-    asynchronous : bool
-        Divide the gradient by the root of the previous second moment, or else the mean of gradients by that of the new
-        one, as Adam and AdaBelief. `acprop_core.ACProp` says which combination is which published optimizer.
-    moment_dtype : dtype or its name, optional
-        Real dtype of the moments; by default the parameter's, and float32 for 16-bit parameters.
+    centering, asynchronous, moment_dtype : str, bool, and dtype or its name
+        As in `acprop`.
 
     Returns
     -------
