@@ -172,7 +172,7 @@ def run(part: Part, out: Path, env: dict[str, str], until: float) -> Outcome:
     results.write_text("")
     with open(out / f"{part.name}.log", "w") as log:
         if part.is_script:
-            options = ["--seconds", str(round(until - begun - 5.0)), "--out", str(out)]
+            options = ["--seconds", str(max(round(until - begun - 20.0), 1)), "--out", str(out)]
             status, _ = python(*part.arguments, *options, env=env, until=until, log=log)
         else:
             # warnings are shown and are no errors: the versions here are not those that the suite pins
