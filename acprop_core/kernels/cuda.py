@@ -115,7 +115,7 @@ def numbers_kernel_of(
             )
             factor = np.float64(1.0) / np.float64(read_narrow(scale_at)) if scale_at != 0 else read_wide(o + 64)
             row = (lr, b1, b2, eps, eps_root, decay, exponent, climbs, factor)
-            k = numbers_at((row,), 0, np.int64(min(count, 2.0**62)))
+            k = numbers_at((row,), 0, int(min(count, 2.0**62)))
             at = numbers + i * NUMBERS * width
             write(at, k.scale)
             write(at + width, k.offset)
@@ -165,9 +165,9 @@ def step_kernel_of(
                 write_wide(count_at, read_wide(count_at) + 1.0)
             else:
                 write_narrow(count_at, read_narrow(count_at) + np.float32(1.0))
-        param, grad = read_int(column + 8 * PARAM * n), read_int(column + 8 * GRAD * n)
-        mu, nu = read_int(column + 8 * MU * n), read_int(column + 8 * NU * n)
-        carry = read_int(column + 8 * CARRY * n)
+        param_at, grad_at = read_int(column + 8 * PARAM * n), read_int(column + 8 * GRAD * n)
+        mu_at, nu_at = read_int(column + 8 * MU * n), read_int(column + 8 * NU * n)
+        carry_at = read_int(column + 8 * CARRY * n)
         decay = read_int(column + 8 * DECAY * n)
         last = min(first + CHUNK, read_int(column + 8 * SIZE * n))
         at = numbers + i * NUMBERS * width
@@ -188,33 +188,33 @@ def step_kernel_of(
             read_real(at + 13 * width),
         )
         single = first  # the first element that is not part of a vector
-        if (param | grad | carry) % own_align == 0 and (mu | nu) % moments_align == 0:
+        if (param_at | grad_at | carry_at) % own_align == 0 and (mu_at | nu_at) % moments_align == 0:
             single = last - (last - first) % _VECTOR
             j = first + _VECTOR * thread
             while j < single:
-                x, g = read_4(param + a * j), read_4(grad + a * j)
-                m, s = read_moments_4(mu + b * j), read_moments_4(nu + b * j)
-                c = read_4(carry + a * j) if compensates else x
+                x, g = read_4(param_at + a * j), read_4(grad_at + a * j)
+                m, s = read_moments_4(mu_at + b * j), read_moments_4(nu_at + b * j)
+                c = read_4(carry_at + a * j) if compensates else x
                 x0, m0, s0, c0 = element(x[0], g[0], m[0], s[0], c[0], decay, k)
                 x1, m1, s1, c1 = element(x[1], g[1], m[1], s[1], c[1], decay, k)
                 x2, m2, s2, c2 = element(x[2], g[2], m[2], s[2], c[2], decay, k)
                 x3, m3, s3, c3 = element(x[3], g[3], m[3], s[3], c[3], decay, k)
-                write_4(param + a * j, (x0, x1, x2, x3))
-                write_moments_4(mu + b * j, (m0, m1, m2, m3))
-                write_moments_4(nu + b * j, (s0, s1, s2, s3))
+                write_4(param_at + a * j, (x0, x1, x2, x3))
+                write_moments_4(mu_at + b * j, (m0, m1, m2, m3))
+                write_moments_4(nu_at + b * j, (s0, s1, s2, s3))
                 if compensates:
-                    write_4(carry + a * j, (c0, c1, c2, c3))
+                    write_4(carry_at + a * j, (c0, c1, c2, c3))
                 j += _VECTOR * threads
         j = single + thread
         while j < last:
-            x, g = read(param + a * j), read(grad + a * j)
-            c = read(carry + a * j) if compensates else x
-            x0, m0, s0, c0 = element(x, g, read_moment(mu + b * j), read_moment(nu + b * j), c, decay, k)
-            write(param + a * j, x0)
-            write_moment(mu + b * j, m0)
-            write_moment(nu + b * j, s0)
+            x, g = read(param_at + a * j), read(grad_at + a * j)
+            c = read(carry_at + a * j) if compensates else x
+            x0, m0, s0, c0 = element(x, g, read_moment(mu_at + b * j), read_moment(nu_at + b * j), c, decay, k)
+            write(param_at + a * j, x0)
+            write_moment(mu_at + b * j, m0)
+            write_moment(nu_at + b * j, s0)
             if compensates:
-                write(carry + a * j, c0)
+                write(carry_at + a * j, c0)
             j += threads
 
     return step
