@@ -30,7 +30,10 @@ STANDARD = {
     "types", "typing", "warnings",
 }  # fmt: skip
 FRAMEWORKS = {
-    "acprop_core": {"array_api_compat", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"},  # llvmlite: Numba's
+    "acprop_core": {
+        *("array_api_compat", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"),  # llvmlite: Numba's
+        *("ctypes", "cuda"),  # the arguments of a CUDA kernel, and NVIDIA's linker and driver
+    },
     "acprop_optax": {"jax", "numpy", "optax"},
     "acprop_stepper": {
         "array_api_compat",
