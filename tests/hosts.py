@@ -692,7 +692,9 @@ def _rows() -> Iterator[Backend]:
     yield Backend(name="stepper_tiles", begin=part(Stepper, engine="tiles"))
     yield Backend(name="stepper_numba", begin=part(Stepper, engine="numba"), needs=("numba",))
     yield Backend(name="stepper_threads", begin=guarded)
-    yield of_cupy(name="stepper_cupy", begin=part(Stepper, engine="cupy", **cupy))
+    of_numba_cuda = part(of_cupy, needs=("cupy", "numba_cuda"))
+    yield of_numba_cuda(name="stepper_cuda", begin=part(Stepper, engine="cuda", **cupy))
+    yield of_cupy(name="stepper_cupy_tiles", begin=part(Stepper, engine="tiles", **cupy), slow_steps=True)
 
 
 BACKENDS = {backend.name: backend for backend in _rows()}
