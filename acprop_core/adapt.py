@@ -46,6 +46,7 @@ __all__ = [
     "decays_of",
     "dtype_name",
     "flatten",
+    "hyperparameters_at",
     "is_compensated",
     "library",
     "moment_dtypes",
@@ -231,6 +232,12 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
     >>> update
     array([-0.5])
     """
+    hyper = hyperparameters_at(optimizer, count, xp)
+    return Step(numbers_of(hyper, count, xp), flags_of(hyper), xp)
+
+
+def hyperparameters_at(optimizer: Any, count: Any, xp: Any) -> Hyperparameters:
+    """Return the options of step ``count + 1`` of an optimizer, whose schedules are called as `step_at` says."""
     hyper = Hyperparameters(*_options_of(optimizer))
     for name in ("learning_rate", "weight_decay"):
         if callable(schedule := getattr(hyper, name)):
@@ -240,7 +247,7 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
         if type(value) is not float:
             check_library(name, value, xp)
     check_library("the step count (state.count)", count, xp)
-    return Step(numbers_of(hyper, count, xp), flags_of(hyper), xp)
+    return hyper
 
 
 # all but the last two, which the core does not have: l2 and maximize

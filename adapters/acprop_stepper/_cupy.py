@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from acprop_core import rule
-from acprop_core.adapt import Array, Step
+from acprop_core.adapt import Array
 from acprop_stepper._buffers import Buffer, Tile, tiles_of, with_gradients
+from acprop_stepper._upcoming import Upcoming
 from acprop_stepper._work import Task
 
 PACK = 2**17  # elements up to which small parameters are gathered for one launch
@@ -22,10 +23,14 @@ class Cupy:
         self._buffer = buffer
         self._tiles = tiles_of(buffer, max((x.size for x in buffer.params), default=1) or 1, PACK)
 
-    def tasks(self, grads: Sequence[Array | None], step: Step) -> list[Task]:
+    def calls_suffice(self, threads: int) -> bool:
+        """Return False: launching a kernel runs Python code."""
+        return False
+
+    def tasks(self, grads: Sequence[Array | None], now: Upcoming) -> list[Task]:
         """Return the tasks of one step; a gradient of None leaves its parameter out."""
         buffer = self._buffer
-        numbers, flags, dtype, _ = step.cast_for(buffer.mu.dtype, buffer.params[0].dtype, buffer.decays)
+        numbers, flags, dtype, _ = now.step.cast_for(buffer.mu.dtype, buffer.params[0].dtype, buffer.decays)
         # scalars of the arrays' dtype, so that nothing is computed wider
         kernel, scalars = fused_step(flags, buffer.xp), list(map(np.dtype(dtype).type, numbers))
         tiles = [tile for tile in with_gradients(self._tiles, buffer, grads) if tile.stop > tile.start]

@@ -189,7 +189,7 @@ class _Part:
         self._all = len(members) == table.shape[1]
         self._members = members.tolist()
         self.table = np.ascontiguousarray(table[:, members])
-        self._kernel = cpu.counting_kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
+        self._kernel = cpu.kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
         self._options = options
         self._size = int(self.table[cpu.SIZE].sum())
         own, moments = kind.param.itemsize, kind.moments.itemsize
