@@ -8,7 +8,7 @@ import numpy as np
 
 from acprop_core import rule
 from acprop_core.adapt import Array
-from acprop_core.kernels import cpu
+from acprop_core.kernels import cpu, element
 from acprop_core.kernels.helpers import call_beside
 from acprop_core.kernels.sixteen_bits import is_readable
 from acprop_stepper._buffers import Buffer
@@ -35,16 +35,16 @@ class Numba:
             for x, (mu, nu, carry) in zip(buffer.params, map(buffer.kept, range(len(buffer.params))), strict=True)
         ]
         param, mu, nu, carry = zip(*columns, strict=True)
-        self._table = np.zeros((cpu.ROWS, len(param)), np.int64)
-        for row, column in ((cpu.PARAM, param), (cpu.MU, mu), (cpu.NU, nu), (cpu.CARRY, carry)):
+        self._table = np.zeros((element.ROWS, len(param)), np.int64)
+        for row, column in ((element.PARAM, param), (element.MU, mu), (element.NU, nu), (element.CARRY, carry)):
             self._table[row] = addresses(column)
-        self._table[cpu.SIZE] = [x.size for x in param]
+        self._table[element.SIZE] = [x.size for x in param]
         self._count = np.zeros(1)  # all parameters share it: the kernel reads it, and what it adds does not matter
-        self._table[cpu.COUNT] = self._count.ctypes.data
-        self._table[cpu.WIDE] = True
+        self._table[element.COUNT] = self._count.ctypes.data
+        self._table[element.WIDE] = True
         self._decaying = np.concatenate([np.full(len(x.params), x.decays, np.int64) for x in buffers])
-        self._options = np.zeros((1, len(cpu.OPTIONS)))
-        size = int(self._table[cpu.SIZE].sum())
+        self._options = np.zeros((1, len(element.OPTIONS)))
+        size = int(self._table[element.SIZE].sum())
         self._helpers = min(threads - 1, size // SHARE)
         self._record = cpu.shared(size, CHUNK if self._helpers else max(size, 1))
         self._flags: rule.Flags | None = None  # those that the kernel is for
@@ -93,11 +93,11 @@ class Numba:
         hyper = now.hyper
         flags = rule.flags_of(hyper)
         if flags != self._flags:
-            self._table[cpu.DECAY] = self._decaying * int(flags.decay)
+            self._table[element.DECAY] = self._decaying * int(flags.decay)
             dtype = self._first.params[0].dtype.name
             of_carry = flags._replace(format=None if self._first.carry is None else rule.FORMATS[dtype])
             self._kernel = cpu.kernel_of(of_carry, dtype, self._first.mu.dtype.name)
             self._flags = flags
-        self._table[cpu.GRAD] = grads
+        self._table[element.GRAD] = grads
         self._options[0] = *hyper[:6], hyper.clip_exponent or 0.0, hyper.maximize, now.grad_scale
         self._count[0] = now.count
