@@ -90,12 +90,12 @@ def test_a_step_is_assembled_once() -> None:
     """Everyone calls `rule.step`; the parts of it are named by the compiler's registration alone."""
     parts = re.compile(r"\brule\._(direction|moments|residual|square|average|compensated)\b")
     naming = {str(file.relative_to(ROOT)) for file in OUTSIDE if parts.search(file.read_text())}
-    assert naming == {"acprop_core/kernels/cpu.py"}
+    assert naming == {"acprop_core/kernels/element.py"}
     callers = {str(file.relative_to(ROOT)) for file in OUTSIDE if re.search(r"\brule\.step\(", file.read_text())}
     assert callers == {
         "acprop_core/_dtypes.py",  # with casts: the functional core, optax, torch, tiles
         "acprop_core/kernels/calls.py",  # traced
-        "acprop_core/kernels/cpu.py",  # compiled
+        "acprop_core/kernels/element.py",  # compiled
         "adapters/acprop_stepper/_cupy.py",  # fused
     }
 

@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from acprop_core.kernels import cpu, helpers
+from acprop_core.kernels import cpu, element, helpers
 from acprop_torch import ACProp
 from hosts import torch_threads
 
@@ -375,9 +375,9 @@ def test_parameters_that_share_memory_are_stepped_by_one_thread(monkeypatch: pyt
 def test_a_thread_that_is_late_does_nothing() -> None:
     record = cpu.shared(100, 10)
     kernel = cpu.counting_kernel_of(cpu.rule.Flags(), "float32", "float32")
-    table = torch.zeros((cpu.ROWS, 1), dtype=torch.int64).numpy()  # it would write to address 0
-    table[cpu.SIZE] = 100
-    kernel(table, torch.zeros((1, len(cpu.OPTIONS)), dtype=torch.float64).numpy(), record, False)
+    table = torch.zeros((element.ROWS, 1), dtype=torch.int64).numpy()  # it would write to address 0
+    table[element.SIZE] = 100
+    kernel(table, torch.zeros((1, len(element.OPTIONS)), dtype=torch.float64).numpy(), record, False)
 
 
 def steps_in_a_child(optimizer: ACProp, results: Any) -> None:

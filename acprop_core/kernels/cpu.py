@@ -5,7 +5,6 @@ hyperparameters and step counts, makes the numbers by `rule.numbers_of`, and can
 """
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,26 +15,29 @@ from numba.extending import intrinsic, register_jitable
 
 from acprop_core import rule
 from acprop_core.kernels.disk import compiled
+from acprop_core.kernels.element import (
+    CARRY,
+    COUNT,
+    DECAY,
+    GRAD,
+    GROUP,
+    MU,
+    NU,
+    OF_ELEMENTS,
+    PARAM,
+    SIZE,
+    WIDE,
+    element_of,
+    numbers_of,
+)
 from acprop_core.kernels.scalars import MAKERS, NAMESPACE
 from acprop_core.kernels.sixteen_bits import access_to
 
 # Inlined, because a call stops vectorisation of the loop around it: 13 ms, not 0.8, for a million float32 numbers.
 _inlined = register_jitable(forceinline=True)
 # Numba compiles the functions of the rule themselves, called on scalars; only their namespace is Numba's.
-for _function in (rule._direction, rule._moments, rule._residual, rule._square, rule._average, rule._compensated):
+for _function in OF_ELEMENTS:
     _inlined(_function)
-_inlined(rule.step)
-
-SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
-
-# Rows of the table of `counting_kernel_of`, a column a parameter: addresses, the number of elements, a `rule.Decay`,
-# the row of its hyperparameters, and whether its count is a float64 instead of a float32.
-PARAM, GRAD, MU, NU, CARRY, COUNT, SIZE, DECAY, GROUP, WIDE = range(10)
-ROWS = 10
-"""Number of rows of the table."""
-
-OPTIONS = (*rule.Hyperparameters._fields[:7], "maximize", "grad_scale")
-"""Columns of the hyperparameters of `counting_kernel_of`: float64, and 0 for a `clip_exponent` of None."""
 
 # Places in the record that threads share: in cache lines of their own, because each chunk changes the first two.
 _NEXT, _DONE, _CHUNKS, _LENGTH, _STEP = 0, 8, 16, 17, 18
@@ -223,71 +225,28 @@ def _loop_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Any:
     """Return the compiled loop over one parameter, or a part of one."""
     own, moments = access_to(param_dtype, moment_dtype)
     own_at, moments_at = _pointer_to(own.dtype), _pointer_to(moments.dtype)
-    load, store, rounded = own[1:]
-    load_moment, store_moment = moments[1:3]
-    namespace = types.ModuleType("scalars")
-    vars(namespace).update(NAMESPACE, rounded=rounded)
-    centering, asynchronous, _, clipped, old_is_lighter1, old_is_lighter2, *_ = flags
-    low: Any = None if flags.format is None else rule.Format._make(map(np.float32, flags.format))
-    compensates = low is not None
+    compensates = flags.format is not None
+    element = _inlined(element_of(flags, own, moments, NAMESPACE))
 
     @numba.njit(nogil=True, error_model="numpy")
     def loop(
         param_at: Any, grad_at: Any, mu_at: Any, nu_at: Any, carry_at: Any, size: Any, decay: Any, numbers: Any
     ) -> None:
-        flags = rule.Flags(
-            centering, asynchronous, decay, clipped, old_is_lighter1, old_is_lighter2, False, True, low, True
-        )
         param, grad = numba.carray(own_at(param_at), size), numba.carray(own_at(grad_at), size)
         mu, nu = numba.carray(moments_at(mu_at), size), numba.carray(moments_at(nu_at), size)
         carry = numba.carray(own_at(carry_at), size)
         for j in range(size):
-            x = load(param[j])
-            old = load(carry[j]) if compensates else None
-            update, new_mu, new_nu, new = rule.step(
-                x, load(grad[j]), load_moment(mu[j]), load_moment(nu[j]), old, numbers, flags, namespace
-            )
-            param[j] = store(x + rounded(update))  # rounded before it is added, as in every framework
-            mu[j] = store_moment(new_mu)
-            nu[j] = store_moment(new_nu)
+            param[j], mu[j], nu[j], new = element(param[j], grad[j], mu[j], nu[j], carry[j], decay, numbers)
             if compensates:
-                carry[j] = store(new)
+                carry[j] = new
 
     return loop
 
 
 @functools.cache
 def _numbers_of(asynchronous: bool, compensates: bool, dtype: str) -> Any:
-    """Return a compiled function that makes the numbers of a step from a row of hyperparameters and a count."""
-    real: Any = getattr(np, dtype)
-    smallest_normal = SMALLEST_NORMAL[dtype]
-
-    @numba.njit(nogil=True, error_model="numpy")
-    def numbers_at(options: Any, i: Any, count: Any) -> Any:
-        o = options[i]
-        centering: Any = None  # it is one of the flags, and so is the form of the decay
-        hyper = rule.Hyperparameters(
-            o[0], o[1], o[2], o[3], o[4], o[5], o[6], centering, asynchronous, compensates, False, o[7] != 0.0
-        )
-        k = rule.numbers_of(hyper, count, MAKERS)
-        return rule.Numbers(
-            real(k.scale),
-            real(k.offset),
-            real(k.mean_scale),
-            real(rule._raised(k.eps, smallest_normal)),
-            real(k.limit),
-            real(k.old_weight1),
-            real(k.new_weight1),
-            real(k.old_weight2),
-            real(k.new_weight2),
-            real(k.eps_root),
-            real(k.rate),
-            real(k.weight_decay),
-            real(k.dither),
-            real(o[8]),
-        )
-
-    return numbers_at
+    """Return the compiled function of `numbers_of`."""
+    return numba.njit(nogil=True, error_model="numpy")(numbers_of(asynchronous, compensates, dtype, MAKERS))
 
 
 def _pointer_to(dtype: Any) -> Any:

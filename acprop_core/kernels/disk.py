@@ -20,7 +20,10 @@ from numba.core.bytecode import FunctionIdentity
 from acprop_core import rule
 
 SWITCH = "ACPROP_CACHE"
-_SOURCES = [Path(rule.__file__), *map(Path(__file__).with_name, ("cpu.py", "disk.py", "scalars.py", "sixteen_bits.py"))]
+_SOURCES = [
+    Path(rule.__file__),
+    *map(Path(__file__).with_name, ("cpu.py", "disk.py", "element.py", "scalars.py", "sixteen_bits.py")),
+]
 
 
 def _digest() -> str | None:

@@ -4,8 +4,7 @@ Results equal ml_dtypes' and NumPy's (except the payload of a NaN): to nearest e
 inlined and without branches, so that loops over it are vectorised.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
@@ -13,14 +12,7 @@ from numba import types as nb
 from numba.core import config
 from numba.extending import intrinsic, register_jitable
 
-
-class Access(NamedTuple):
-    """How compiled code reads and writes numbers of one dtype."""
-
-    dtype: Any  # of the array as compiled code gets it
-    load: Callable[[Any], Any]  # from an element to a float32 or float64
-    store: Callable[[Any], Any]  # and back, to the nearest that the dtype has
-    rounded: Callable[[Any], Any]  # both: to the nearest that the dtype has, as a float32 or float64
+from acprop_core.kernels.element import Access
 
 
 def _operation(takes: Any, gives: Any, build: Any) -> Any:

@@ -89,25 +89,25 @@ class Compiled:
     def __init__(self, batches: Sequence[Batch]) -> None:
         import numpy as np
 
-        from acprop_core.kernels import cpu
+        from acprop_core.kernels import cpu, element
 
         self._check = cpu.check_kernel()
         self._flags = [_flags_of(batch.hyper) for batch in batches]
-        self._options = np.zeros((len(batches), len(cpu.OPTIONS)))
+        self._options = np.zeros((len(batches), len(element.OPTIONS)))
         kinds: dict[_Kind, list[int]] = {}
-        table = np.zeros((cpu.ROWS, sum(len(batch.steps) for batch in batches)), np.int64)
+        table = np.zeros((element.ROWS, sum(len(batch.steps) for batch in batches)), np.int64)
         rows: list[Row] = []
         steps = list(chain.from_iterable(batch.steps for batch in batches))
         for group, batch in enumerate(batches):
             for row in map(Row, *batch.columns):
                 kinds.setdefault(_kind_of(row, self._flags[group]), []).append(len(rows))
-                table[cpu.GROUP, len(rows)] = group
+                table[element.GROUP, len(rows)] = group
                 rows.append(row)
-        table[cpu.SIZE] = [row.param.numel() for row in rows]
-        table[cpu.WIDE] = [step.dtype is torch.float64 for step in steps]
+        table[element.SIZE] = [row.param.numel() for row in rows]
+        table[element.WIDE] = [step.dtype is torch.float64 for step in steps]
         for i, column in enumerate(zip(*(row._replace(carry=_any_carry(row)) for row in rows), strict=True)):
             table[i] = list(map(Tensor.data_ptr, column))
-        table[cpu.COUNT] = list(map(Tensor.data_ptr, steps))
+        table[element.COUNT] = list(map(Tensor.data_ptr, steps))
         for row in rows:
             _check_storages(row)
         self._parts = [_Part(kind, table, np.array(members), self._options) for kind, members in kinds.items()]
@@ -116,7 +116,7 @@ class Compiled:
 
     def set_options(self, group: int, hyper: Hyperparameters, grad_scale: Tensor | None = None) -> bool:
         """Set the hyperparameters of a group; return False if its rows would need another kernel."""
-        from acprop_core.kernels import cpu
+        from acprop_core.kernels import element
 
         flags = _flags_of(hyper)
         if flags != self._flags[group]:
@@ -126,7 +126,7 @@ class Compiled:
         self._options[group] = *hyper[:7], hyper.maximize, scale
         decay = flags_of(hyper).decay
         for part in self._parts:
-            part.table[cpu.DECAY, part.table[cpu.GROUP] == group] = decay
+            part.table[element.DECAY, part.table[element.GROUP] == group] = decay
         return True
 
     def set_gradients(self, addresses: list[int]) -> bool:
@@ -184,18 +184,18 @@ class _Part:
     def __init__(self, kind: _Kind, table: Any, members: Any, options: Any) -> None:
         import numpy as np
 
-        from acprop_core.kernels import cpu
+        from acprop_core.kernels import cpu, element
 
         self._all = len(members) == table.shape[1]
         self._members = members.tolist()
         self.table = np.ascontiguousarray(table[:, members])
         self._kernel = cpu.counting_kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
         self._options = options
-        self._size = int(self.table[cpu.SIZE].sum())
+        self._size = int(self.table[element.SIZE].sum())
         own, moments = kind.param.itemsize, kind.moments.itemsize
         widths = np.array([own, moments, moments, own])[:, None]
-        written = self.table[[cpu.PARAM, cpu.MU, cpu.NU, cpu.CARRY][: 4 if kind.flags.format else 3]]
-        has_overlap = _overlap(written, self.table[cpu.SIZE] * widths[: len(written)])
+        written = self.table[[element.PARAM, element.MU, element.NU, element.CARRY][: 4 if kind.flags.format else 3]]
+        has_overlap = _overlap(written, self.table[element.SIZE] * widths[: len(written)])
         self._most = 1 if has_overlap else self._size // _MIN_PER_THREAD  # threads must not write the same memory
         self._threads = 0
         self._arguments: tuple[Any, ...] = ()
