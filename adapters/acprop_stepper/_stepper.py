@@ -282,7 +282,7 @@ class Stepper:
             raise TypeError(f"the step count (state.count) is {count!r}; pass an int")
         like = self._matching.containers
         grads = unflatten(like, [None] * len(self._matching.names))
-        _, rows, _ = adapt.rows_of(Row(like, grads, *state[1:]), self.functional.compensate)
+        rows, _ = adapt.rows_of(Row(like, grads, *state[1:]), self.functional.compensate)
         tasks = [task for buffer in self._buffers for task in self._loading(buffer, rows)]
         self._tame = False
         self._finish(tasks, count)
