@@ -10,9 +10,10 @@
 - PyTorch and sparse libraries: arrays that are not dense.
 """
 
+import functools
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from array_api_compat import array_namespace, is_cupy_array, is_jax_array, is_numpy_array, is_torch_array
@@ -89,6 +90,18 @@ def untraced(x: Any, kinds: str) -> Any:
         return x
     is_ml_dtype = x.dtype.isbuiltin == 2 and "f" in kinds  # most of ml_dtypes, such as bfloat16, are of kind "V"
     return x.item() if x.dtype.kind in kinds or is_ml_dtype else x
+
+
+def numpy_of(leaves: Iterable[Any]) -> Any:
+    """Return the namespace of NumPy if all leaves are its own arrays, none of a subclass; None otherwise."""
+    kinds = set(map(type, leaves))
+    return _numpy_of(kinds.pop()) if len(kinds) == 1 else None
+
+
+@functools.cache
+def _numpy_of(kind: type) -> Any:
+    is_numpy = (kind.__module__, kind.__name__) == ("numpy", "ndarray")
+    return array_namespace(kind(0)) if is_numpy else None
 
 
 def differs_from_arrays(x: Array) -> bool:

@@ -870,14 +870,14 @@ def interrupted_kernel() -> contextlib.AbstractContextManager[Any]:
     """Have Ctrl-C come while Numba compiles the fused step of torch."""
     from acprop_core.kernels import cpu
 
-    return mock.patch.object(cpu, "counting_kernel_of", side_effect=KeyboardInterrupt)
+    return mock.patch.object(cpu, "kernel_of", side_effect=KeyboardInterrupt)
 
 
 def interrupted_after_kernel() -> contextlib.AbstractContextManager[Any]:
     """Have Ctrl-C come while the fused step of torch runs in Numba, so that Python handles it when that returns."""
     from acprop_core.kernels import cpu
 
-    kernel_of = cpu.counting_kernel_of
+    kernel_of = cpu.kernel_of
 
     def interrupted(*args: Any) -> Any:
         kernel = kernel_of(*args)
@@ -888,7 +888,7 @@ def interrupted_after_kernel() -> contextlib.AbstractContextManager[Any]:
 
         return run
 
-    return mock.patch.object(cpu, "counting_kernel_of", interrupted)
+    return mock.patch.object(cpu, "kernel_of", interrupted)
 
 
 def failing_torch_compile(error: type[BaseException], at: Any) -> contextlib.AbstractContextManager[Any]:

@@ -374,7 +374,7 @@ def test_parameters_that_share_memory_are_stepped_by_one_thread(monkeypatch: pyt
 
 def test_a_thread_that_is_late_does_nothing() -> None:
     record = cpu.shared(100, 10)
-    kernel = cpu.counting_kernel_of(cpu.rule.Flags(), "float32", "float32")
+    kernel = cpu.kernel_of(cpu.rule.Flags(), "float32", "float32")
     table = torch.zeros((element.ROWS, 1), dtype=torch.int64).numpy()  # it would write to address 0
     table[element.SIZE] = 100
     kernel(table, torch.zeros((1, len(element.OPTIONS)), dtype=torch.float64).numpy(), record, False)

@@ -1,7 +1,6 @@
 """`rule.step` compiled by Numba for CPU memory: one pass over all arrays, which moves each number once.
 
-There are two kernels around one loop. `kernel_of` takes the numbers of a step. `counting_kernel_of` takes
-hyperparameters and step counts, makes the numbers by `rule.numbers_of`, and can be called by several threads at once.
+The kernel makes the numbers of a step by `rule.numbers_of`, and can be called by several threads at once.
 """
 
 import functools
@@ -43,11 +42,6 @@ for _function in OF_ELEMENTS:
 _NEXT, _DONE, _CHUNKS, _LENGTH, _STEP = 0, 8, 16, 17, 18
 
 
-def numbers_for(numbers: rule.Numbers, moment_dtype: str) -> Any:
-    """Return numbers, already `cast`, as the array that a kernel takes, in its dtype so that no operation is wider."""
-    return np.array(numbers, np.float64 if moment_dtype == "float64" else np.float32)
-
-
 def shared(size: int, length: int) -> Any:
     """Return the record that the threads of a step share, for `size` elements in chunks of `length`."""
     record = np.zeros(24, np.int64)
@@ -62,66 +56,28 @@ def kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callabl
     Parameters
     ----------
     flags : rule.Flags
-        `decay` does not matter: it is an argument of the kernel, so that one program serves parameters with and without
-        decay. `scaled` does not matter either: a product with 1 costs less than a second program.
+        `decay` does not matter: it is in the table, so that one program serves parameters with and without decay.
+        `scaled` does not matter either: a product with 1 costs less than a second program.
     param_dtype, moment_dtype : str
         Dtypes that `is_readable` accepts; carries have the parameters' dtype.
 
     Returns
     -------
     callable
-        ``kernel(table, sizes, decays, numbers, done)`` updates parameters, moments and carries in place.
-
-        - table : (5, n) int64 array. Addresses of n parameters, gradients, first moments, second moments, carries;
-          without compensation the last row is not read.
-        - sizes : (n,) int64 array. Numbers of elements.
-        - decays : (n,) int64 array. A `rule.Decay` for each parameter.
-        - numbers : array. From `numbers_for`.
-        - done : int64 array. Its first element is incremented at the end. No Python code runs in between, so it tells
-          whether everything is written, even if the caller is interrupted.
-    """
-    return _kernel_of(flags._replace(decay=rule.Decay.NONE, scaled=True), param_dtype, moment_dtype)
-
-
-@functools.cache
-def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
-    step = _loop_of(flags, param_dtype, moment_dtype)
-
-    @numba.njit(nogil=True, error_model="numpy")
-    def kernel(table: Any, sizes: Any, decays: Any, k: Any, done: Any) -> None:
-        numbers = rule.Numbers(k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8], k[9], k[10], k[11], k[12], k[13])
-        for i in range(sizes.size):
-            step(table[0, i], table[1, i], table[2, i], table[3, i], table[4, i], sizes[i], decays[i], numbers)
-        done[0] += 1
-
-    return kernel
-
-
-def counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
-    """Return `rule.step` for many parameter groups, with step counts that it reads and increments.
-
-    Parameters
-    ----------
-    flags, param_dtype, moment_dtype
-        As for `kernel_of`.
-
-    Returns
-    -------
-    callable
         ``kernel(table, options, record, leads)`` updates parameters, moments, carries and counts in place.
 
-        - table : (`ROWS`, n) int64 array.
-        - options : (groups, len(`OPTIONS`)) float64 array.
+        - table : (`element.ROWS`, n) int64 array.
+        - options : (groups, len(`element.OPTIONS`)) float64 array. Hyperparameters of each parameter group.
         - record : int64 array. From `shared`.
         - leads : bool. One thread leads a step: it returns when everything is written and counted, and no Python code
           runs in between. Other threads may call the kernel meanwhile, with False. Whenever they come, even after the
           step or in the middle of the next, they take chunks as long as there are any.
     """
-    return _counting_kernel_of(flags._replace(decay=rule.Decay.NONE, scaled=True), param_dtype, moment_dtype)
+    return _kernel_of(flags._replace(decay=rule.Decay.NONE, scaled=True), param_dtype, moment_dtype)
 
 
 class _Parts(NamedTuple):
-    """What `_counting_kernel_of` is made of."""
+    """What `_kernel_of` is made of."""
 
     step: Any
     numbers_at: Any
@@ -130,7 +86,7 @@ class _Parts(NamedTuple):
 
 
 @functools.cache
-def _counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
+def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
     widths = [access.dtype.itemsize for access in access_to(param_dtype, moment_dtype)]
     real = "float64" if moment_dtype == "float64" else "float32"
     numbers_at = _numbers_of(flags.asynchronous, flags.format is not None, real)
@@ -191,12 +147,12 @@ def _counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) 
 
     parts = _Parts(_loop_of(flags, param_dtype, moment_dtype), numbers_at, *widths)
     signature = nb.void(nb.int64[:, ::1], nb.float64[:, ::1], nb.int64[::1], nb.boolean)
-    return compiled(make, signature, parts._asdict(), f"counting {flags} {param_dtype} {moment_dtype}")
+    return compiled(make, signature, parts._asdict(), f"kernel {flags} {param_dtype} {moment_dtype}")
 
 
 @functools.cache
 def check_kernel() -> Callable[..., bool]:
-    """Return a function that finds out whether a step of a table of `counting_kernel_of` can be taken.
+    """Return a function that finds out whether a step of a table of `kernel_of` can be taken.
 
     Returns
     -------

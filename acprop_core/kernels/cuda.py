@@ -228,7 +228,7 @@ class Program:
     Parameters
     ----------
     flags : rule.Flags
-        As for `cpu.counting_kernel_of`.
+        As for `cpu.kernel_of`.
     param_dtype, moment_dtype : str
         Dtypes that `sixteen_bits.is_compiled` accepts; carries have the parameters' dtype.
     capability : (int, int)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from acprop_core.adapt import Array, Step
+from acprop_core.adapt import Array
 from acprop_core.kernels import cuda, element
 from acprop_core.kernels.sixteen_bits import is_compiled
 from acprop_stepper._buffers import Buffer
 from acprop_stepper._tiles import Tiles
+from acprop_stepper._upcoming import Upcoming
 from acprop_stepper._work import Task
 
 
@@ -43,10 +44,14 @@ class Cuda:
         """Return whether the compiled step can take all parameters of this buffer."""
         return is_compiled(buffer.params[0].dtype.name, buffer.mu.dtype.name) and all(map(is_plain, buffer.params))
 
-    def tasks(self, grads: Sequence[Array | None], step: Step) -> list[Task]:
+    def calls_suffice(self, threads: int) -> bool:
+        """Return False: launching a kernel runs Python code."""
+        return False
+
+    def tasks(self, grads: Sequence[Array | None], now: Upcoming) -> list[Task]:
         """Return the tasks of one step; gradients that the compiled step cannot take are left to tiles."""
         first, xp = self._first, self._first.xp
-        numbers, flags, _, real = step.cast_for(
+        numbers, flags, _, real = now.step.cast_for(
             first.mu.dtype, first.params[0].dtype, has_carry=first.carry is not None
         )
         program = cuda.program_of(flags, *self._kind)  # compiled before anything is written
@@ -56,7 +61,7 @@ class Cuda:
         table[element.DECAY] = int(flags.decay) * self._decaying[plain]
         values = np.tile(np.array(numbers, np.dtype(real)), (len(plain), 1))
         others = {leaf: None if i in set(plain) else g for i, (leaf, g) in enumerate(zip(self.leaves, grads))}
-        tasks = [task for tiles in self._tiles for task in tiles.tasks([others[i] for i in tiles.leaves], step)]
+        tasks = [task for tiles in self._tiles for task in tiles.tasks([others[i] for i in tiles.leaves], now)]
         # the kernel has only the addresses of the gradients, so the task holds them
         launch = functools.partial(self._launch, program, table, values, grads, first.place(), xp)
         return [launch, *tasks] if plain else tasks

@@ -214,7 +214,7 @@ class _Part:
         from acprop_core.kernels import cpu, element
 
         self.table = table
-        self._kernel = cpu.counting_kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
+        self._kernel = cpu.kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
         self._check = cpu.check_kernel()
         self._options = options
         self._size = int(table[element.SIZE].sum())
