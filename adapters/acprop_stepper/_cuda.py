@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from acprop_core import rule
 from acprop_core.adapt import Array
 from acprop_core.kernels import cuda, element
 from acprop_core.kernels.sixteen_bits import is_compiled
@@ -33,8 +34,8 @@ class Cuda:
         ]
         # no address of a count: the stepper counts on the host
         self._table = np.zeros((element.ROWS, len(rows)), np.int64)
-        for place, column in zip((element.PARAM, element.MU, element.NU, element.CARRY), zip(*rows), strict=True):
-            self._table[place] = list(map(address, column))
+        for i, row in enumerate(rows):
+            self._table[[element.PARAM, element.MU, element.NU, element.CARRY], i] = list(map(address, row))
         self._table[element.SIZE] = [x.size for x, *_ in rows]
         self._decaying = np.concatenate([np.full(len(x.params), x.decays, np.int64) for x in buffers])
         self._sent: Any = None  # the table of the last step, its copy on the device, and that of the chunks
@@ -54,13 +55,14 @@ class Cuda:
         numbers, flags, _, real = now.step.cast_for(
             first.mu.dtype, first.params[0].dtype, has_carry=first.carry is not None
         )
-        program = cuda.program_of(flags, *self._kind)  # compiled before anything is written
+        # compiled before anything is written; whether an array decays is in the table
+        program = cuda.program_of(flags._replace(decay=rule.Decay.NONE, scaled=True), *self._kind)
         plain = [i for i, g in enumerate(grads) if g is not None and is_plain(g)]
         table = self._table.take(plain, axis=1)  # row by row in memory, which indexing does not promise
         table[element.GRAD] = [address(grads[i]) for i in plain]
         table[element.DECAY] = int(flags.decay) * self._decaying[plain]
         values = np.tile(np.array(numbers, np.dtype(real)), (len(plain), 1))
-        others = {leaf: None if i in set(plain) else g for i, (leaf, g) in enumerate(zip(self.leaves, grads))}
+        others = dict(zip(self.leaves, grads, strict=True)) | dict.fromkeys(self.leaves[i] for i in plain)
         tasks = [task for tiles in self._tiles for task in tiles.tasks([others[i] for i in tiles.leaves], now)]
         # the kernel has only the addresses of the gradients, so the task holds them
         launch = functools.partial(self._launch, program, table, values, grads, first.place(), xp)
