@@ -95,7 +95,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "typecheck", "torch", "jax", "fast")
+    install(session, "typecheck", "torch", "jax", "fast", "cuda")
     session.run("mypy")
 
 

@@ -196,7 +196,7 @@ def test_a_thread_without_a_context_gets_that_of_the_device(monkeypatch: pytest.
 
 def test_a_refused_launch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "driver", Driver(context=5, result="CUDA_ERROR_INVALID_VALUE"))
-    with pytest.raises(RuntimeError, match="refuses the compiled step: CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(RuntimeError, match="refuses the compiled step: CUDA_ERROR_INVALID_VALUE;"):
         device.launch(1, 9, 12, 3, 256, (1, 2))
 
 

@@ -147,5 +147,7 @@ def _called(result: tuple[Any, ...]) -> Any:
     """Return what a function of the driver has returned, without the error code; raise if that is an error."""
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the CUDA driver refuses the compiled step: {error.name}")
+        raise RuntimeError(
+            f"the CUDA driver refuses the compiled step: {error.name}; without numba-cuda another compiler is used"
+        )
     return values[0] if values else None
