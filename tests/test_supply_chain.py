@@ -30,14 +30,10 @@ STANDARD = {
     "types", "typing", "warnings",
 }  # fmt: skip
 FRAMEWORKS = {
-    "acprop_core": {"array_api_compat", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"},  # llvmlite: Numba's
+    # llvmlite: of Numba; ctypes: the threads of OpenMP in kernels/openmp.py, the addresses of arrays in _overlap.py
+    "acprop_core": {"array_api_compat", "ctypes", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"},
     "acprop_optax": {"jax", "numpy", "optax"},
-    "acprop_stepper": {
-        "array_api_compat",
-        "ctypes",
-        "numba",
-        "numpy",
-    },  # ctypes: the addresses of arrays, in _overlap.py
+    "acprop_stepper": {"array_api_compat", "ctypes", "numba", "numpy"},
     "acprop_torch": {"array_api_compat", "numpy", "torch"},
 }
 # Imports by a name that is computed: each a choice among names that stand in the code next to it.
@@ -47,7 +43,7 @@ COMPUTED_IMPORTS = {
 NAMES = {"eval", "exec", "compile", "__import__", "breakpoint", "input", "print"}
 # Of modules that can do more than they should, what may be used.
 OF_MODULES = {
-    "ctypes": {"c_int64"},
+    "ctypes": {"CDLL", "c_int64", "c_void_p", "cast"},
     "os": {"PathLike", "environ", "fsdecode", "getpid", "name", "path", "register_at_fork", "urandom"}
     | {"cpu_count", "sched_getaffinity"}
     | {"O_RDONLY", "chmod", "chown", "close", "fstat", "fsync", "open", "replace", "stat", "stat_result", "unlink"},

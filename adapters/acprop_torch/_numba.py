@@ -12,12 +12,13 @@ from torch import Tensor
 
 from acprop_core import kernels
 from acprop_core.adapt import Row, warn
+from acprop_core.kernels import openmp
 from acprop_core.rule import FORMATS, Decay, Flags, Hyperparameters, flags_of
 from acprop_torch._private import is_zerotensor
 from acprop_torch._rows import PLAIN, Batch, contiguous
 
 _MIN_PER_THREAD = 2**15  # elements: fewer are not worth a thread
-_CHUNK = 2**13  # elements that a thread takes at once: 32 kB of float32 numbers
+_CHUNK = 2**14  # elements that a thread takes at once: 64 kB of float32 numbers
 _COUNTS = frozenset({torch.float32, torch.float64})
 
 
@@ -189,7 +190,8 @@ class _Part:
         self._all = len(members) == table.shape[1]
         self._members = members.tolist()
         self.table = np.ascontiguousarray(table[:, members])
-        self._kernel = cpu.kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
+        self._program = kind.flags, _name(kind.param), _name(kind.moments)
+        self._kernel = cpu.kernel_of(*self._program)
         self._options = options
         self._size = int(self.table[element.SIZE].sum())
         own, moments = kind.param.itemsize, kind.moments.itemsize
@@ -197,7 +199,7 @@ class _Part:
         written = self.table[[element.PARAM, element.MU, element.NU, element.CARRY][: 4 if kind.flags.format else 3]]
         has_overlap = _overlap(written, self.table[element.SIZE] * widths[: len(written)])
         self._most = 1 if has_overlap else self._size // _MIN_PER_THREAD  # threads must not write the same memory
-        self._threads = 0
+        self._shared = (0, 0)
         self._arguments: tuple[Any, ...] = ()
 
     def set_gradients(self, addresses: list[int]) -> None:
@@ -205,13 +207,17 @@ class _Part:
 
     def run(self) -> None:
         threads = max(1, min(torch.get_num_threads(), self._most))
-        if threads != self._threads:
+        region = openmp.region() if threads > 1 else 0
+        if (threads, region) != self._shared:
             from acprop_core.kernels import cpu
 
             # a new record, because a thread may still read the old one
             record = cpu.shared(self._size, max(1, self._size if threads == 1 else _CHUNK))
-            self._threads, self._arguments = threads, (self.table, self._options, record)
-        if threads > 1:
+            if region:
+                member = cpu.member_of(*self._program).address
+                cpu.share_by_openmp(record, self.table, self._options, region, member, threads)
+            self._shared, self._arguments = (threads, region), (self.table, self._options, record)
+        if threads > 1 and not region:
             from acprop_core.kernels.helpers import call_beside
 
             call_beside(functools.partial(self._kernel, *self._arguments, False), threads - 1)
