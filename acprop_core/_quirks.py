@@ -105,8 +105,9 @@ def rounded_root(x: Array, root: Array) -> Array:
 
 @functools.cache
 def _numpy_sqrt() -> Any:
-    from array_api_compat import numpy
+    import array_api_compat.numpy as compat
 
+    numpy: Any = compat  # the checker of types does not see what it imports by a star
     return numpy.errstate(invalid="ignore")(numpy.sqrt)  # torch does not warn of negative numbers
 
 

@@ -294,14 +294,14 @@ def main() -> int:
         print("In float32, with NumPy's gradients, the largest difference of any parameter over the whole run:")
     for name, differences in given.items():
         equal = sum(difference == 0.0 for difference in differences)
-        print(f"{name:24}{max(differences):.1e} ({equal} of {data.steps} steps have the bits of NumPy)")
+        print(f"{name:24}{max(differences):.1e} (none after {equal} of {data.steps} steps)")
     picture = _draw(runs, exploded, given, arguments.out)
     print(f"Loss curves: {picture}")
 
     apart = [run.name for run in runs if not run.difference <= allowed]
     if apart:
         print(f"These runs are further from NumPy's than rounding explains: {', '.join(apart)}", file=sys.stderr)
-    inexact = max(given.get("PyTorch", [0.0])) != 0.0
+    inexact = any(difference != 0.0 for difference in given.get("PyTorch", []))
     if inexact:
         print("PyTorch's parameters are not NumPy's to the bit, though the gradients are", file=sys.stderr)
     return 1 if apart or inexact else 0
@@ -355,13 +355,13 @@ def _draw(runs: list[Run], exploded: Run, given: dict[str, list[float]], folder:
     if len(runs) > 1:
         middle.legend(loc="upper right", ncols=2, fontsize=9)
     for axes in bottom:
-        for name, differences in given.items():
-            axes.plot(differences, color=colours[name], linewidth=2.5, label=name)
+        for (name, differences), width in zip(given.items(), (4.0, 1.5), strict=False):
+            axes.plot(differences, color=colours[name], linewidth=width, label=name)
         axes.set_yscale("symlog", linthresh=1e-9)
         axes.set_ylim(-5e-10, 1e-6)
         axes.set_yticks([0.0, 1e-9, 1e-8, 1e-7, 1e-6], ["0", "", "$10^{-8}$", "", "$10^{-6}$"])
         axes.set_ylabel("... of parameters,\nfloat32, with\nNumPy's gradients")
-        axes.legend(loc="upper right", ncols=2, fontsize=9)
+        axes.legend(loc="center right", fontsize=9)
     (bottom or [middle])[-1].set_xlabel("step")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "digits.png"
