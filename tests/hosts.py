@@ -441,7 +441,7 @@ def to_torch(x: np.ndarray) -> Any:
     import torch
 
     if x.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
+        return torch.from_numpy(np.array(x, np.float32)).to(torch.bfloat16)
     return torch.from_numpy(np.array(x))
 
 
