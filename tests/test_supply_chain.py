@@ -30,10 +30,12 @@ STANDARD = {
     "types", "typing", "warnings",
 }  # fmt: skip
 FRAMEWORKS = {
-    # llvmlite: of Numba; ctypes: the threads of OpenMP in kernels/openmp.py, the addresses of arrays in _overlap.py
-    "acprop_core": {"array_api_compat", "ctypes", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"},
+    "acprop_core": {
+        *("array_api_compat", "llvmlite", "ml_dtypes", "numba", "numpy", "safetensors"),  # llvmlite: Numba's
+        *("ctypes", "cuda"),  # OpenMP's threads; the arguments of a CUDA kernel, and NVIDIA's linker and driver
+    },
     "acprop_optax": {"jax", "numpy", "optax"},
-    "acprop_stepper": {"array_api_compat", "ctypes", "numba", "numpy"},
+    "acprop_stepper": {"array_api_compat", "ctypes", "numba", "numpy"},  # ctypes: the addresses of arrays
     "acprop_torch": {"array_api_compat", "numpy", "torch"},
 }
 # Imports by a name that is computed: each a choice among names that stand in the code next to it.
