@@ -61,6 +61,14 @@ def torch_versions(session: nox.Session, torch: str) -> None:
     session.run("python", "-m", "pytest", *options, "-k", "torch", "tests/test_suite.py")
 
 
+@nox.session(python="3.11")
+def hosts(session: nox.Session) -> None:
+    """Train inside the libraries that people train with, stop, and resume to the bit (6 GB and some minutes)."""
+    install(session, "suite", "fast", "hosts")
+    session.run("python", "-m", "pytest", "-o", "python_files=in_*.py", "tests/in_hosts", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/test_scale_torch.py")  # DDP and FSDP2, by torchrun
+
+
 @nox.session
 def reliability(session: nox.Session) -> None:
     """Run what holds a promise, and write the counts into docs/reliability.md."""
