@@ -25,7 +25,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 def by_groups(net: torch.nn.Module) -> torch.optim.Optimizer:
     # begin groups
-    groups = timm.optim.param_groups_layer_decay(net, weight_decay=0.05, layer_decay=0.8)
+    groups = timm.optim.param_groups_layer_decay(net, 0.05, net.no_weight_decay(), layer_decay=0.8)
     optimizer = ACProp(groups, lr=3e-3, clip_exponent=0.25)
     # end groups
     return optimizer
@@ -33,8 +33,10 @@ def by_groups(net: torch.nn.Module) -> torch.optim.Optimizer:
 
 def by_name(net: torch.nn.Module) -> torch.optim.Optimizer:
     # begin name
-    known = timm.optim.OptimInfo(name="acprop", opt_class=ACProp, has_betas=True, description="ACProp")
-    timm.optim.default_registry.register(known)
+    from timm.optim import OptimInfo
+    from timm.optim._optim_factory import default_registry  # timm has no public name for it
+
+    default_registry.register(OptimInfo(name="acprop", opt_class=ACProp, has_betas=True, description="ACProp"))
     optimizer = timm.optim.create_optimizer_v2(
         net, opt="acprop", lr=3e-3, weight_decay=0.05, layer_decay=0.8, clip_exponent=0.25
     )
