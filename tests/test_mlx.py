@@ -102,7 +102,9 @@ def test_a_state_with_carries_is_saved_and_resumed(dtype: str, tmp_path: Path) -
     params, state = trained(params, optimizer.init(params), grads[:10])
     save(tmp_path / "state", optimizer, state)
     _, state = load(tmp_path / "state", params)
-    resumed = trained(params, state._replace(**{k: to_mlx(getattr(state, k)) for k in ("mu", "nu", "carry")}), grads[10:])
+    resumed = trained(
+        params, state._replace(**{k: to_mlx(getattr(state, k)) for k in ("mu", "nu", "carry")}), grads[10:]
+    )
     (x, state), (y, other) = whole, resumed
     assert_same(map(from_mlx, (x, *state[1:])), map(from_mlx, (y, *other[1:])))
 

@@ -55,7 +55,7 @@ def train(steps: int, resume: Path | None, save: Path) -> tuple[list[float], lis
 
 
 def yardstick(steps: int) -> list[float]:
-    model, optimizer, losses = network(), mlx.optimizers.AdamW(3e-2, weight_decay=1e-3), []
+    model, optimizer, losses = network(), mlx.optimizers.AdamW(3e-2, weight_decay=1e-3, bias_correction=True), []
     loss_and_grads: Any = mlx.nn.value_and_grad(model, loss_of)
     for _ in range(steps):
         loss, grads = loss_and_grads(model)
