@@ -7,6 +7,7 @@
 - JAX: tracers have no device, and uncommitted arrays move to the device where they are needed.
 - PyTorch: NumPy cannot read its bfloat16, or tensors that require gradients, are conjugated lazily or on a device; on
   a CPU its square root may be one unit in the last place off.
+- MLX: NumPy cannot read its bfloat16.
 - CuPy: NumPy cannot read its arrays.
 - PyTorch and sparse libraries: arrays that are not dense.
 """
@@ -187,10 +188,12 @@ def add_one(count: Any) -> Any:
 
 
 def readable_by_numpy(x: Array, is_bfloat16: bool) -> Any:
-    """Return an array that `numpy.asarray` can read; of PyTorch's bfloat16 the bits, as int16."""
+    """Return an array that `numpy.asarray` can read; of PyTorch's and MLX's bfloat16 the bits, as int16."""
     if is_torch_array(x):
         x = x.detach().cpu().resolve_conj()
         return x.contiguous().view(array_namespace(x).int16).numpy() if is_bfloat16 else x
+    if is_bfloat16 and type(x).__module__ == "mlx.core":
+        return x.view(array_namespace(x).int16)
     return x.get() if is_cupy_array(x) else x
 
 
