@@ -21,7 +21,6 @@ from cases import CASES
 from cuda_simulated import CHUNK, Program
 from hosts import BACKENDS, engines_of
 
-
 # few, because the simulator is slow, and runs more of them for torch: the kernel is the same
 CHOSEN = (
     *("decay-clip-float32", "decay-clip-float64", "decay-clip-complex64", "shape-()", "shape-(0,)"),

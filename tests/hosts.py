@@ -441,8 +441,22 @@ def to_torch(x: np.ndarray) -> Any:
     import torch
 
     if x.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
+        return torch.from_numpy(np.array(x, np.float32)).to(torch.bfloat16)
     return torch.from_numpy(np.array(x))
+
+
+def to_mlx(x: np.ndarray) -> Any:
+    import mlx.core
+
+    return mlx.core.array(x, getattr(mlx.core, x.dtype.name))  # without a dtype it makes float32 of float64
+
+
+def from_mlx(x: Any) -> np.ndarray:
+    import mlx.core
+
+    if x.dtype == mlx.core.bfloat16:
+        return np.array(x.astype(mlx.core.float32)).astype(ml_dtypes.bfloat16)
+    return np.array(x)
 
 
 def to_cuda(x: np.ndarray) -> Any:
@@ -650,6 +664,9 @@ def _rows() -> Iterator[Backend]:
     yield Backend(name="torch", begin=part(torch, enter=to_torch), needs=("torch",))
     yield Backend(name="torch_array_count", begin=part(torch, enter=to_torch, count=torch_count), needs=("torch",))
     yield Backend(name="torch_cuda", begin=part(torch, enter=to_cuda), needs=("torch",), needs_gpu=True)
+
+    mlx = part(Functional, enter=to_mlx, leave=from_mlx)
+    yield Backend(name="mlx", begin=mlx, needs=("mlx",), lacks=("complex128",))
 
     # XLA on a CPU computes with flush-to-zero, coming in and going out
     of_jax = part(Backend, needs=("jax",), around=part(_jax_on, "cpu"), flushes=True)
