@@ -16,7 +16,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +34,13 @@ class Run(NamedTuple):
     prepare: Callable[[], object] = lambda: None
 
 
-def arguments(doc: str) -> argparse.Namespace:
-    """Return `quick` (bool) and `out` (a folder, made) from the command line."""
+def arguments(doc: str, parts: Sequence[str] = ()) -> argparse.Namespace:
+    """Return `quick` (bool), `out` (a folder, made) and, if there are any, a list of `parts` from the command line."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("quick", nargs="?", choices=["quick"], help="fewer sizes and rounds")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="the folder of the results")
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=[], help="by default all, one after the other")
     given = parser.parse_args()
     given.quick = given.quick is not None
     given.out.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,25 @@ def measure(runs: Mapping[str, Run], budget: float, label: str = "") -> dict[str
             runs[name].prepare()
             time.sleep(REST)
             seconds[name].append(timed(runs[name].step, number[name]))
+    return seconds
+
+
+def alternate(
+    steps: Mapping[str, Callable[[], object]], least: int, most: int, budget: float
+) -> dict[str, list[float]]:
+    """Return the seconds of single steps, one of each run in every round, in random order.
+
+    There are as many rounds as fit `budget` seconds, but at least `least` and at most `most`, after three that warm up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for _ in range(3):
+        warm = [timed(step) for step in steps.values()]
+    gc.collect()
+    for _ in range(min(most, max(least, round(budget / sum(warm))))):
+        random.shuffle(names)
+        for name in names:
+            seconds[name].append(timed(steps[name]))
     return seconds
 
 
