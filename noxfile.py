@@ -132,7 +132,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Print the benchmarks; `-- quick` is short, `-- small` a part, `-- gpu` on CUDA, `-- --out docs/benchmarks` publishes."""
+    """Print the benchmarks; `-- quick` is short, `-- small` a part, `-- gpu` on CUDA; `-- --out docs/benchmarks`."""
     install(session, "demo", "rivals", *(["cupy"] if "gpu" in session.posargs else []))
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
     one_thread["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"

@@ -90,10 +90,10 @@ def on_numpy_threads() -> Iterator[Case]:
 
     for shape in [ARRAYS[0], *THREADS]:
         grads = gradients(*shape)
-        names = {"Stepper, Numba, threads=1": 1, "Stepper, Numba, threads=2": 2}
+        names = {"Stepper, threads=1": 1, "Stepper, threads=2": 2}
         steps = {name: stepper(grads, "float32", engine="numba", threads=n).step for name, n in names.items()}
         wanted = 0.7 if shape == THREADS[-1] else 1.05
-        yield Case(shape, steps, [Pair("Stepper, Numba, threads=2", "Stepper, Numba, threads=1", wanted)], "2 threads")
+        yield Case(shape, steps, [Pair("Stepper, threads=2", "Stepper, threads=1", wanted)], "2 threads")
 
 
 def torch_step(grads: Grads, name: str, groups: int = 1, **options: Any) -> Step:
@@ -203,20 +203,31 @@ def on_jax_compiling() -> Iterator[Case]:
 
 # In a process after the first on a machine: imports of ours and a first step, beside the import of Numba.
 FIRST = """
-import json, sys, time
-import {framework}
+import json, time, small
+small.before_{maker}()
 start = time.perf_counter()
 import numba
 numba.njit
 between = time.perf_counter()
-from small import {maker}
-{maker}()
+small.{maker}()
 print(json.dumps([time.perf_counter() - between, between - start]))
 """
 
 
+def before_first_torch() -> None:
+    import torch
+
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.ones(3)
+    torch.optim.AdamW([param], fused=True).step()  # torch imports a lot at the first step of any optimizer
+
+
 def first_torch() -> None:
     torch_step(gradients(4, 1_000), "ACProp", fused=True)()
+
+
+def before_first_stepper() -> None:
+    pass
 
 
 def first_stepper() -> None:
@@ -228,11 +239,10 @@ def first_stepper() -> None:
 def first_steps(rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Return for each adapter the seconds of the first step, with our imports, and of the import of Numba."""
     found: dict[str, list[tuple[float, float]]] = {"acprop_torch, fused": [], "Stepper, Numba": []}
-    asked = dict(zip(found, [("torch", "first_torch"), ("numpy", "first_stepper")], strict=True))
+    makers = dict(zip(found, ("first_torch", "first_stepper"), strict=True))
     for number in range(rounds + 1):
-        for name, (framework, maker) in asked.items():
-            code = FIRST.format(framework=framework, maker=maker)
-            command = [sys.executable, "-c", code]
+        for name, maker in makers.items():
+            command = [sys.executable, "-c", FIRST.format(maker=maker)]
             path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
             done = subprocess.run(
                 command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
@@ -243,12 +253,13 @@ def first_steps(rounds: int) -> dict[str, list[tuple[float, float]]]:
 
 
 class Part(NamedTuple):
-    """A result: its cases, the libraries whose versions matter, its rounds, and whether it needs two cores."""
+    """A result: its cases, the libraries whose versions matter, its rounds, its cores, and what the environment has."""
 
     cases: Callable[[], Iterator[Case]]
     libraries: tuple[str, ...]
     rounds: int = ROUNDS
     cores: int = 1
+    environment: tuple[str, str] | None = None
 
 
 PARTS = {
@@ -257,6 +268,7 @@ PARTS = {
     "torch": Part(on_torch, ("torch", "numba")),
     "torch_large": Part(on_torch_large, ("torch", "numba")),
     "torch_threads": Part(on_torch_threads, ("torch", "numba"), cores=2),
+    "torch_passive": Part(on_torch_threads, ("torch", "numba"), cores=2, environment=("OMP_WAIT_POLICY", "passive")),
     "jax": Part(on_jax, ("jax", "jaxlib", "optax")),
     "jax_compiling": Part(on_jax_compiling, ("jax", "jaxlib", "optax"), rounds=3),
 }
@@ -310,6 +322,7 @@ def main() -> None:
         save("small_first", rows, given, versions("numpy", "torch", "numba"))
         return
     part = PARTS[name]
+    os.environ.update([part.environment] if part.environment else [])
     if part.cores == 1:
         pin()
     elif len(os.sched_getaffinity(0)) < part.cores:

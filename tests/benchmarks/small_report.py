@@ -12,6 +12,7 @@ TITLES = {
     "small_torch": "PyTorch on one core",
     "small_torch_large": "PyTorch on one core, 16 million parameters",
     "small_torch_threads": "PyTorch with two threads on two cores",
+    "small_torch_passive": "The same, with OMP_WAIT_POLICY=passive",
     "small_numpy": "NumPy on one core",
     "small_numpy_threads": "A stepper with two threads, beside the same with one",
     "small_jax": "optax: a call of the jitted step",
@@ -111,7 +112,7 @@ def draw(results: dict[str, Result], file: Path) -> None:
         ax.minorticks_off()
         ax.set_title(TITLES[name], fontsize=9)
         ax.set_yticks(range(len(shapes)), shapes, fontsize=8)
-        ax.invert_yaxis()
+        ax.set_ylim(len(shapes) - 0.5, -0.5)
         ax.grid(axis="x", alpha=0.25)
         ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes[-1, 0].set_xlabel("time of our step over the other's; left of the line ours is faster")
