@@ -26,7 +26,7 @@ from acprop_core._checks import (
 )
 from acprop_core._containers import align, flatten, names_and_leaves, unflatten
 from acprop_core._dtypes import Step, dtype_name, is_compensated, moment_dtypes, moment_dtypes_of
-from acprop_core._quirks import Array, library
+from acprop_core._quirks import Array, library, rounded_root
 from acprop_core.rule import Hyperparameters, flags_of, has_decay, numbers_of
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "moment_dtypes",
     "moment_dtypes_of",
     "names_and_leaves",
+    "rounded_root",
     "rows_of",
     "step_at",
     "unflatten",

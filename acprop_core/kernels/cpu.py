@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types as nb
 from numba.extending import intrinsic, register_jitable
 
@@ -23,7 +24,9 @@ from acprop_core.kernels.element import (
     MU,
     NU,
     OF_ELEMENTS,
+    OPTIONS,
     PARAM,
+    ROWS,
     SIZE,
     WIDE,
     element_of,
@@ -38,16 +41,37 @@ _inlined = register_jitable(forceinline=True)
 for _function in OF_ELEMENTS:
     _inlined(_function)
 
-# Places in the record that threads share: in cache lines of their own, because each chunk changes the first two.
+# Places in the record that threads share: the first two in cache lines of their own, because each chunk changes them;
+# the last seven for OpenMP.
 _NEXT, _DONE, _CHUNKS, _LENGTH, _STEP = 0, 8, 16, 17, 18
+_REGION, _MEMBER, _THREADS, _TABLE, _COLUMNS, _OPTIONS, _GROUPS = range(24, 31)
+_PLACES = 32
 
 
 def shared(size: int, length: int) -> Any:
     """Return the record that the threads of a step share, for `size` elements in chunks of `length`."""
-    record = np.zeros(24, np.int64)
+    record = np.zeros(_PLACES, np.int64)
     record[_CHUNKS] = record[_NEXT] = record[_DONE] = -(-size // length)  # nothing is left to do before the first step
     record[_LENGTH] = length
     return record
+
+
+def share_by_openmp(record: Any, table: Any, options: Any, region: int, member: int, threads: int) -> None:
+    """Have the leader of a step call so many threads of OpenMP.
+
+    Parameters
+    ----------
+    record, table, options : array
+        The arguments of the kernel. The last two must live as long as the record is used.
+    region : int
+        From `openmp.region`.
+    member : int
+        From `member_of`.
+    threads : int
+        Number of threads, with the leader.
+    """
+    record[[_MEMBER, _THREADS, _TABLE, _COLUMNS]] = member, threads, table.ctypes.data, table.shape[1]
+    record[[_REGION, _OPTIONS, _GROUPS]] = region, options.ctypes.data, options.shape[0]
 
 
 def kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
@@ -100,6 +124,8 @@ def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callab
                 record[_STEP] += 1
                 atomic_swap(done, 0)
                 atomic_swap(following, 0)
+                if record[_REGION] != 0:
+                    _call_region(record[_REGION], record[_MEMBER], record.ctypes.data, record[_THREADS])
             i, start, seen = 0, 0, -1  # a parameter, the number of elements before it, and for what `numbers` are
             group, count = 0, 0
             numbers = names.numbers_at(options, group, count)
@@ -148,6 +174,24 @@ def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callab
     parts = _Parts(_loop_of(flags, param_dtype, moment_dtype), numbers_at, *widths)
     signature = nb.void(nb.int64[:, ::1], nb.float64[:, ::1], nb.int64[::1], nb.boolean)
     return compiled(make, signature, parts._asdict(), f"kernel {flags} {param_dtype} {moment_dtype}")
+
+
+@functools.cache
+def member_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Any:
+    """Return the function that each thread of OpenMP calls, for `kernel_of` with these arguments: its `address`."""
+    kernel = kernel_of(flags, param_dtype, moment_dtype)
+
+    def make(names: Any) -> Callable[..., None]:
+        def member(address: Any) -> None:
+            record = numba.carray(_int64_at(address), _PLACES)
+            table = numba.carray(_int64_at(record[_TABLE]), (ROWS, record[_COLUMNS]))
+            options = numba.carray(_float64_at(record[_OPTIONS]), (record[_GROUPS], len(OPTIONS)))
+            names.kernel(table, options, record, False)
+
+        return member
+
+    kind = f"member {flags} {param_dtype} {moment_dtype}"
+    return compiled(make, nb.void(nb.int64), {"kernel": kernel}, kind, numba.cfunc)
 
 
 @functools.cache
@@ -233,8 +277,23 @@ def _atomic(operation: str) -> Any:
     return change
 
 
+@intrinsic
+def _call_region(typing_context: Any, region: Any, member: Any, data: Any, threads: Any) -> Any:
+    """Call ``region(member, data, threads, 0)``, whose types are those of GOMP_parallel."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, word, word])
+        function, *pointers = map(builder.inttoptr, arguments[:3], [kind.as_pointer(), pointer, pointer])
+        builder.call(function, [*pointers, builder.trunc(arguments[3], word), word(0)])
+        return context.get_dummy_value()
+
+    return nb.void(nb.int64, nb.int64, nb.int64, nb.int64), generate
+
+
 atomic_add, atomic_swap = _atomic("add"), _atomic("xchg")
 _float32_at, _float64_at = _pointer_to(np.dtype(np.float32)), _pointer_to(np.dtype(np.float64))
+_int64_at = _pointer_to(np.dtype(np.int64))
 
 
 @register_jitable

@@ -84,9 +84,9 @@ class Stepper:
     nonfinite : {"allow", "skip", "raise"}
         What to do if a gradient, or a moment that it would lead to, is not finite: continue as the rule does, skip the
         step, or raise FloatingPointError. "skip" and "raise" read the gradients once more.
-    engine : {"numba", "tiles", "cupy"}, optional
-        By default the best that works here and fits: for NumPy "numba" (contiguous and real; the rest goes through
-        "tiles"), else "tiles"; for CuPy "cupy".
+    engine : {"numba", "cuda", "tiles"}, optional
+        By default the best that works here and fits: "numba" for NumPy, "cuda" for CuPy (contiguous and real; the rest
+        goes through "tiles"), else "tiles".
     threads : int
         Threads that share a step. More than one helps where one core cannot fill the memory bus.
 
@@ -111,7 +111,7 @@ class Stepper:
     Warns
     -----
     RuntimeWarning
-        If Numba is installed and does not work, so that the default engine is "tiles".
+        If Numba, or numba-cuda, is installed and does not work, so that the default engine is "tiles".
     UserWarning
         If `b1` is 0 with centering "current" and no clip.
 

@@ -1,4 +1,4 @@
-"""The engine "tiles": NumPy, on parts of the parameters that stay in the processor's cache."""
+"""The engine "tiles": NumPy or CuPy alone, on parts of the parameters that stay in a processor's cache."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ OPERATIONS = Operations(
 
 
 class Tiles:
-    """NumPy arrays of any layout and dtype; CuPy arrays for which there is no kernel."""
+    """Arrays of any layout and dtype."""
 
     def __init__(self, buffer: Buffer) -> None:
         self.leaves = buffer.leaves

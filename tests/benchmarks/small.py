@@ -253,13 +253,12 @@ def first_steps(rounds: int) -> dict[str, list[tuple[float, float]]]:
 
 
 class Part(NamedTuple):
-    """A result: its cases, the libraries whose versions matter, its rounds, its cores, and what the environment has."""
+    """A result: its cases, the libraries whose versions matter, its rounds, and its cores."""
 
     cases: Callable[[], Iterator[Case]]
     libraries: tuple[str, ...]
     rounds: int = ROUNDS
     cores: int = 1
-    environment: tuple[str, str] | None = None
 
 
 PARTS = {
@@ -268,7 +267,6 @@ PARTS = {
     "torch": Part(on_torch, ("torch", "numba")),
     "torch_large": Part(on_torch_large, ("torch", "numba")),
     "torch_threads": Part(on_torch_threads, ("torch", "numba"), cores=2),
-    "torch_passive": Part(on_torch_threads, ("torch", "numba"), cores=2, environment=("OMP_WAIT_POLICY", "passive")),
     "jax": Part(on_jax, ("jax", "jaxlib", "optax")),
     "jax_compiling": Part(on_jax_compiling, ("jax", "jaxlib", "optax"), rounds=3),
 }
@@ -297,7 +295,7 @@ def measure_part(name: str, quick: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Save the results, each part measured in a process of its own."""
-    given = arguments(__doc__ or "", parts=[*PARTS, FIRST_STEPS])
+    given = arguments(__doc__ or "", parts={"nargs": "+", "choices": [*PARTS, FIRST_STEPS], "default": []})
     chosen = given.parts or [*PARTS, FIRST_STEPS]
     if len(chosen) > 1:
         flags = (["quick"] if given.quick else []) + ["--out", str(given.out)]
@@ -322,7 +320,6 @@ def main() -> None:
         save("small_first", rows, given, versions("numpy", "torch", "numba"))
         return
     part = PARTS[name]
-    os.environ.update([part.environment] if part.environment else [])
     if part.cores == 1:
         pin()
     elif len(os.sched_getaffinity(0)) < part.cores:

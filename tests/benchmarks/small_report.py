@@ -12,7 +12,6 @@ TITLES = {
     "small_torch": "PyTorch on one core",
     "small_torch_large": "PyTorch on one core, 16 million parameters",
     "small_torch_threads": "PyTorch with two threads on two cores",
-    "small_torch_passive": "The same, with OMP_WAIT_POLICY=passive",
     "small_numpy": "NumPy on one core",
     "small_numpy_threads": "A stepper with two threads, beside the same with one",
     "small_jax": "optax: a call of the jitted step",
