@@ -102,13 +102,14 @@ MORE: list[Any] = [
 
 def _cases() -> Iterator[Bits]:
     """Yield each corner with each decay, clipped or not, compensated or not."""
+    # The rate is high, so that a parameter shows the last bit of an update.
     for i, (corner, hyper) in enumerate(CORNER_HYPERS.items()):
         for j, (decay, options) in enumerate(DECAYS.items()):
             clip = {"clip_exponent": 0.25} if (i + j) % 2 == 0 else {}
             compensate = {"compensate": True} if (i // 2 + j) % 2 else {}
             name = "_".join([corner, decay, *(["clip"] if clip else []), *(["compensated"] if compensate else [])])
             more = MORE[(i + 2 * j) % len(MORE)]
-            yield Bits(name, {"learning_rate": 1e-3, **hyper, **options, **clip, **compensate, **more})
+            yield Bits(name, {"learning_rate": 0.5, **hyper, **options, **clip, **compensate, **more})
 
 
 CASES = {case.name: case for case in _cases()}
