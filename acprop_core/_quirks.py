@@ -7,6 +7,7 @@
 - JAX: tracers have no device, and uncommitted arrays move to the device where they are needed.
 - PyTorch: NumPy cannot read its bfloat16, or tensors that require gradients, are conjugated lazily or on a device; on
   a CPU its square root may be one unit in the last place off.
+- MLX: NumPy cannot read its bfloat16.
 - CuPy: NumPy cannot read its arrays.
 - PyTorch and sparse libraries: arrays that are not dense.
 """
@@ -14,7 +15,7 @@
 import functools
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from array_api_compat import array_namespace, is_cupy_array, is_jax_array, is_numpy_array, is_torch_array
@@ -138,6 +139,18 @@ def untraced(x: Any, kinds: str) -> Any:
     return x.item() if x.dtype.kind in kinds or is_ml_dtype else x
 
 
+def numpy_of(leaves: Iterable[Any]) -> Any:
+    """Return the namespace of NumPy if all leaves are its own arrays, none of a subclass; None otherwise."""
+    kinds = set(map(type, leaves))
+    return _numpy_of(kinds.pop()) if len(kinds) == 1 else None
+
+
+@functools.cache
+def _numpy_of(kind: type) -> Any:
+    is_numpy = (kind.__module__, kind.__name__) == ("numpy", "ndarray")
+    return array_namespace(kind(0)) if is_numpy else None
+
+
 def differs_from_arrays(x: Array) -> bool:
     """Return whether `x` is a masked array or a matrix of NumPy."""
     return is_numpy_array(x) and x.__array_priority__ > 0.0
@@ -175,10 +188,12 @@ def add_one(count: Any) -> Any:
 
 
 def readable_by_numpy(x: Array, is_bfloat16: bool) -> Any:
-    """Return an array that `numpy.asarray` can read; of PyTorch's bfloat16 the bits, as int16."""
+    """Return an array that `numpy.asarray` can read; of PyTorch's and MLX's bfloat16 the bits, as int16."""
     if is_torch_array(x):
         x = x.detach().cpu().resolve_conj()
         return x.contiguous().view(array_namespace(x).int16).numpy() if is_bfloat16 else x
+    if is_bfloat16 and type(x).__module__ == "mlx.core":
+        return x.view(array_namespace(x).int16)
     return x.get() if is_cupy_array(x) else x
 
 
