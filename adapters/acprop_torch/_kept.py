@@ -29,7 +29,7 @@ _CONSTANT = frozenset({float, int, bool, type(None), str, torch.dtype})
 
 
 def _are_constant(options: Sequence[Any], compiled: Compiled) -> bool:
-    """Return whether the same objects mean the same options: lists may have changed, and tensors that the host reads."""
+    """Return whether the same objects mean the same options: lists, and tensors the host reads, may have changed."""
     betas = options[1]
     if type(betas) is not tuple:
         return False
