@@ -180,7 +180,7 @@ def on_device(model: Model, found: float) -> list[bytes]:
 
 
 def on_cpu(model: Model) -> list[bytes]:
-    kernel = cpu.counting_kernel_of(model.flags, *model.dtypes)
+    kernel = cpu.kernel_of(model.flags, *model.dtypes)
     kernel(model.table(), OPTIONS, cpu.shared(sum(SIZES), sum(SIZES)), True)
     return model.content()
 

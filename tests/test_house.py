@@ -26,7 +26,6 @@ ALLOWED = {
     ("_state_dict.py", "-state['exp_avg']"): "Adam averages the negated gradient if it maximizes",
     ("_tiles.py", "param + update"): "the addition to the parameter, in a check that writes nothing",
     ("_traced.py", "row.param + update"): "the addition to the parameter",
-    ("_cupy.py", "param + update"): "the addition to the parameter",
     ("_dtypes.py", "-self.numbers.rate"): "the learning rate, for the record of a step",
     ("_rows.py", "1.0 / scale"): "GradScaler's factor, which torch divides by",
     ("_stepper.py", "self._clip_norm / norm"): "the factor of clip_norm",
@@ -96,7 +95,6 @@ def test_a_step_is_assembled_once() -> None:
         "acprop_core/_dtypes.py",  # with casts: the functional core, optax, torch, tiles
         "acprop_core/kernels/calls.py",  # traced
         "acprop_core/kernels/element.py",  # compiled
-        "adapters/acprop_stepper/_cupy.py",  # fused
     }
 
 

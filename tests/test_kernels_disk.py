@@ -25,7 +25,7 @@ table = np.zeros((element.ROWS, 1), np.int64)
 table[: element.SIZE, 0] = [a.ctypes.data for a in (x, g, m, s, x, count)]
 table[element.SIZE] = 100
 options = np.array([[1e-3, 0.9, 0.999, 1e-16, 1e-16, 0.0, 0.0, 0.0, 1.0]])
-kernel = cpu.counting_kernel_of(flags, "float32", "float32")
+kernel = cpu.kernel_of(flags, "float32", "float32")
 kernel(table, options, cpu.shared(100, 100), True)
 print(sum(kernel.stats.cache_hits.values()), x.tobytes().hex()[:8], count[0])
 """
@@ -36,7 +36,7 @@ from acprop_core import rule
 from acprop_core.kernels import cpu, element
 options = np.array([[1e-3, 0.9, 0.999, 1e-16, 1e-16, 0.0, 0.0, 0.0, 1.0]])
 for name in sys.argv[1:]:
-    kernel = cpu.counting_kernel_of(rule.Flags(centering=rule.Centering[name]), "float32", "float32")
+    kernel = cpu.kernel_of(rule.Flags(centering=rule.Centering[name]), "float32", "float32")
     x, g, m, s, count = (np.full(100, value, "f4") for value in (1.0, 0.5, 0.25, 1.0, 1.0))
     table = np.zeros((element.ROWS, 1), np.int64)
     table[: element.SIZE, 0] = [a.ctypes.data for a in (x, g, m, s, x, count)]

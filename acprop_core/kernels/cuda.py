@@ -161,7 +161,9 @@ def step_kernel_of(
         column = table + 8 * i
         if first == 0 and thread == 0:  # the step is counted where its numbers have been made: nothing reads it here
             count_at = read_int(column + 8 * COUNT * n)
-            if read_int(column + 8 * WIDE * n) != 0:
+            if count_at == 0:
+                pass
+            elif read_int(column + 8 * WIDE * n) != 0:
                 write_wide(count_at, read_wide(count_at) + 1.0)
             else:
                 write_narrow(count_at, read_narrow(count_at) + np.float32(1.0))
@@ -226,7 +228,7 @@ class Program:
     Parameters
     ----------
     flags : rule.Flags
-        As for `cpu.counting_kernel_of`.
+        As for `cpu.kernel_of`.
     param_dtype, moment_dtype : str
         Dtypes that `sixteen_bits.is_compiled` accepts; carries have the parameters' dtype.
     capability : (int, int)
@@ -268,15 +270,17 @@ class Program:
             Number of the device, and the handle of one of its streams (``cudaStream_t``).
         table : int
             Address on the device, as those below, of a (`element.ROWS`, columns) int64 array: a column for each array,
-            with addresses on the device. No two arrays may share memory, not even their counts.
+            with addresses on the device. No two arrays may share memory, not even their counts. If `options` is 0, a
+            count may be 0 too, and is then left to the caller.
         columns : int
             Number of arrays, at least 1.
         chunks, blocks : int
             Address of what `chunks_of` returns, and its length.
         options : int
-            Address of a (groups, len(`element.OPTIONS`)) float64 array.
+            Address of a (groups, len(`element.OPTIONS`)) float64 array; 0 if `numbers` holds those of this step.
         numbers : int
-            Address of columns * `NUMBERS` numbers of the moments' dtype, or float32 if that has 16 bits; overwritten.
+            Address of columns * `NUMBERS` numbers of the moments' dtype, or float32 if that has 16 bits; overwritten
+            unless `options` is 0.
         grad_scale : int
             Address of a float32: gradients are divided by it; 0 for the factor in the options.
         found_inf : int
@@ -287,8 +291,9 @@ class Program:
         RuntimeError
             If the driver refuses a launch.
         """
-        first = table, columns, options, numbers, grad_scale
-        self._launch(device, stream, self._make_numbers, -(-columns // THREADS), THREADS, first)
+        if options != 0:
+            first = table, columns, options, numbers, grad_scale
+            self._launch(device, stream, self._make_numbers, -(-columns // THREADS), THREADS, first)
         self._launch(device, stream, self._step, blocks, THREADS, (table, columns, chunks, numbers, found_inf))
 
 

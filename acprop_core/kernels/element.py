@@ -21,16 +21,14 @@ OF_NUMBERS = (
     *(rule._bias_correction, rule._log, rule._limit, rule._dither, rule._widest_float),
 )
 
-SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
-
-# Rows of the table of a kernel that counts, a column a parameter: addresses, the number of elements, a `rule.Decay`,
+# Rows of the table of a kernel, a column a parameter: addresses, the number of elements, a `rule.Decay`,
 # the row of its hyperparameters, and whether its count is a float64 instead of a float32.
 PARAM, GRAD, MU, NU, CARRY, COUNT, SIZE, DECAY, GROUP, WIDE = range(10)
 ROWS = 10
 """Number of rows of the table."""
 
 OPTIONS = (*rule.Hyperparameters._fields[:7], "maximize", "grad_scale")
-"""Columns of the hyperparameters of a kernel that counts: float64, and 0 for a `clip_exponent` of None."""
+"""Columns of the hyperparameters of a kernel: float64, and 0 for a `clip_exponent` of None."""
 
 
 class Access(NamedTuple):
@@ -102,7 +100,7 @@ def numbers_of(asynchronous: bool, compensates: bool, dtype: str, makers: Any) -
         ``numbers_at(options, i, count)`` takes row i of an array of `OPTIONS`, and returns `rule.Numbers`.
     """
     real: Any = getattr(np, dtype)
-    smallest_normal = SMALLEST_NORMAL[dtype]
+    smallest_normal = rule.SMALLEST_NORMAL[dtype]
 
     def numbers_at(options: Any, i: Any, count: Any) -> Any:
         o = options[i]

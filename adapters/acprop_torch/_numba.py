@@ -12,13 +12,14 @@ from torch import Tensor
 
 from acprop_core import kernels
 from acprop_core.adapt import Row, warn
+from acprop_core.kernels import openmp
 from acprop_core.rule import FORMATS, Decay, Flags, Hyperparameters, flags_of
 from acprop_torch import _cuda
 from acprop_torch._private import is_zerotensor
 from acprop_torch._rows import PLAIN, Batch, contiguous
 
 _MIN_PER_THREAD = 2**15  # elements: fewer are not worth a thread
-_CHUNK = 2**13  # elements that a thread takes at once: 32 kB of float32 numbers
+_CHUNK = 2**14  # elements that a thread takes at once: 64 kB of float32 numbers
 _COUNTS = frozenset({torch.float32, torch.float64})
 
 
@@ -215,12 +216,13 @@ class _Part:
         from acprop_core.kernels import cpu, element
 
         self.table = table
-        self._kernel = cpu.counting_kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
+        self._program = kind.flags, _name(kind.param), _name(kind.moments)
+        self._kernel = cpu.kernel_of(*self._program)
         self._check = cpu.check_kernel()
         self._options = options
         self._size = int(table[element.SIZE].sum())
         self._most = 1 if has_overlap else self._size // _MIN_PER_THREAD  # threads must not write the same memory
-        self._threads = 0
+        self._shared = (0, 0)
         self._arguments: tuple[Any, ...] = ()
 
     def check(self) -> bool:
@@ -228,13 +230,17 @@ class _Part:
 
     def run(self, tensors: dict[tuple[int, int], Tensor]) -> None:
         threads = max(1, min(torch.get_num_threads(), self._most))
-        if threads != self._threads:
+        region = openmp.region() if threads > 1 else 0
+        if (threads, region) != self._shared:
             from acprop_core.kernels import cpu
 
             # a new record, because a thread may still read the old one
             record = cpu.shared(self._size, max(1, self._size if threads == 1 else _CHUNK))
-            self._threads, self._arguments = threads, (self.table, self._options, record)
-        if threads > 1:
+            if region:
+                member = cpu.member_of(*self._program).address
+                cpu.share_by_openmp(record, self.table, self._options, region, member, threads)
+            self._shared, self._arguments = (threads, region), (self.table, self._options, record)
+        if threads > 1 and not region:
             from acprop_core.kernels.helpers import call_beside
 
             call_beside(functools.partial(self._kernel, *self._arguments, False), threads - 1)
