@@ -23,9 +23,9 @@ def install(session: nox.Session, *groups: str, oldest: bool = False) -> None:
 
 
 def promised() -> list[str]:
-    """Return what the project and its extras need, each with its lower bound: all but torch and CuPy.
+    """Return what the project and its extras need, each with its lower bound: all but torch and CUDA.
 
-    `torch_versions` begins with the oldest torch, and CuPy needs a device.
+    `torch_versions` begins with the oldest torch, and CUDA needs a device.
     """
     project = PROJECT["project"]
     extras = [project["optional-dependencies"][name] for name in ("optax", "numpy", "fast", "checkpoint")]
