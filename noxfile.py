@@ -23,9 +23,9 @@ def install(session: nox.Session, *groups: str, oldest: bool = False) -> None:
 
 
 def promised() -> list[str]:
-    """Return what the project and its extras need, each with its lower bound: all but torch and CuPy.
+    """Return what the project and its extras need, each with its lower bound: all but torch, CuPy and numba-cuda.
 
-    `torch_versions` begins with the oldest torch, and CuPy needs a device.
+    `torch_versions` begins with the oldest torch, and the other two need a device.
     """
     project = PROJECT["project"]
     extras = [project["optional-dependencies"][name] for name in ("optax", "numpy", "fast", "checkpoint")]
@@ -153,7 +153,7 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Print the benchmarks; `-- quick` is short, `-- small` a part, `-- gpu` on CUDA; `-- --out docs/benchmarks`."""
-    install(session, "demo", "rivals", *(["cupy"] if "gpu" in session.posargs else []))
+    install(session, "demo", "rivals", *(["cupy", "cuda"] if "gpu" in session.posargs else []))
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
     one_thread["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     one_thread["KINETO_LOG_LEVEL"] = "5"  # torch's profiler is silent

@@ -82,6 +82,14 @@ def test_the_signature_begins_as_that_of_optax(name: str) -> None:
         assert ours["learning_rate"].annotation is optax.ScalarOrSchedule
 
 
+def skip_where_optax_has_no_schedule_of_the_decay() -> None:
+    decay, x = optax.add_decayed_weights(SCHEDULE), jnp.ones(1)
+    try:
+        decay.update(x, decay.init(x), x)
+    except TypeError:
+        pytest.skip("the weight decay of this optax takes no schedule, so there is nothing to compare with")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -95,6 +103,8 @@ def test_the_signature_begins_as_that_of_optax(name: str) -> None:
     ],
 )
 def test_the_state_is_that_of_optax(options: dict[str, Any]) -> None:
+    if callable(options.get("weight_decay")):
+        skip_where_optax_has_no_schedule_of_the_decay()
     options = {"learning_rate": 1e-3, **options}
     ours, theirs = (run(f(**options))[1] for f in (acprop, optax.contrib.acprop))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -188,6 +198,8 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_give_what_they_give_with_that_of_optax(name: str, x64: None) -> None:
+    if name.startswith("schedule of the decay") and not name.endswith("injected"):
+        skip_where_optax_has_no_schedule_of_the_decay()
     params = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": [jnp.ones(3)]}
     grads = jax.vmap(lambda i: gradients(params, i))(jnp.arange(20.0))
     extra_args = {"value": jnp.float64(1.0)} if name == "reduce_on_plateau" else {}
