@@ -121,12 +121,12 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for _ in range(3):
-        warm = [timed(step) for step in steps.values()]
+        warm = [timed(Run(step)) for step in steps.values()]
     gc.collect()
     for _ in range(min(most, max(least, round(budget / sum(warm))))):
         random.shuffle(names)
         for name in names:
-            seconds[name].append(timed(steps[name]))
+            seconds[name].append(timed(Run(steps[name])))
     return seconds
 
 
