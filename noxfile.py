@@ -23,9 +23,9 @@ def install(session: nox.Session, *groups: str, oldest: bool = False) -> None:
 
 
 def promised() -> list[str]:
-    """Return what the project and its extras need, each with its lower bound: all but torch and CUDA.
+    """Return what the project and its extras need, each with its lower bound: all but torch, CuPy and numba-cuda.
 
-    `torch_versions` begins with the oldest torch, and CUDA needs a device.
+    `torch_versions` begins with the oldest torch, and the other two need a device.
     """
     project = PROJECT["project"]
     extras = [project["optional-dependencies"][name] for name in ("optax", "numpy", "fast", "checkpoint")]
@@ -152,14 +152,18 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Print the benchmarks; `-- quick` is short, `-- gpu` on a CUDA device, `-- --out docs/benchmarks` publishes."""
-    install(session, "demo", "rivals", *(["cupy"] if "gpu" in session.posargs else []))
+    """Print the benchmarks; `-- quick` is short, `-- small` a part, `-- gpu` on CUDA; `-- --out docs/benchmarks`."""
+    install(session, "demo", "rivals", *(["cupy", "cuda"] if "gpu" in session.posargs else []))
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
     one_thread["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     one_thread["KINETO_LOG_LEVEL"] = "5"  # torch's profiler is silent
-    options = [option for option in session.posargs if option != "gpu"]
+    options = [option for option in session.posargs if option not in ("gpu", "small")]
     if "gpu" in session.posargs:
         session.run("python", "tests/benchmarks/bench_cuda.py", *options)
+        return
+    session.run("python", "tests/benchmarks/small.py", *options, env=one_thread)
+    if "small" in session.posargs:
+        session.run("python", "tests/benchmarks/report.py", *options)
         return
     for name in ("numpy", "torch", "jax"):
         session.run("python", f"tests/benchmarks/bench_{name}.py", *options, env=one_thread)

@@ -163,12 +163,12 @@ class Model(NamedTuple):
         return [x.tobytes() for x in (*itertools.chain(*self.rows), *self.counts)]
 
 
-def model(flags: rule.Flags, dtype: Any, shift: int) -> Model:
-    """Return a model of random numbers, which begin `shift` elements behind aligned memory."""
+def model(flags: rule.Flags, dtype: Any, own_shift: int, shift: int) -> Model:
+    """Return a model of random numbers; parameters, and moments, begin so many elements behind aligned memory."""
     rng = np.random.default_rng(0)
     own, moments = np.dtype(dtype), np.dtype(np.float64 if dtype is np.float64 else np.float32)
-    kinds = own, own, moments, moments, own
-    rows = [[np.abs(rng.standard_normal(n + shift)).astype(x)[shift:] for x in kinds] for n in SIZES]
+    kinds = (own, own_shift), (own, own_shift), (moments, shift), (moments, shift), (own, own_shift)
+    rows = [[np.abs(rng.standard_normal(n + k)).astype(x)[k:] for x, k in kinds] for n in SIZES]
     counts = [np.array(float(i), np.float64 if i % 2 else np.float32) for i in range(len(SIZES))]
     return Model(flags, (own.name, moments.name), rows, counts)
 
@@ -188,11 +188,11 @@ def on_cpu(model: Model) -> list[bytes]:
 def run_models() -> None:
     """Step arrays of odd sizes, aligned and not, with a scale; then with an infinity, which must change nothing."""
     for kind in (
-        (rule.Flags(clipped=True), np.float32, 0),
-        (rule.Flags(centering=rule.Centering.NONE, asynchronous=False), np.float32, 1),
-        (rule.Flags(centering=rule.Centering.PREVIOUS), np.float64, 0),
-        (rule.Flags(format=rule.FORMATS["bfloat16"]), ml_dtypes.bfloat16, 0),
-        (rule.Flags(format=rule.FORMATS["float16"], asynchronous=False), np.float16, 1),
+        (rule.Flags(clipped=True), np.float32, 0, 0),
+        (rule.Flags(centering=rule.Centering.NONE, asynchronous=False), np.float32, 1, 0),
+        (rule.Flags(centering=rule.Centering.PREVIOUS), np.float64, 0, 0),
+        (rule.Flags(format=rule.FORMATS["bfloat16"]), ml_dtypes.bfloat16, 0, 0),
+        (rule.Flags(format=rule.FORMATS["float16"], asynchronous=False), np.float16, 0, 1),
     ):
         if on_device(model(*kind), 0.0) != on_cpu(model(*kind)):
             print(f"{kind}: other bits than the CPU")

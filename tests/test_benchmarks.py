@@ -20,6 +20,8 @@ sys.path.insert(0, str(SCRIPTS))
 import bench_cuda
 import record
 import report
+import small
+import small_report
 
 RESULTS = ROOT / "docs" / "benchmarks"
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
@@ -30,6 +32,16 @@ def test_the_page_has_the_figures_of_the_results():
     assert list(results) == list(report.TITLES)
     assert (RESULTS / "steps_table.md").read_text() == report.page(results)
     assert "{include} /benchmarks/steps_table.md" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_tables_of_small_models_have_the_figures_of_the_results():
+    results = small_report.results_in(RESULTS)
+    assert list(results) == list(small_report.TITLES)
+    assert (RESULTS / "small_table.md").read_text() == small_report.page(results)
+    assert "{include} /benchmarks/small_table.md" in (ROOT / "docs" / "benchmarks.md").read_text()
+    for name, result in results.items():
+        least = 200 if name not in ("small_jax_compiling", "small_first") else 3
+        assert all(row["rounds"] >= least for row in result["rows"]), name
 
 
 def test_the_readme_has_the_figures_of_the_results():
@@ -58,6 +70,32 @@ def test_every_round_measures_every_run_after_its_preparation(monkeypatch):
     for before, after in itertools.pairwise(seen):
         if before.startswith("before"):
             assert after == before.removeprefix("before ")
+
+
+def test_steps_are_measured_in_turns():
+    seen = []
+    steps = {name: lambda name=name: seen.append(name) for name in "abc"}
+    seconds = record.alternate(steps, least=7, most=50, budget=0.0)
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 7, "b": 7, "c": 7}
+    assert len(seen) == 3 * (3 + 7)
+    assert all(sorted(seen[i : i + 3]) == ["a", "b", "c"] for i in range(0, len(seen), 3))
+    assert len(record.alternate(steps, least=7, most=50, budget=1.0)["a"]) == 50
+
+
+def test_the_adam_to_compare_with_is_adam():
+    torch = pytest.importorskip("torch")
+    grads = small.gradients(2, 5)
+    step = small.eager_adam(grads)
+    params = [torch.ones(5, dtype=torch.float64, requires_grad=True) for _ in grads]
+    peer = torch.optim.Adam(params, lr=0.001)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = torch.from_numpy(g).double()
+    for _ in range(5):
+        step()
+        peer.step()
+    held = step.__closure__[[*step.__code__.co_freevars].index("held")].cell_contents
+    for (x, *_), p in zip(held, params, strict=True):
+        assert x == pytest.approx(p.detach().numpy(), rel=1e-5)
 
 
 def test_ratios_are_of_one_round():

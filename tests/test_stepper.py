@@ -289,6 +289,19 @@ def test_a_run_can_be_taken_up_from_its_state(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_schedule_may_switch_decay_on_and_off(engine: str) -> None:
+    """Without decay a step is another program, which reads no parameter."""
+    hyper = {**HYPER, "weight_decay": [0.0, 0.5, 0.5, 0.0, 0.25].__getitem__}
+    rng = np.random.default_rng(0)
+    start = {str(shape): np.asarray(rng.normal(size=shape)) for shape in ((3,), (2, 4), ())}
+    grads = [{name: np.asarray(rng.normal(size=x.shape)) for name, x in start.items()} for _ in range(5)]
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **hyper, engine=engine)
+    for g in grads:
+        stepper.step(g)
+    assert_same(stepper, functional(start, grads, **hyper))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_schedules_may_go_below_zero(engine: str) -> None:
     def rate(count: int) -> float:
         return 3e-4 - 1e-4 * (count + 1)  # -5e-20 at the third step, as computed

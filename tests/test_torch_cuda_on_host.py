@@ -13,11 +13,12 @@ pytest.importorskip("numba_cuda")
 import numpy as np
 import torch
 
+import acprop_torch
 from acprop_core import kernels
 from acprop_core.adapt import Row
 from acprop_core.kernels import cuda, element
 from acprop_core.rule import Decay, Hyperparameters
-from acprop_torch import _cuda, _fused, _numba
+from acprop_torch import _cuda, _fused, _kept, _numba
 from acprop_torch._rows import Batch
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_a_graph_copies_from_memory_that_stays(pinned: list[torch.Tensor]) -> No
     sent = _cuda.OnDevice(array, CPU)
     before = sent.bring(1, False)
     made = len(pinned)
-    array[2] = 7
+    array[2] = 7  # as the address of a gradient of the graph
     captured = sent.bring(1, True)
     assert captured.tolist() == array.tolist()
     assert len(pinned) == made  # nothing is pinned while a graph is captured
@@ -97,10 +98,12 @@ def test_a_part_passes_addresses_on_the_current_stream(pinned: list[torch.Tensor
     with mock.patch.object(_cuda, "_stream_of", return_value=(9, False)):
         part.run({(1, 0): torch.tensor([0.5]), (0, 2): torch.tensor(0.25, dtype=torch.float64)})
         part.run({})
-    (device, stream, _, columns, _, blocks, *_), again = program.calls
-    assert (device, stream, columns, blocks) == (0, 9, 2, 4)
-    assert again == program.calls[0]
-    sent = part._sent[2].bring(9, False)
+    (number, stream, table, columns, chunks, blocks, options_at, _, *scaling), again = program.calls
+    assert (number, stream, columns, blocks) == (0, 9, 2, 4)
+    assert chunks == table + 8 * element.ROWS * 2
+    assert again[:7] == (0, 9, table, 2, chunks, 4, options_at)  # nothing was sent again
+    assert again[8:] == tuple(scaling)
+    sent = part._options.bring(9, False)
     assert (sent[1, 0], sent[0, 2]) == (0.5, 0.25)
     addresses = [x.data_ptr() for x in part._scaling]
     assert list(again[-2:]) == addresses
@@ -220,3 +223,23 @@ def test_a_device_without_numba_cuda_is_left_to_torch(why: str | None, monkeypat
     monkeypatch.setattr(torch.version, "cuda", None)  # as in torch for AMD
     assert not _cuda.has_numba_cuda(device)
     _cuda.has_numba_cuda.cache_clear()
+
+
+def test_a_step_with_options_on_the_device_is_kept(parts: list[tuple[Any, ...]]) -> None:
+    """Then a graph captures a step that has been prepared, with memory that was pinned before."""
+    rate = torch.zeros((), device="meta")
+    group = {**acprop_torch.ACProp([torch.zeros(3, requires_grad=True)]).param_groups[0], "lr": rate}
+    batch = batch_of([3], learning_rate=rate)
+    group["params"] = batch.columns.param
+    group["params"][0].grad = batch.columns.grad[0]
+    compiled = _numba.Compiled([batch])
+    kept = _kept.Kept.of([group], {0: batch}, compiled)
+    assert kept is not None
+    assert kept._has_options(0, group)
+    group["lr"] = torch.zeros((), device="meta")
+    with mock.patch.object(_kept, "check_options"):  # it refuses this device
+        assert kept._has_options(0, group)
+    compiled.run([])
+    assert parts[-1][1][0, 0] is group["lr"]
+    compiled.reads_options = True
+    assert _kept.Kept.of([group], {0: batch}, compiled) is None

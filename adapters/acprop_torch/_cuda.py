@@ -56,12 +56,12 @@ class Part:
 
         from acprop_core.kernels import cuda, element
 
-        self.table = table
         self._program, self._device = program, device
         chunks = cuda.chunks_of(table[element.SIZE])
         self._blocks = len(chunks)
-        self._sent = [OnDevice(x, device) for x in (table, chunks, options)]
-        self._numbers = OnDevice(np.zeros((table.shape[1], cuda.NUMBERS)), device)  # room for float64
+        addresses = np.concatenate([table.reshape(-1), chunks.reshape(-1)])
+        self.table = addresses[: table.size].reshape(table.shape)
+        self._addresses, self._options = OnDevice(addresses, device), OnDevice(options, device)
         self._scaling = [
             None if x is None else x.to(device, torch.float32, non_blocking=True).reshape(()) for x in scaling
         ]
@@ -74,14 +74,18 @@ class Part:
 
     def run(self, tensors: dict[tuple[int, int], Tensor]) -> None:
         """Step the rows, and count the step of each; `tensors` are options on devices, by their place in `options`."""
+        from acprop_core.kernels import cuda
+
         with torch.cuda.device(self._device):
             stream, is_captured = _stream_of(self._device)
-            table, chunks, options, numbers = (x.bring(stream, is_captured) for x in (*self._sent, self._numbers))
+            table, options = (x.bring(stream, is_captured) for x in (self._addresses, self._options))
             for place, x in tensors.items():
                 options[place].copy_(x.squeeze(), non_blocking=True)
+            columns = self.table.shape[1]
+            numbers = torch.empty((columns, cuda.NUMBERS), dtype=torch.float64, device=self._device)
             addresses = [0 if x is None else x.data_ptr() for x in self._scaling]
             self._program.run(
-                *(self._device.index or 0, stream, table.data_ptr(), self.table.shape[1], chunks.data_ptr()),
+                *(self._device.index or 0, stream, table.data_ptr(), columns, table[self.table.size :].data_ptr()),
                 *(self._blocks, options.data_ptr(), numbers.data_ptr(), *addresses),
             )
 
@@ -104,6 +108,8 @@ class OnDevice:
         """Return the copy, for use on the current stream."""
         import numpy as np
 
+        if not is_captured and self._spare is None:
+            self._spare = _pinned(self._array)
         is_current = self._tensor is not None and stream == self._stream and not is_captured
         if is_current and np.array_equal(self._array, self._copied):
             return self._tensor
@@ -115,8 +121,6 @@ class OnDevice:
             self._spare = None
         else:
             self._copied, self._stream, self._tensor = self._array.copy(), stream, tensor
-            if self._spare is None:
-                self._spare = _pinned(self._array)
         return tensor
 
 

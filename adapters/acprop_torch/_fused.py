@@ -1,7 +1,6 @@
 """The ways to step that are compiled: each device by its compiler, and the rest by the rule uncompiled."""
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Callable
 
 import torch
 
@@ -16,11 +15,9 @@ Run = Callable[[], None]
 
 def prepare(batch: Batch) -> tuple[Batch | None, list[Run]]:
     """Return the rows for Numba, which steps those of all groups at once, and the steps of the others."""
-    devices: dict[torch.device, Sequence[int]] = {batch.columns.param[0].device: range(len(batch.steps))}
-    if not all(map(attrgetter("is_cpu"), batch.columns.param)):
-        devices = {}
-        for i, param in enumerate(batch.columns.param):
-            devices[param.device] = [*devices.get(param.device, []), i]
+    devices: dict[torch.device, list[int]] = {}
+    for i, param in enumerate(batch.columns.param):
+        devices.setdefault(param.device, []).append(i)
     compiled: list[int] = []
     runs: list[Run] = []
     for device, members in devices.items():

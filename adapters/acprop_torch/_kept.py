@@ -28,10 +28,15 @@ _options_of = itemgetter(*_NUMBERS, *_OTHERS)
 _CONSTANT = frozenset({float, int, bool, type(None), str, torch.dtype})
 
 
-def _are_constant(options: Sequence[Any]) -> bool:
-    """Return whether the same objects mean the same options: tensors and lists may have changed."""
+def _are_constant(options: Sequence[Any], compiled: Compiled) -> bool:
+    """Return whether the same objects mean the same options: lists, and tensors the host reads, may have changed."""
     betas = options[1]
-    return type(betas) is tuple and _CONSTANT.issuperset(map(type, [*betas, *options[:1], *options[2:]]))
+    if type(betas) is not tuple:
+        return False
+    values = [*betas, *options[:1], *options[2:]]
+    if not compiled.reads_options:
+        values = [x for x in values if not isinstance(x, Tensor) or x.is_cpu]
+    return _CONSTANT.issuperset(map(type, values))
 
 
 class Kept:
@@ -62,7 +67,7 @@ class Kept:
     def of(groups: list[dict[str, Any]], batches: dict[int, Batch], compiled: Compiled) -> "Kept | None":
         """Return what to keep; None if an option might change its value in place, or rows are made from others."""
         is_scaled = any(batch.grad_scale is not None or batch.found_inf is not None for batch in batches.values())
-        if is_scaled or not all(map(_are_constant, map(_options_of, groups))):
+        if is_scaled or not all(_are_constant(_options_of(group), compiled) for group in groups):
             return None
         params = [id(p) for group in groups for p in group["params"] if p.grad is not None]
         if params != [id(p) for batch in batches.values() for p in batch.columns.param]:
@@ -105,7 +110,9 @@ class Kept:
         known = self._options[i]
         if all(map(is_, options, known)):
             return True
-        if not (all(map(is_, options[len(_NUMBERS) :], known[len(_NUMBERS) :])) and _are_constant(options)):
+        if not (
+            all(map(is_, options[len(_NUMBERS) :], known[len(_NUMBERS) :])) and _are_constant(options, self._compiled)
+        ):
             return False
         check_options(group, True, lambda: f" of parameter group {i}")
         if i in self._batches and not self._compiled.set_options(self._batches[i], hyperparameters_of(group, False)):

@@ -132,6 +132,7 @@ class Compiled:
                     scaling = batches[0].grad_scale, batches[0].found_inf
                     self._parts.append(_cuda.Part(_program(kind), kind.device, own, self._options, scaling))
         self._on_cpu = {i for i, batch in enumerate(batches) if any(map(attrgetter("is_cpu"), batch.columns.param))}
+        self.reads_options = bool(self._on_cpu)  # those on a device, for rows on a CPU
         self._tensors: dict[tuple[int, int], Tensor] = {}  # options that are not read, by their place
         for group, batch in enumerate(batches):
             self.set_options(group, batch.hyper, batch.grad_scale)

@@ -111,6 +111,25 @@ def measure(runs: Mapping[str, Run], budget: float, label: str = "") -> dict[str
     return seconds
 
 
+def alternate(
+    steps: Mapping[str, Callable[[], object]], least: int, most: int, budget: float
+) -> dict[str, list[float]]:
+    """Return the seconds of single steps, one of each run in every round, in random order.
+
+    There are as many rounds as fit `budget` seconds, but at least `least` and at most `most`, after three that warm up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for _ in range(3):
+        warm = [timed(step) for step in steps.values()]
+    gc.collect()
+    for _ in range(min(most, max(least, round(budget / sum(warm))))):
+        random.shuffle(names)
+        for name in names:
+            seconds[name].append(timed(steps[name]))
+    return seconds
+
+
 def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     """Return the lower quartile, the median and the upper quartile."""
     low, middle, high = statistics.quantiles(list(values), n=4, method="inclusive")

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/report.py [--out docs/benchmarks]
 
-Writes `steps_table.md`, which docs/benchmarks.md includes, and pictures; prints the times as one table.
+Writes `steps_table.md` and `small_table.md`, which docs/benchmarks.md includes, and pictures; prints the times as one
+table.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+import small_report
 from record import arguments, load
+from small_report import digits, markdown, spread
 from steps import SIZES, Shape
 
 Result = dict[str, Any]
@@ -34,11 +37,6 @@ def shape_of(row: Row) -> str:
     return named((row["arrays"], row["size"]))
 
 
-def number(x: float) -> str:
-    """Write three digits, plainly."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-
-
 def sized(rows: Sequence[Row], shapes: Sequence[Shape], cell: Callable[[Row], str]) -> Iterator[list[str]]:
     """Yield a table of contenders by sizes."""
     yield ["", *map(named, shapes)]
@@ -47,19 +45,13 @@ def sized(rows: Sequence[Row], shapes: Sequence[Shape], cell: Callable[[Row], st
         yield [name, *(own.get(shape, "") for shape in shapes)]
 
 
-def spread(quartiles: Sequence[float]) -> str:
-    """Write a median, and the quartiles around it."""
-    low, middle, high = map(number, quartiles)
-    return f"{middle} ({low}, {high})"
-
-
 def times(result: Result, dtype: str) -> dict[str, str]:
     """Return the tables of a framework in one dtype; what was measured for the pictures of growth alone is left out."""
     rows = [row for row in result["rows"] if row["dtype"] == dtype]
     measured = {(row["arrays"], row["size"]) for row in rows}
     shapes = [shape for shape in SIZES if shape in measured] if not result["quick"] else sorted(measured)
     cells = {
-        "milliseconds": lambda row: number(1e3 * row["seconds"][1]),
+        "milliseconds": lambda row: digits(1e3 * row["seconds"][1]),
         "times the limit": lambda row: spread(row["to limit"]),
         f"times {result['unit']}": lambda row: spread(row["to unit"]),
     }
@@ -85,7 +77,7 @@ def one_table(results: dict[str, Result]) -> Iterator[list[str]]:
     for name, result in results.items():
         for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
             rows = [row for row in result["rows"] if row["dtype"] == dtype]
-            cells = sized(rows, chosen, lambda row: f"{number(1e3 * row['seconds'][1])} / {number(row['to limit'][1])}")
+            cells = sized(rows, chosen, lambda row: f"{digits(1e3 * row['seconds'][1])} / {digits(row['to limit'][1])}")
             next(cells)  # its head
             yield from ([f"{TITLES[name]}, {dtype}", *line] for line in cells)
 
@@ -140,12 +132,6 @@ def growth(results: dict[str, Result]) -> Iterator[list[str]]:
             ]
 
 
-def markdown(rows: Iterator[list[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def measured(result: Result) -> str:
     """Say on what machine, and with which versions."""
     machine, used = (", ".join(f"{k} {v}" for k, v in result[key].items()) for key in ("machine", "versions"))
@@ -163,7 +149,7 @@ def sections(results: dict[str, Result]) -> dict[str, str]:
         if threads := result.get("threads"):
             found[f"{TITLES[name]}, threads"] = (
                 f"Stepper with Numba, 1 x {threads['size']:,}: two threads on {threads['cores']} cores are"
-                f" {number(threads['ratio'][1])} times as fast as one.\n"
+                f" {digits(threads['ratio'][1])} times as fast as one.\n"
             )
     tables = {"Memory": memory, "Growth": growth, "Import and first step": starts}
     found |= {heading: markdown(rows(results)) for heading, rows in tables.items()}
@@ -185,7 +171,7 @@ def summary(results: dict[str, Result]) -> str:
     }
 
     def times(name: str, contender: str, key: str) -> str:
-        return number(rows[f"steps_{name}", contender][key][1])
+        return digits(rows[f"steps_{name}", contender][key][1])
 
     return (
         "At 16M float32 parameters on one core (`nox -s bench`) a `Stepper` step takes"
@@ -252,7 +238,11 @@ def draw_ratios(results: dict[str, Result], file: Path) -> None:
 def main() -> None:
     """Write and print."""
     folder = arguments(__doc__ or "").out
+    small_report.write(folder)
     results = only_steps(folder)
+    if not results:
+        print((folder / "small_table.md").read_text())
+        return
     (folder / "steps_table.md").write_text(page(results))
     draw_growth(results, folder / "steps_growth.png")
     draw_ratios(results, folder / "steps_ratios.png")

@@ -1,0 +1,126 @@
+"""Tables and a picture of the results of small.py. report.py writes them, and docs/benchmarks.md includes them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from record import load
+
+Result = dict[str, Any]
+PREFIX = "small_"
+TITLES = {
+    "small_torch": "PyTorch on one core",
+    "small_torch_large": "PyTorch on one core, 16 million parameters",
+    "small_torch_threads": "PyTorch with two threads on two cores",
+    "small_numpy": "NumPy on one core",
+    "small_numpy_threads": "A stepper with two threads, beside the same with one",
+    "small_jax": "optax: a call of the jitted step",
+    "small_jax_compiling": "optax: tracing and compiling",
+    "small_first": "The first step of a process",
+}
+
+
+def results_in(folder: Path) -> dict[str, Result]:
+    """Return the results in the order of their titles."""
+    found = load(folder)
+    return {name: found[name] for name in TITLES if name in found}
+
+
+def digits(x: float) -> str:
+    """Write three digits, plainly."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def spread(quartiles: Sequence[float]) -> str:
+    """Write a median, and the quartiles around it."""
+    low, middle, high = map(digits, quartiles)
+    return f"{middle} ({low}, {high})"
+
+
+def shape_of(row: dict[str, Any]) -> str:
+    size = f"{row['size'] // 10**6}M" if row["size"] >= 10**6 else f"{row['size']:,}"
+    return f"{row['arrays']:,} x {size}" + (f", {row['where']}" if row["where"].endswith("groups") else "")
+
+
+def steps(result: Result) -> Iterator[list[str]]:
+    """Yield a line for each pair, in microseconds."""
+    yield ["", "compared with", "arrays", "microseconds", "the other", "ratio (quartiles)", "asked", "steps"]
+    for row in sorted(result["rows"], key=lambda row: [row["contender"], row["peer"]]):
+        own, other = (digits(1e6 * row[key][1]) for key in ("seconds", "peer seconds"))
+        numbers = [own, other, spread(row["to peer"]), f"{row['wanted']:g}", str(row["rounds"])]
+        yield [row["contender"], row["peer"], shape_of(row), *numbers]
+
+
+def first_steps(result: Result) -> Iterator[list[str]]:
+    """Yield the seconds of first steps."""
+    yield ["", "import of Numba, s", "then our imports and a step, s", "asked"]
+    for row in result["rows"]:
+        yield [row["contender"], spread(row["numba"]), spread(row["seconds"]), f"{row['wanted']:g}"]
+
+
+def markdown(rows: Iterator[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page(results: dict[str, Result]) -> str:
+    """Return the tables by their headings, and on what they were measured."""
+    sections = []
+    for name, result in results.items():
+        table = markdown(first_steps(result) if name == "small_first" else steps(result))
+        sections.append(f"### {TITLES[name]}\n\n{table}")
+    machines = {
+        ", ".join(f"{k} {v}" for k, v in result["machine"].items() if k != "cores used"): 0
+        for result in results.values()
+    }
+    used = {k: v for result in results.values() for k, v in result["versions"].items()}
+    versions = ", ".join(f"{k} {v}" for k, v in used.items())
+    return "\n".join([*sections, f"Machine: {'; '.join(machines)}. Versions: {versions}.\n"])
+
+
+def draw(results: dict[str, Result], file: Path) -> None:
+    """Draw the ratios with their quartiles, a panel a result."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    chosen = {name: result for name, result in results.items() if name != "small_first"}
+    panels = {}
+    for name, result in chosen.items():
+        panels[name] = list({shape_of(row): None for row in result["rows"]})
+    heights = [0.35 * len(shapes) + 0.9 for shapes in panels.values()]
+    figure, axes = plt.subplots(
+        len(chosen), 1, figsize=(8.5, sum(heights)), squeeze=False, layout="constrained", height_ratios=heights
+    )
+    for ax, (name, shapes) in zip(axes[:, 0], panels.items(), strict=True):
+        rows = chosen[name]["rows"]
+        pairs = list(dict.fromkeys((row["contender"], row["peer"]) for row in rows))
+        for i, (contender, peer) in enumerate(pairs):
+            own = [row for row in rows if (row["contender"], row["peer"]) == (contender, peer)]
+            low, middle, high = np.array([row["to peer"] for row in own]).T
+            y = [shapes.index(shape_of(row)) + 0.6 * (i + 0.5) / len(pairs) - 0.3 for row in own]
+            bars = {"xerr": [middle - low, high - middle], "fmt": "osv^D"[i % 5], "ms": 4, "color": f"C{i}"}
+            ax.errorbar(middle, y, **bars, label=f"{contender} / {peer}")
+        ax.axvline(1.0, color="0.5", lw=1, ls="--")
+        ax.set(
+            xscale="log",
+            xlim=(0.1, 4.0),
+            xticks=[0.1, 0.2, 0.5, 1.0, 2.0, 4.0],
+            xticklabels=["0.1", "0.2", "0.5", "1", "2", "4"],
+        )
+        ax.minorticks_off()
+        ax.set_title(TITLES[name], fontsize=9)
+        ax.set_yticks(range(len(shapes)), shapes, fontsize=8)
+        ax.set_ylim(len(shapes) - 0.5, -0.5)
+        ax.grid(axis="x", alpha=0.25)
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes[-1, 0].set_xlabel("time of our step over the other's; left of the line ours is faster")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def write(folder: Path) -> None:
+    """Write the tables and the picture, if there are results."""
+    if results := results_in(folder):
+        (folder / "small_table.md").write_text(page(results))
+        draw(results, folder / "small_ratios.png")
