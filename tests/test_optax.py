@@ -82,12 +82,16 @@ def test_the_signature_begins_as_that_of_optax(name: str) -> None:
         assert ours["learning_rate"].annotation is optax.ScalarOrSchedule
 
 
-def skip_where_optax_has_no_schedule_of_the_decay() -> None:
+def optax_schedules_the_decay() -> bool:
     decay, x = optax.add_decayed_weights(SCHEDULE), jnp.ones(1)
     try:
         decay.update(x, decay.init(x), x)
-    except TypeError:
-        pytest.skip("the weight decay of this optax takes no schedule, so there is nothing to compare with")
+    except TypeError:  # 0.2.5
+        return False
+    return True
+
+
+NO_SCHEDULE = "the weight decay of this optax takes no schedule, so there is nothing to compare with"
 
 
 @pytest.mark.parametrize(
@@ -103,8 +107,8 @@ def skip_where_optax_has_no_schedule_of_the_decay() -> None:
     ],
 )
 def test_the_state_is_that_of_optax(options: dict[str, Any]) -> None:
-    if callable(options.get("weight_decay")):
-        skip_where_optax_has_no_schedule_of_the_decay()
+    if callable(options.get("weight_decay")) and not optax_schedules_the_decay():
+        pytest.skip(NO_SCHEDULE)
     options = {"learning_rate": 1e-3, **options}
     ours, theirs = (run(f(**options))[1] for f in (acprop, optax.contrib.acprop))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -198,8 +202,9 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_give_what_they_give_with_that_of_optax(name: str, x64: None) -> None:
-    if name.startswith("schedule of the decay") and not name.endswith("injected"):
-        skip_where_optax_has_no_schedule_of_the_decay()
+    is_scheduled = name.startswith("schedule of the decay") and not name.endswith("injected")
+    if is_scheduled and not optax_schedules_the_decay():
+        pytest.skip(NO_SCHEDULE)
     params = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": [jnp.ones(3)]}
     grads = jax.vmap(lambda i: gradients(params, i))(jnp.arange(20.0))
     extra_args = {"value": jnp.float64(1.0)} if name == "reduce_on_plateau" else {}
@@ -576,7 +581,8 @@ def test_a_schedule_is_called_with_the_count_of_optax(name: str) -> None:
     counts = []
     transform = acprop(**{"learning_rate": 0.1, name: lambda count: counts.append(int(count)) or 0.1})
     state = transform.init(PARAMS)
-    i = 1 if name == "weight_decay" else 2
+    # an optax without schedules of the decay keeps no count for them, and ACProp's is used
+    i = 2 if name == "learning_rate" else int(optax_schedules_the_decay())
     for _ in range(2):
         _, state = transform.update(PARAMS, state, PARAMS)
     own = (*state[:i], state[i]._replace(count=jnp.int32(7)), *state[i + 1 :])
@@ -595,6 +601,8 @@ ADDED = {
 @pytest.mark.parametrize("what", ADDED)
 @pytest.mark.parametrize("added", [True, False])
 def test_a_run_is_resumed_with_another_option(what: str, added: bool) -> None:
+    if what == "a schedule of weight_decay" and not optax_schedules_the_decay():
+        pytest.skip("this optax keeps no count for such a schedule, so the states do not differ")
     before = {"learning_rate": 0.1, "weight_decay": 0.1}
     old, new = (before, before | ADDED[what])[:: 1 if added else -1]
     params, state = run(acprop(**old))
