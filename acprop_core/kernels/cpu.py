@@ -191,7 +191,7 @@ def member_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Any:
         return member
 
     kind = f"member {flags} {param_dtype} {moment_dtype}"
-    return compiled(make, nb.void(nb.int64), {"kernel": kernel}, kind, numba.cfunc)
+    return compiled(make, nb.void(nb.int64), {"kernel": kernel}, kind, "cfunc")
 
 
 @functools.cache

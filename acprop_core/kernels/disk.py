@@ -64,7 +64,7 @@ def compiled(
     signature: Any,
     parts: Mapping[str, Any],
     kind: str,
-    compiler: Callable[..., Any] = numba.njit,
+    compiler: str = "njit",
 ) -> Any:
     """Return the function that `make` returns, compiled for this signature, or loaded from a file.
 
@@ -78,8 +78,8 @@ def compiled(
         Compiled functions and constants.
     kind : str
         Names the function and the options from which its parts are made.
-    compiler : callable
-        `numba.njit`, or `numba.cfunc` for a function that C code can call.
+    compiler : {"njit", "cfunc"}
+        Of Numba; "cfunc" for a function that C code can call.
     """
     # The name of the file is unique to the key too. In one file of several programs, one process could put its program
     # where the index of another process says that there is another.
@@ -88,11 +88,12 @@ def compiled(
     vars(names).update(parts)
     function: Any = make(names)
     function.__qualname__ = f"{function.__name__}_{key[:32]}"
+    compile_function = getattr(numba, compiler)
     options = {"nogil": True, "error_model": "numpy"}
     with _one_at_a_time:
         if _HAS_NUMBERS and _KEY is not None and os.environ.get(SWITCH) != "0":
             try:
-                return compiler(signature, cache=True, **options)(function)
+                return compile_function(signature, cache=True, **options)(function)
             except Exception:  # no folder can be written, the disk is full, or a file is damaged
                 pass
-        return compiler(signature, **options)(function)
+        return compile_function(signature, **options)(function)
