@@ -148,6 +148,7 @@ def _called(result: tuple[Any, ...]) -> Any:
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(
-            f"the CUDA driver refuses the compiled step: {error.name}; without numba-cuda another compiler is used"
+            f"the CUDA driver refuses the compiled step: {error.name}; look for an earlier error, with "
+            "CUDA_LAUNCH_BLOCKING=1, or go without numba-cuda: uninstall it"
         )
     return values[0] if values else None

@@ -1,4 +1,4 @@
-"""The threads of OpenMP, in a process where PyTorch has loaded it.
+"""The threads of OpenMP, in a process where PyTorch has loaded it: the runtime of GNU, or one with its functions.
 
 OpenMP's threads wait for their next work by spinning, for some milliseconds, and other threads get no core meanwhile.
 Right after another operation of torch on two cores, a step of 4 million elements takes 5.5 ms with a thread of our own,
@@ -17,7 +17,7 @@ def region() -> int:
     if _address is None:
         try:
             _address = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
-        except (AttributeError, OSError, TypeError):  # another runtime, or another operating system
+        except (AttributeError, OSError, TypeError):  # no such runtime, or another operating system
             _address = 0
     return _address
 

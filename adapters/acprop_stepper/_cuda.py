@@ -38,7 +38,9 @@ class Cuda:
             self._table[[element.PARAM, element.MU, element.NU, element.CARRY], i] = list(map(address, row))
         self._table[element.SIZE] = [x.size for x, *_ in rows]
         self._decaying = np.concatenate([np.full(len(x.params), x.decays, np.int64) for x in buffers])
-        self._sent: Any = None  # the table of the last step, its copy on the device, and that of the chunks
+        self._sent: Any = (
+            None  # the table and stream of the last step, and copies on the device: of it and of the chunks
+        )
 
     @staticmethod
     def fits(buffer: Buffer) -> bool:
@@ -70,12 +72,13 @@ class Cuda:
 
     def _launch(self, program: Any, table: Any, values: Any, grads: Any, place: Any, xp: Any) -> None:
         with place():
-            if self._sent is None or not np.array_equal(self._sent[0], table):
-                self._sent = table, xp.asarray(table), xp.asarray(cuda.chunks_of(table[element.SIZE]))
-            _, on_device, chunks = self._sent
+            queue = stream(xp)
+            if self._sent is None or self._sent[1] != queue or not np.array_equal(self._sent[0], table):
+                self._sent = table, queue, xp.asarray(table), xp.asarray(cuda.chunks_of(table[element.SIZE]))
+            *_, on_device, chunks = self._sent
             numbers = xp.asarray(values)
             where = address(on_device), table.shape[1], address(chunks), len(chunks)
-            program.run(*stream(xp), *where, options=0, numbers=address(numbers))
+            program.run(*queue, *where, options=0, numbers=address(numbers))
 
 
 def address(x: Array) -> int:

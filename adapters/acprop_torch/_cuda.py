@@ -25,7 +25,10 @@ def has_numba_cuda(device: torch.device) -> bool:
         return False
     why = kernels.why_no_numba_cuda(torch.cuda.get_device_capability(device))
     if why not in (None, kernels.NO_CUDA):
-        warn(f"fused=True compiles by torch.compile, because numba-cuda cannot be used: {why}", RuntimeWarning)
+        warn(
+            f"fused=True compiles by torch.compile, because numba-cuda cannot be used: {why}; repair or uninstall it",
+            RuntimeWarning,
+        )
     return why is None
 
 
@@ -79,6 +82,8 @@ class Part:
         with torch.cuda.device(self._device):
             stream, is_captured = _stream_of(self._device)
             table, options = (x.bring(stream, is_captured) for x in (self._addresses, self._options))
+            if tensors:  # a copy, because the next step may have a number in its place
+                options = options.clone()
             for place, x in tensors.items():
                 options[place].copy_(x.squeeze(), non_blocking=True)
             columns = self.table.shape[1]

@@ -264,6 +264,8 @@ def _overlap(table: Any, kind: _Kind) -> bool:
     widths = np.array([own, moments, moments, own])[:, None]
     written = table[[element.PARAM, element.MU, element.NU, element.CARRY][: 4 if kind.flags.format else 3]]
     sizes = table[element.SIZE] * widths[: len(written)]
+    written = np.append(written, table[[element.COUNT]], axis=0)
+    sizes = np.append(sizes, np.where(table[[element.WIDE]], 8, 4), axis=0)
     starts, sizes = written[sizes > 0], sizes[sizes > 0]
     order = np.argsort(starts)
     return bool((starts[order][:-1] + sizes[order][:-1] > starts[order][1:]).any())
