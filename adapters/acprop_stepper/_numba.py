@@ -69,7 +69,7 @@ class Numba:
         return [self._begun()]
 
     def tasks(self, grads: Sequence[Array | None], now: Upcoming) -> list[Task]:
-        """Return the tasks of one step; all gradients are left to tiles if the compiled step cannot take one of them."""
+        """Return the tasks of one step: by tiles for all parameters if the compiled step cannot take one gradient."""
         if not all(g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads):
             by_leaf = dict(zip(self.leaves, grads, strict=True))
             return [task for tiles in self._tiles for task in tiles.tasks([by_leaf[i] for i in tiles.leaves], now)]
