@@ -956,6 +956,34 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
     assert_same(stepper, functional(start, grads))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_only_what_the_compiled_step_cannot_take_is_left_to_tiles(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    stepper_tiles(monkeypatch, 64, 64)
+    monkeypatch.setattr("acprop_stepper._stepper.cores", lambda: 2)
+    rng = np.random.default_rng(0)
+    shapes = {"plain": (20, 30), "odd": (8, 9), "absent": (5,), "small": (), "empty": (0, 3), "last": (70,)}
+    start = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    grads = [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(20)]
+    for g in grads[3:17]:
+        g["odd"], g["absent"] = np.asfortranarray(g["odd"]), None
+    stepper = Stepper({name: x.copy() for name, x in start.items()}, **HYPER, engine="numba", threads=threads)
+    tiled: list[list[int]] = []
+    run = _tiles.Tiles.tasks
+
+    def tasks(self: Any, own: Any, now: Any) -> Any:
+        tiled.append([leaf for leaf, g in zip(self.leaves, own, strict=True) if g is not None])
+        return run(self, own, now)
+
+    monkeypatch.setattr(_tiles.Tiles, "tasks", tasks)
+    for g in grads:
+        stepper.step(g)
+    assert_same(stepper, functional(start, grads))
+    assert tiled == [[list(shapes).index("odd")]] * 14
+
+
 def test_a_thread_that_comes_late_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     from acprop_stepper import _numba

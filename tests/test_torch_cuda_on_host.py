@@ -1,6 +1,7 @@
 """The part of the host in fused=True on CUDA devices, with an imitated device: what is sent, when, to which stream."""
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -25,13 +26,16 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """A program that writes down what it is called with, and the contents of the table and the options."""
+    """A program that writes down what it is called with, and the first two rows of the options."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.options: list[Any] = []
 
     def run(self, *arguments: Any) -> None:
         self.calls.append(arguments)
+        memory = (ctypes.c_double * (2 * len(element.OPTIONS))).from_address(arguments[6])
+        self.options.append(np.array(memory).reshape(2, -1))
 
 
 @pytest.fixture
@@ -98,13 +102,14 @@ def test_a_part_passes_addresses_on_the_current_stream(pinned: list[torch.Tensor
     with mock.patch.object(_cuda, "_stream_of", return_value=(9, False)):
         part.run({(1, 0): torch.tensor([0.5]), (0, 2): torch.tensor(0.25, dtype=torch.float64)})
         part.run({})
-    (number, stream, table, columns, chunks, blocks, options_at, _, *scaling), again = program.calls
+    (number, stream, table, columns, chunks, blocks, _, _, *scaling), again = program.calls
     assert (number, stream, columns, blocks) == (0, 9, 2, 4)
     assert chunks == table + 8 * element.ROWS * 2
-    assert again[:7] == (0, 9, table, 2, chunks, 4, options_at)  # nothing was sent again
+    assert again[:6] == (0, 9, table, 2, chunks, 4)  # nothing was sent again
     assert again[8:] == tuple(scaling)
-    sent = part._options.bring(9, False)
-    assert (sent[1, 0], sent[0, 2]) == (0.5, 0.25)
+    first, second = program.options
+    assert (first[1, 0], first[0, 2]) == (0.5, 0.25)
+    assert not second.any()  # those on the host again: none of the tensors' is left
     addresses = [x.data_ptr() for x in part._scaling]
     assert list(again[-2:]) == addresses
     assert [(x.dtype, x.item()) for x in part._scaling] == [(torch.float32, 8.0), (torch.float32, 1.0)]

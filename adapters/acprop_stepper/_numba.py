@@ -44,9 +44,8 @@ class Numba:
         self._table[element.WIDE] = True
         self._decaying = np.concatenate([np.full(len(x.params), x.decays, np.int64) for x in buffers])
         self._options = np.zeros((1, len(element.OPTIONS)))
-        size = int(self._table[element.SIZE].sum())
-        self._helpers = min(threads - 1, size // SHARE)
-        self._record = cpu.shared(size, CHUNK if self._helpers else max(size, 1))
+        self._helpers = min(threads - 1, int(self._table[element.SIZE].sum()) // SHARE)
+        self._record = self._record_of(self._table)
         self._flags: rule.Flags | None = None  # those that the kernel is for
         self._kernel: Any = None
 
@@ -65,31 +64,43 @@ class Numba:
 
     def calls(self, grads: Sequence[Array], found: Any, now: Upcoming) -> list[Callable[[], Any]]:
         """Return one call that steps all parameters; `grads` are those of the stepper, and `found` their addresses."""
-        self._prepare(found[self._places], now)
-        return [self._begun()]
+        self._prepare(now)
+        self._table[element.GRAD] = found[self._places]
+        return [self._begun(self._table, self._record)]
 
     def tasks(self, grads: Sequence[Array | None], now: Upcoming) -> list[Task]:
-        """Return the tasks of one step: by tiles for all parameters if the compiled step cannot take one gradient."""
-        if not all(g is not None and g.flags.c_contiguous and g.flags.aligned for g in grads):
-            by_leaf = dict(zip(self.leaves, grads, strict=True))
-            return [task for tiles in self._tiles for task in tiles.tasks([by_leaf[i] for i in tiles.leaves], now)]
-        self._prepare(addresses(grads), now)
+        """Return the tasks of one step; gradients that the compiled step cannot take are left to tiles."""
+        plain = [i for i, g in enumerate(grads) if g is not None and g.flags.c_contiguous and g.flags.aligned]
+        others = dict(zip(self.leaves, grads, strict=True)) | dict.fromkeys(self.leaves[i] for i in plain)
+        tasks = [task for tiles in self._tiles for task in tiles.tasks([others[i] for i in tiles.leaves], now)]
+        if not plain:
+            return tasks
+        self._prepare(now)
+        table, record = self._table, self._record
+        if len(plain) < len(grads):
+            table = table.take(plain, axis=1)  # row by row in memory, which indexing does not promise
+            record = self._record_of(table)
+        table[element.GRAD] = addresses([grads[i] for i in plain])
 
         def task() -> None:
-            self._begun()()
+            self._begun(table, record)()
             len(grads)  # the kernel has only their addresses, so they must live until here
 
-        return [task]
+        return [task, *tasks]
 
-    def _begun(self) -> Callable[[], Any]:
+    def _record_of(self, table: Any) -> Any:
+        size = int(table[element.SIZE].sum())
+        return cpu.shared(size, CHUNK if self._helpers else max(size, 1))
+
+    def _begun(self, table: Any, record: Any) -> Callable[[], Any]:
         """Return the call of the kernel, with which other threads begin to help as soon as this one lets them."""
-        step = functools.partial(self._kernel, self._table, self._options, self._record)
+        step = functools.partial(self._kernel, table, self._options, record)
         if self._helpers:
             call_beside(functools.partial(step, False), self._helpers)
         return functools.partial(step, True)
 
-    def _prepare(self, grads: Any, now: Upcoming) -> None:
-        """Fill in the addresses of the gradients, and the numbers of a step."""
+    def _prepare(self, now: Upcoming) -> None:
+        """Fill in the options and the count of a step."""
         hyper = now.hyper
         flags = rule.flags_of(hyper)
         if flags != self._flags:
@@ -98,6 +109,5 @@ class Numba:
             of_carry = flags._replace(format=None if self._first.carry is None else rule.FORMATS[dtype])
             self._kernel = cpu.kernel_of(of_carry, dtype, self._first.mu.dtype.name)
             self._flags = flags
-        self._table[element.GRAD] = grads
         self._options[0] = *hyper[:6], hyper.clip_exponent or 0.0, hyper.maximize, now.grad_scale
         self._count[0] = now.count
