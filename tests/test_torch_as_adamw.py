@@ -355,11 +355,12 @@ def test_a_compiler_that_fails_changes_nothing_in_any_group(
 @begun
 def test_threads_that_cannot_start_are_left_out(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
-    from acprop_core.kernels import helpers
+    from acprop_core.kernels import helpers, openmp
 
     optimizer, twin = in_two_groups(begun, fused=True), in_two_groups(begun, fused=True)
     twin.step()
     torch_threads(monkeypatch, 3, least=5)
+    monkeypatch.setattr(openmp, "region", lambda: 0)  # whose threads are torch's own
     refused = []
 
     def refuse(thread: threading.Thread) -> None:
