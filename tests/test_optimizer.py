@@ -532,3 +532,11 @@ def test_torch_func_sees_through_the_update() -> None:
     derivative = torch.func.grad(lambda g: update(g).sum())(grads[1])
     assert derivative[2] == 0  # clipped
     assert (derivative[:2] < 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("kind", [np.ma.MaskedArray, np.matrix])
+def test_arrays_whose_arithmetic_differs_are_refused_where_all_leaves_are_such(kind: Any) -> None:
+    x = kind([[1.0, 2.0]])
+    with pytest.raises(TypeError, match=f"'w' is a {kind.__name__}, whose arithmetic differs from an array's"):
+        ACProp().apply({"w": x}, {"w": x})
