@@ -39,7 +39,8 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-_PACKAGES = ("acprop_core", "acprop_optax", "acprop_stepper", "acprop_torch")
+# torch's own functions are between a caller and its optimizers
+_PACKAGES = ("acprop_core", "acprop_optax", "acprop_stepper", "acprop_torch", "torch")
 
 
 def check_number(name: str, value: Any, below: float = math.inf, lowest: float = 0.0) -> Any:
