@@ -123,7 +123,7 @@ FILES: list[Bad] = [
     *table("save: path ", "save", "path", [
         ("None", None, TypeError, f"{NOT_A_PATH} NoneType"),
         ("a number", 3, TypeError, f"{NOT_A_PATH} int"),
-        ("with a zero byte", "a\0b", ValueError, "embedded null byte"),
+        ("with a zero byte", "a\0b", ValueError, "embedded null"),
         ("a folder", From(lambda w: w.folder), IsADirectoryError, "input' is a directory, which save does not replace",
          "pass the path of a regular file"),
         ("in no folder", From(lambda w: w.folder / "no" / "x"), FileNotFoundError, "No such file", "/no/"),
