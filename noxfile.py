@@ -13,6 +13,9 @@ nox.options.reuse_venv = "yes"
 PYTHONS = ["3.11", "3.12", "3.13"]
 TORCHES = ["2.5.1", "2.6.0", "2.8.0", "2.11.0", "2.13.0", "2.14.1", "2.15.0"]  # the oldest is the extra's lower bound
 TORCH_TESTS = ["tests/test_moves_torch.py", "tests/test_portable.py", "tests/test_scale_torch.py"]
+# A process a core, each on a stretch of the suite as it stands, so that what one test has compiled or drawn serves the
+# next; a process that is done early takes tests from another.
+PARALLEL = ["-n", "auto", "--dist", "worksteal"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -43,21 +46,21 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the whole suite on every CPU backend."""
     install(session, "tests")
-    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
 
 
 @nox.session(python=PYTHONS)
 def tests_python(session: nox.Session) -> None:
     """Run the suite without torch on each Python: NumPy, Numba, array-api-strict, Dask and JAX."""
     install(session, "suite", "jax", "fast")
-    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
 
 
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
     """Run the suite without torch on the oldest versions that pyproject.toml promises."""
     install(session, "suite", oldest=True)
-    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
 
 
 @nox.session(python="3.11")
@@ -67,7 +70,7 @@ def torch_versions(session: nox.Session, torch: str) -> None:
     install(session, "suite", "jax", "fast")
     # a constraints file of the system may hold torch back; what is asked for here is exact
     session.install(f"torch=={torch}", env={"PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""})
-    options = ["-n", "auto", "-m", "not gpu"]
+    options = [*PARALLEL, "-m", "not gpu"]
     session.run("python", "-m", "pytest", *options, *sorted(glob.glob("tests/test_torch*.py")), *TORCH_TESTS)
     session.run("python", "-m", "pytest", *options, "-k", "torch", "tests/test_suite.py")
 
@@ -78,14 +81,14 @@ def hosts(session: nox.Session) -> None:
     install(session, "suite", "fast", "hosts")
     session.run("python", "-m", "pytest", "-o", "python_files=in_*.py", "tests/in_hosts", *session.posargs)
     session.run("python", "-m", "pytest", "tests/test_scale_torch.py")  # DDP and FSDP2, by torchrun
-    session.run("python", "-m", "pytest", "-n", "auto", "-k", "mlx", "tests")
+    session.run("python", "-m", "pytest", *PARALLEL, "-k", "mlx", "tests")
 
 
 @nox.session
 def reliability(session: nox.Session) -> None:
     """Run what holds a promise, and write the counts into docs/reliability.md."""
     install(session, "tests")
-    options = ["tests", "-n", "auto", "-m", "promise and not gpu", "--promises", "docs/reliability.md"]
+    options = ["tests", *PARALLEL, "-m", "promise and not gpu", "--promises", "docs/reliability.md"]
     session.run("python", "-m", "pytest", *options, *session.posargs)
 
 
@@ -126,7 +129,7 @@ def docs(session: nox.Session) -> None:
     # -E: read every page anew; a page read by an earlier run would keep its warnings to itself
     session.run("python", "-m", "sphinx", "-W", "-E", "--keep-going", "-b", "html", "docs", "docs/_build/html")
     session.run("python", "tests/site_check.py", "docs/_build/html", "README.md")
-    session.run("python", "-m", "pytest", "-n", "auto", "tests/test_docs.py", "tests/test_reference_docs.py")
+    session.run("python", "-m", "pytest", *PARALLEL, "tests/test_docs.py", "tests/test_reference_docs.py")
 
 
 @nox.session
