@@ -7,6 +7,7 @@ pytest.importorskip("torch")
 import contextlib
 import doctest
 import importlib
+import inspect
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torch.optim import AdamW
 
 import acprop_core
 import acprop_core.adapt
@@ -223,7 +225,44 @@ def test_whether_to_use_it_is_as_measured() -> None:
 
 
 def test_readme_keeps_its_length() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+    assert len((ROOT / "README.md").read_text().splitlines()) < 130
+
+
+README = [block for block in blocks_of((ROOT / "README.md").read_text()) if block.language == RUN]
+
+
+@pytest.mark.parametrize("block", README, ids=lambda block: f"line {block.line}")
+def test_a_snippet_of_the_readme_runs_alone_and_prints(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(README) == 4
+    exec(block.text, {})
+    assert capsys.readouterr().out
+
+
+def test_the_readme_names_the_options_with_their_defaults() -> None:
+    rows = re.findall(r"^\| \$.*?\$ \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    ours, theirs = (inspect.signature(x).parameters for x in (acprop_core.ACProp, acprop_torch.ACProp))
+    for core, torch, default in rows:
+        names = [name for name in re.findall("`(.*?)`", core) if name != "mask"]
+        assert default.startswith(", ".join(str(ours[name].default) for name in names)), core
+        for adapter in (acprop_stepper.Stepper, acprop_optax.acprop):
+            parameters = inspect.signature(adapter).parameters
+            defaults = [parameters[name].default for name in names]
+            assert all(
+                x == ours[name].default or x is inspect.Parameter.empty for x, name in zip(defaults, names, strict=True)
+            )
+        assert [theirs[name].default for name in re.findall("`(.*?)`", torch)] in (
+            [ours[name].default for name in names],
+            [tuple(ours[name].default for name in names)],
+        )
+    assert "`torch.optim.AdamW` has 0.01" in rows[3][2]
+    assert inspect.signature(AdamW).parameters["weight_decay"].default == 0.01
+
+
+def test_the_readme_links_to_pages_that_github_renders() -> None:
+    pages = {ROOT / path for path in re.findall(r"\]\((docs/[\w/.-]+\.md)", (ROOT / "README.md").read_text())}
+    assert len(pages) > 10
+    assert not [page.name for page in pages if re.search(r"\{include\}|\{eval-rst\}", page.read_text())]
 
 
 def test_the_language_model_trains(tmp_path: Path) -> None:

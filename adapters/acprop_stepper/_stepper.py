@@ -201,7 +201,7 @@ class Stepper:
 
     def __repr__(self) -> str:
         sizes = [x.size for x in self._matching.leaves if x is not None]
-        return f"Stepper({len(sizes)} arrays, {sum(sizes):,} elements, count={self._count[0]}, {self.functional})"
+        return f"Stepper(arrays={len(sizes)}, elements={sum(sizes)}, count={self._count[0]}, {self.functional})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy steps copies of the parameters, which are pickled or deep-copied along with it
