@@ -683,7 +683,7 @@ def test_states_that_do_not_match_the_parameters_are_refused(tmp_path: Path) -> 
     wrong: list[tuple[Any, type[Exception], str]] = [
         ({"w": w, "v": b}, ValueError, "the saved state lacks 'v'; it has 'w', 'b'"),
         ({"w": w}, ValueError, "the saved state has 'b', but there is no such parameter here"),
-        ({"w": w.T, "b": b}, ValueError, "first moment of 'w' has shape (2, 3), here it is (3, 2); use transform="),
+        ({"w": w.T, "b": b}, ValueError, "first moment of 'w' has shape (2, 3), here it is (3, 2); use load("),
         ({"w": w.astype(np.float32), "b": b}, TypeError, "first moment of 'w' has dtype float64, here it is float32"),
         ({"w": w, "b": None}, ValueError, "first moment of 'b' is an array, but there is no parameter here"),
     ]

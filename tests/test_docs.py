@@ -183,11 +183,14 @@ def test_published_bounds_are_those_tested() -> None:
 
 
 def test_documented_names_are_the_public_ones() -> None:
-    text = (ROOT / "docs" / "api.md").read_text()
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("api-*.md")))
+    overview = (ROOT / "docs" / "api.md").read_text()
     documented = re.findall(r"^\.\. auto(?:class|function|data):: (\S+)$", text, flags=re.MULTILINE)
     for package in (acprop_core, acprop_optax, acprop_torch, acprop_stepper):
         names = [f"{package.__name__}.{name}" for name in package.__all__]
         assert sorted(name for name in documented if name.rpartition(".")[0] == package.__name__) == sorted(names)
+        (row,) = re.findall(rf"^\| \[`{package.__name__}`\].*\| (.*) \|$", overview, flags=re.MULTILINE)
+        assert sorted(re.findall(r"`(\w+)`", row)) == sorted(package.__all__)
     rule = {
         f"acprop_core.rule.{name}"
         for name, x in vars(acprop_core.rule).items()
