@@ -1,4 +1,4 @@
-"""compensate=True: 16-bit parameters lose nothing, in any framework. How exactly, the suite says (compensated-*)."""
+"""compensate=True keeps small updates of 16-bit parameters. How exactly, the suite says (compensated-*)."""
 
 import pytest
 

@@ -306,3 +306,21 @@ def test_the_16_bit_models_train(tmp_path: Path) -> None:
     losses = re.findall(r"^lr=.*, (bfloat16|float32)(, compensate=True)?: .* after 2 steps", printed, re.MULTILINE)
     assert len(losses) == 2 * len({*losses}) == 6
     assert (tmp_path / "sixteen_bit.png").stat().st_size > 10_000
+
+
+def test_figures_in_prose_are_those_of_the_results() -> None:
+    stepper, algorithm = (
+        " ".join((ROOT / "docs" / page).read_text().split()) for page in ("stepper.md", "algorithm.md")
+    )
+    threads = json.loads((ROOT / "docs" / "benchmarks" / "small_numpy_threads.json").read_text())["rows"]
+    ratios = {row["arrays"] * row["size"]: row["to peer"][1] for row in threads}
+    large = [ratio for size, ratio in ratios.items() if size >= 10**6]
+    said = f"Two threads on two cores take {min(large):.2f} to {max(large):.2f} of one thread's time from one million"
+    assert f"{said} parameters on, and {ratios[300_000]:.2f} of it at 300,000" in stepper
+
+    explosion = json.loads((ROOT / "docs" / "figures" / "explosion.json").read_text())
+    rosenbrock, digits = (of["ACProp, no clip"] for of in explosion.values())
+    said = "loss of Rosenbrock jumps from 1 to ten thousand at the third step, and the loss of the digits to a million"
+    assert said in algorithm
+    assert (round(rosenbrock["largest loss"], -4), rosenbrock["at step"]) == (10_000, 3)
+    assert round(digits["largest loss"], -6) == 1_000_000

@@ -194,6 +194,31 @@ def readme_table(folder: Path) -> str:
     return markdown(lines())
 
 
+def costs(folder: Path) -> str:
+    """Return the list of docs/should-i-use.md: from the least to the most time of a step in units of the other's."""
+    found = load(folder)
+
+    def extent(contender: str, *keys: tuple[str, str]) -> str:
+        ratios = [
+            row[key][1]
+            for name, key in keys
+            for row in found[name]["rows"]
+            if row["contender"] == contender and row.get("dtype", "float32") == "float32"
+        ]
+        return f"{digits(min(ratios))} to {digits(max(ratios))}"
+
+    torch = ("small_torch", "to peer"), ("small_torch_large", "to peer")
+    optax = ("small_jax", "to peer"), ("steps_jax", "to unit")
+    numpy = [("small_numpy", "to peer")]
+    return (
+        f"- **PyTorch with Numba**, default options: {extent('ACProp, default flags', *torch)} of AdamW.\n"
+        f"- **PyTorch with Numba**, `fused=True`: {extent('ACProp, fused', *torch)} of fused AdamW.\n"
+        f"- **optax, jitted**: {extent('acprop_optax', *optax)} of `optax.adamw`.\n"
+        f"- **`Stepper` with Numba**, small models: {extent('Stepper, Numba', *numpy)} of scikit-learn's Adam.\n"
+        f"- **The core on NumPy**, small models: {extent('functional core', *numpy)} of an Adam written for NumPy.\n"
+    )
+
+
 def only_steps(folder: Path) -> dict[str, Result]:
     found = load(folder)
     return {name: found[name] for name in TITLES if name in found}
@@ -260,6 +285,7 @@ def main() -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\nIn README.md:\n\n{readme_table(folder)}\nIn docs/should-i-use.md:\n\n{costs(folder)}")
     print(f"All of it, with memory, growth and first steps: {folder / 'steps_table.md'}, and the pictures beside it")
 
 
