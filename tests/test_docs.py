@@ -93,9 +93,7 @@ def run_blocks(page: Path) -> None:
     for block in blocks_of(page.read_text()):
         namespace = inside.setdefault(block.tab, dict(outside)) if block.tab else outside
         where = f"{page.name}, line {block.line}"
-        assert block.language in known, (
-            f"{where}: a block of {block.language!r}"
-        )
+        assert block.language in known, f"{where}: a block of {block.language!r}"
         if block.language == RUN and not block.not_run:
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 # as many lines before it as on the page, so that a traceback names the page's line
