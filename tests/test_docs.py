@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -37,6 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 # what a fenced block may be, beside a directive: {executed, compared with what was printed, named things exist}
 RUN, PROMPTS, PRINTED, SHELL = "python", "pycon", "output", "console"
 NOT_CODE = {"bibtex", "text", "toml", "yaml"}
+SCRIPT = "{literalinclude}"  # of docs/examples: run as a program, its text is the path
 
 
 class Block(NamedTuple):
@@ -55,8 +57,8 @@ def blocks_of(page: str) -> list[Block]:
     tab, not_run = "", ""
     lines = enumerate(textwrap.dedent(page).splitlines(), start=1)
     for number, line in lines:
-        if found := re.match(r"\s*(`{3,}|~{3,})\s*(\S*)", line):
-            fence, language = found.groups()
+        if found := re.match(r"\s*(`{3,}|~{3,})\s*(\S*) *(.*)", line):
+            fence, language, argument = found.groups()
             inside = []
             for _, inner in lines:
                 if inner.strip() == fence:
@@ -65,7 +67,9 @@ def blocks_of(page: str) -> list[Block]:
             else:
                 raise AssertionError(f"the block in line {number} is not closed")
             text = "\n".join(inside) + "\n"
-            if language.startswith("{"):  # a directive: what it holds
+            if language == SCRIPT and argument.startswith("examples/"):
+                blocks.append(Block(SCRIPT, argument, number, tab, not_run))
+            elif language.startswith("{"):  # a directive: what it holds
                 nested = blocks_of(text)
                 blocks += [block._replace(tab=block.tab or tab, line=block.line + number) for block in nested]
             else:
@@ -87,14 +91,19 @@ def run_blocks(page: Path) -> None:
     outside: dict[str, object] = {}
     inside: dict[str, dict[str, object]] = {}
     printed = ""
+    known = {RUN, PROMPTS, PRINTED, SCRIPT, SHELL, *NOT_CODE}
     for block in blocks_of(page.read_text()):
         namespace = inside.setdefault(block.tab, dict(outside)) if block.tab else outside
         where = f"{page.name}, line {block.line}"
-        assert block.language in {RUN, PROMPTS, PRINTED, SHELL, *NOT_CODE}, f"{where}: a block of {block.language!r}"
+        assert block.language in known, f"{where}: a block of {block.language!r}"
         if block.language == RUN and not block.not_run:
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 # as many lines before it as on the page, so that a traceback names the page's line
                 exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
+            printed = out.getvalue()
+        elif block.language == SCRIPT and not block.not_run:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                runpy.run_path(str(ROOT / "docs" / block.text), run_name="__main__")
             printed = out.getvalue()
         elif block.language == PROMPTS and not block.not_run:
             example = doctest.DocTestParser().get_doctest(block.text, namespace, page.name, str(page), block.line)
@@ -324,3 +333,30 @@ def test_figures_in_prose_are_those_of_the_results() -> None:
     assert said in algorithm
     assert (round(rosenbrock["largest loss"], -4), rosenbrock["at step"]) == (10_000, 3)
     assert round(digits["largest loss"], -6) == 1_000_000
+
+
+def test_the_whole_loop_in_torch_resumes_with_float16_too(tmp_path: Path) -> None:
+    before, after = "torch.bfloat16, False  # or torch.float16, True", "torch.float16, True"
+    source = (ROOT / "docs" / "examples" / "loop_torch.py").read_text()
+    assert before in source
+    (tmp_path / "loop.py").write_text(source.replace(before, after))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(tmp_path / "loop.py"), run_name="__main__")
+    assert "without a stop: True" in out.getvalue()
+
+
+@pytest.mark.parametrize("clip", [None, 0.25])
+def test_how_far_a_gradient_100_times_the_usual_moves_an_element(clip: float | None) -> None:
+    """The pages of whole loops say: ACProp 100 rates, with the clip t**0.25; Adam 3."""
+    rng = np.random.default_rng(0)
+    grads = rng.standard_normal((5000, 200))
+    grads[-1] = 100.0
+    moved = {}
+    for name, switches in {"Adam": {"asynchronous": False, "centering": "none"}, "ACProp": {}}.items():
+        optimizer = acprop_core.ACProp(1.0, clip_exponent=clip, **switches)
+        state = optimizer.init(grads[0])
+        for grad in grads:
+            update, state = optimizer.update(grad, state)
+        moved[name] = np.median(-update)
+    assert moved["Adam"] == pytest.approx(3.0, rel=0.05)
+    assert moved["ACProp"] == pytest.approx(100 / 0.9 if clip is None else 5000**clip, rel=0.03)
