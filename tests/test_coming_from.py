@@ -13,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 import torch
 
 import acprop_optax
+import acprop_stepper
 import acprop_torch
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -87,10 +90,35 @@ def authors_step(x: torch.Tensor, state: dict[str, Any], group: dict[str, Any], 
     b1, b2 = group["betas"]
     state["step"] += 1
     state["exp_avg"] = b1 * state["exp_avg"] + (1 - b1) * g
-    variance = state["exp_avg_var"] + group["eps"]
-    root = variance.sqrt() / math.sqrt(1 - b2 ** (state["step"] - 1))
-    x -= group["lr"] * g / (root + group["eps"])
+    variance = state["exp_avg_var"] + (group["eps"] if state["step"] > 1 else 0.0)
+    if state["step"] == 1:
+        x -= group["lr"] * g
+    else:
+        root = variance.sqrt() / math.sqrt(1 - b2 ** (state["step"] - 1))
+        x -= group["lr"] * g / (root + group["eps"])
     state["exp_avg_var"] = b2 * variance + (1 - b2) * (g - state["exp_avg"]) ** 2
+
+
+def test_the_same_run_in_optax_and_in_numpy() -> None:
+    """As in the table of docs/from-authors-code.md; the calls are the page's."""
+    calls = re.findall(r"^\| \w+ \| `([^`]+)`", (DOCS / "from-authors-code.md").read_text(), flags=re.MULTILINE)
+    assert len(calls) == 2
+    x, *grads = np.random.default_rng(0).standard_normal((31, 5))
+    theirs, params, own = torch.tensor(x), x.copy(), x.copy()
+    state = {"step": 0, "exp_avg": torch.zeros_like(theirs), "exp_avg_var": torch.zeros_like(theirs)}
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 5e-4}
+    transform = eval(calls[0], {"optax": optax, "acprop": acprop_optax.acprop})
+    stepper = eval(calls[1], {"Stepper": acprop_stepper.Stepper, "params": params})
+    with jax.enable_x64(True):
+        inner = transform.init(own)
+        for g in grads:
+            authors_step(theirs, state, group, torch.tensor(g))
+            updates, inner = transform.update(g, inner, own)
+            own = optax.apply_updates(own, updates)
+            stepper.step(g + 5e-4 * params)
+    # the first step differs by the factor 1 + eps; the decay amounts to 1e-5
+    np.testing.assert_allclose(params, theirs.numpy(), rtol=1e-9)
+    np.testing.assert_allclose(np.asarray(own), theirs.numpy(), rtol=1e-9)
 
 
 def test_a_run_goes_back_to_the_authors_code() -> None:

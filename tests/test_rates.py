@@ -63,6 +63,7 @@ def test_which_runs_diverge() -> None:
     for clipped, without, few, many in table_of("ablation").values():
         assert 1.0 <= float(clipped) / float(without) < 10.1
         assert int(few.split()[0]) < int(many.split()[0])
+        assert int(many.split()[0]) / int(many.split()[2]) > 1 / 3
 
 
 def test_the_best_rate_of_the_network_of_the_small_search() -> None:
