@@ -437,10 +437,26 @@ def test_the_groups_of_adam_become_a_mask() -> None:
     mask = {name: name.endswith("weight") for name in SHAPES}
     assert saved == acprop_core.ACProp(0.5, 0.5, 0.75, 1e-8, weight_decay=0.01, mask=mask, **FLAGS)
     other = torch.optim.Adam([{"params": weights}, {"params": biases}], weight_decay=0.3)
+    if not HAS_FORM:
+        with pytest.raises(ValueError, match="weight_decay=0.01 of the saved state is decoupled, which Adam of torch"):
+            import_state(other, model, saved, state, prefer="saved")
+        return
     import_state(other, model, saved, state, prefer="saved")
     assert export_state(other, model)[0] == saved
     assert [group["decoupled_weight_decay"] for group in other.param_groups] == [True, True]
     assert {*other.param_groups[0]} == {*torch.optim.Adam([weights[0]]).param_groups[0]}  # no option of ours
+
+
+def test_a_decoupled_decay_does_not_become_one_of_the_l2_form() -> None:
+    """As before torch 2.7, where Adam had no option of this name."""
+    model = network()
+    saved, state = export_state(trained(model, torch.optim.AdamW(model.parameters())), model)
+    other = torch.optim.Adam(model.parameters())
+    other.param_groups[0].pop("decoupled_weight_decay", None)
+    with pytest.raises(ValueError, match="weight_decay=0.01 of the saved state is decoupled, which Adam of torch"):
+        import_state(other, model, saved, state, prefer="saved")
+    assert other.param_groups[0]["weight_decay"] == 0.0
+    assert not other.state
 
 
 def test_own_hyperparameters_can_be_preferred() -> None:
