@@ -607,7 +607,7 @@ EXPORTS: list[Bad] = [
      ("parameter group 0 of the state_dict has '0.weight', which the model does not have; pass the model",)),
     ("a name twice", lambda w: w.export(w.changed(lambda s: s["param_groups"][0].update(param_names=["0.weight"] * 4))),
      ValueError, ("two arrays are called '0.weight'",)),
-    ("no form of decay", lambda w: w.export(w.changed(lambda s: s["param_groups"][0].pop("decoupled_weight_decay"))),
+    ("no form of decay", lambda w: w.export(w.changed(lambda s: s["param_groups"][0].pop("decoupled_weight_decay", 0))),
      ValueError, ("parameter group 0 of the state_dict lacks 'decoupled_weight_decay'", TO_LOAD)),
     ("the authors'", lambda w: w.export({"state": {}, "param_groups": [
         {"params": [0], "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0}]}), ValueError,
@@ -687,11 +687,13 @@ def rows() -> Iterator[Any]:
 def test_refusals_change_nothing(act: Callable[[World], Any], error: type[Exception], words: tuple[str, ...]) -> None:
     world = World()
     before = world.bits()
-    with pytest.raises(error) as caught:
+    with pytest.raises((TypeError, ValueError)) as caught:
         act(world)
-    assert type(caught.value) is error
-    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
     assert world.bits() == before
+    missing = [word for word in words if word not in str(caught.value)]
+    if missing and not HAS_FORM and "lacks 'decoupled_weight_decay'" in str(caught.value):
+        pytest.skip("torch before 2.7: state_dicts of Adam lack the form of the decay, which is refused first")
+    assert (type(caught.value), missing) == (error, []), str(caught.value)
 
 
 def test_an_incomplete_state_is_refused() -> None:
