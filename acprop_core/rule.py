@@ -435,6 +435,32 @@ def numbers_of(hyper: Hyperparameters, count: Any, xp: Any) -> Numbers:
     )
 
 
+def table_of(hyper: Hyperparameters, steps: int) -> dict[str, list[float]]:
+    """Return the numbers of the first steps that follow from the count, for hosts that cannot compute them in float64.
+
+    Parameters
+    ----------
+    hyper : Hyperparameters
+        The options; `b1`, `b2` and `clip_exponent` must not be arrays.
+    steps : int
+        Number of steps.
+
+    Returns
+    -------
+    dict of lists
+        By the name of the number, which is among `scale`, `mean_scale` and `limit`; an element for each count of steps
+        done before.
+    """
+    counts = range(steps)
+    after = counts if hyper.asynchronous else range(1, steps + 1)
+    table = {"scale": [_bias_correction(hyper.b2, n, None)[0] for n in after]}
+    if not hyper.asynchronous:
+        table["mean_scale"] = [_bias_correction(hyper.b1, n, None)[0] for n in after]
+    if hyper.clip_exponent is not None:
+        table["limit"] = [_limit(hyper.clip_exponent, n + 1) for n in counts]
+    return table
+
+
 def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> Numbers:
     """Return `numbers` for arrays of one dtype: 0-d arrays become `real_dtype`, so that they never widen an array.
 

@@ -1,32 +1,37 @@
-"""What is special about XLA: how it is made to read the old state before it overwrites it, and a clip."""
+"""What is special about XLA: how it rounds, and how it is made to read the old state before it overwrites it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from acprop_core import ACProp
-from acprop_core.adapt import Row
+from acprop_core.adapt import Row, Step
+from acprop_core.rule import Hyperparameters, Numbers, replace, table_of
 
 
 class _Rounded:
-    """An array whose products are rounded before anything is added to them, as in every other library.
+    """A real array whose products are rounded before anything is added to them, as in every other library.
 
-    XLA has a * b + c rounded once, not twice, wherever a processor can. To the product a zero is added here, so that it
-    is this addition that is fused, which changes no product. It must be -0.0, because 0.0 would change the sign of
-    -0.0; and XLA must not be able to know that it is zero.
+    XLA rounds a * b + c once, where the processor can. So a zero is added to every product first: that sum is rounded
+    once, which changes nothing, and no other is. The zero is -0.0, because 0.0 changes -0.0, and XLA must not know it.
+
+    The functions are those of `jax.lax`, which promote no dtype and are traced faster than those of `jax.numpy`.
     """
 
-    def __init__(self, x: jax.Array, zero: jax.Array) -> None:
+    def __init__(self, x: jax.Array, zero: Callable[[Any], jax.Array]) -> None:
         self.x = x
-        self.zero = zero
         self.dtype = x.dtype
         self.shape = x.shape
+        self._zero = zero
 
-    def map(self, function: Callable[..., jax.Array], *others: Any) -> "_Rounded":
-        """Return a function of this array and of others or numbers; `jax.lax` is traced in half the time of jax.numpy."""
-        return _Rounded(function(self.x, *map(self._operand, others)), self.zero)
+    def call(self, function: Callable[..., jax.Array], *others: Any) -> "_Rounded":
+        """Return a function of this array, and of other arrays and numbers."""
+        return _Rounded(function(self.x, *map(self._operand, others)), self._zero)
 
     def _operand(self, other: Any) -> Any:
         if isinstance(other, _Rounded):
@@ -34,95 +39,100 @@ class _Rounded:
         return self.dtype.type(other) if isinstance(other, float) else other
 
     def __add__(self, other: Any) -> "_Rounded":
-        return self.map(jax.lax.add, other)
+        return self.call(lax.add, other)
 
     def __sub__(self, other: Any) -> "_Rounded":
-        return self.map(jax.lax.sub, other)
+        return self.call(lax.sub, other)
 
     def __mul__(self, other: Any) -> "_Rounded":
-        return self.map(jax.lax.mul, other).map(jax.lax.add, self.zero)
+        return self.call(lax.mul, other).call(lax.add, self._zero(self.dtype))
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> "_Rounded":
-        return self.map(jax.lax.div, other)
+        return self.call(lax.div, other)
 
 
 class _Namespace:
-    """`jax.numpy`, with functions for `_Rounded` arrays, and a clip that is not a program of its own.
+    """`jax.numpy`, for `_Rounded` arrays too, and with a clip that is not a program of its own.
 
     Without such programs, tracing and compiling take a tenth less.
     """
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(jnp, name)
+        function = getattr(jnp, name)
+        if name not in _OF_ROUNDED:
+            return function
+        return lambda x, *others: (
+            x.call(_OF_ROUNDED[name], *others) if isinstance(x, _Rounded) else function(x, *others)
+        )
 
     @staticmethod
     def clip(x: Any, low: Any, high: Any) -> Any:
-        return _mapped(jax.lax.min, _mapped(jax.lax.max, x, low), high)
-
-    @staticmethod
-    def sqrt(x):
-        return x.map(jax.lax.sqrt) if isinstance(x, _Rounded) else jnp.sqrt(x)
-
-    @staticmethod
-    def astype(x, dtype):
-        if not isinstance(x, _Rounded):
-            return jnp.astype(x, dtype)
-        return x.map(lambda a: jax.lax.convert_element_type(a, dtype))
-
-    @staticmethod
-    def abs(x):
-        return x.map(jax.lax.abs) if isinstance(x, _Rounded) else jnp.abs(x)
-
-    @staticmethod
-    def round(x):
-        return x.map(lambda a: jax.lax.round(a, jax.lax.RoundingMethod.TO_NEAREST_EVEN))
-
-    @staticmethod
-    def maximum(x, y):
-        return x.map(jax.lax.max, y)
-
-    @staticmethod
-    def asarray(x):
-        return x if isinstance(x, _Rounded) else jnp.asarray(x)
-
-    @staticmethod
-    def where(c, x, y):
         if isinstance(x, _Rounded):
-            return x.map(lambda a,b: jax.lax.select(c,a,b), y)
-        return jnp.where(c, x, y)
+            return x.call(lax.max, low).call(lax.min, high)
+        return lax.min(high, lax.max(low, x))
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        return (
+            x.call(functools.partial(lax.select, condition), y)
+            if isinstance(x, _Rounded)
+            else jnp.where(condition, x, y)
+        )
 
 
-def _mapped(function, x, other):
-    return x.map(function, other) if isinstance(x, _Rounded) else function(x, other)
+_OF_ROUNDED = {
+    **{"abs": lax.abs, "astype": lax.convert_element_type, "maximum": lax.max, "sqrt": lax.sqrt},
+    "round": functools.partial(lax.round, rounding_method=lax.RoundingMethod.TO_NEAREST_EVEN),
+    "asarray": lambda x: x,
+}
+namespace = _Namespace()
+
+STEPS = 20_000
+"""Number of steps whose numbers the host computes. With b2 = 0.999 the bias correction in float32 ends before."""
 
 
-def rounded_products(step, count):
+def rounded_as_elsewhere(step: Step, optimizer: ACProp, count: Any) -> Callable[[Row, bool], "Result"]:
+    """Return a traced step with the bits of other libraries: its numbers and, for real arrays, its products."""
     if not isinstance(count, jax.core.Tracer):
         return step
-    zeros = {}
-    def zero(dtype):
-        if dtype not in zeros:
-            zeros[dtype] = jax.lax.mul(jax.lax.convert_element_type(count, dtype), dtype.type(-0.0))
-        return zeros[dtype]
-    def rounded(row, decays=True):
-        if row.grad is None:
+    step = Step(_from_table(step.numbers, optimizer, count), step.flags, namespace)
+
+    @functools.cache
+    def zero(dtype: Any) -> jax.Array:
+        # expm1 of -0.0 is -0.0. XLA does not know that, and it takes it for costly: one evaluation serves all leaves.
+        return lax.expm1(lax.mul(lax.convert_element_type(count, dtype), dtype.type(-0.0)))
+
+    def rounded(row: Row, decays: bool) -> Result:
+        if row.grad is None or any(x is not None and jnp.iscomplexobj(x) for x in row):
             return step(row, decays)
-        real = _moment(row)
-        if any(jnp.iscomplexobj(x) for x in row if x is not None):
-            return step(row, decays)
-        z = zero(real)
-        results = step(Row(*(x if x is None else _Rounded(x, z) for x in row)), decays)
-        return tuple(x if x is None else x.x for x in results)
+        results = step(Row(*(None if x is None else _Rounded(x, zero) for x in row)), decays)
+        return tuple(None if result is None else result.x for result in results)
+
     return rounded
 
-def _moment(row):
-    wide = any(x is not None and x.dtype == jnp.float64 for x in (row.mu, row.param))
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+def _from_table(numbers: Numbers, optimizer: ACProp, count: jax.Array) -> Numbers:
+    """Return the numbers with those of the first steps from a table that the host computed in float64."""
+    options = optimizer.b1, optimizer.b2, optimizer.clip_exponent
+    if not all(x is None or isinstance(x, float) for x in options):
+        return numbers
+    is_known = lax.convert_element_type(count, float) < STEPS  # a float, because the count may have any dtype
+    index = lax.convert_element_type(count, "int32")
+    for name, column in _table(*options, optimizer.asynchronous).items():
+        later = getattr(numbers, name)
+        known = lax.dynamic_index_in_dim(jnp.asarray(column, later.dtype), index, keepdims=False)
+        numbers = replace(numbers, name, lax.select(is_known, known, later))
+    return numbers
 
 
-namespace = _Namespace()
+@functools.lru_cache(maxsize=16)
+def _table(b1: float, b2: float, clip_exponent: float | None, asynchronous: bool) -> dict[str, Any]:
+    hyper = Hyperparameters(b1=b1, b2=b2, clip_exponent=clip_exponent, asynchronous=asynchronous)
+    return {name: np.array(column) for name, column in table_of(hyper, STEPS).items()}
+
+
 Result = tuple[Any, Any, Any, Any]  # update, first moment, second moment and carry of one parameter
 
 
@@ -167,6 +177,6 @@ def _after(first: jax.Array, x: jax.Array, never: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(first):
         first = first.real
     if first.dtype == x.dtype and first.dtype.itemsize > 2:
-        return jax.lax.select(never, jax.lax.stop_gradient(first), x)
-    bits = jax.lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
-    return jax.lax.select(never, jax.lax.convert_element_type(bits, x.dtype), x)  # `where` is a program of its own
+        return lax.select(never, lax.stop_gradient(first), x)
+    bits = lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
+    return lax.select(never, lax.convert_element_type(bits, x.dtype), x)  # `where` is a program of its own
