@@ -16,9 +16,20 @@ TORCH_TESTS = ["tests/test_moves_torch.py", "tests/test_portable.py", "tests/tes
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
-def install(session: nox.Session, *groups: str) -> None:
-    """Install the project with the dependency groups of pyproject.toml."""
-    session.install(*nox.project.dependency_groups(PROJECT, *groups), "-e", ".")
+def install(session: nox.Session, *groups: str, oldest: bool = False) -> None:
+    """Install the project with dependency groups of pyproject.toml; with `oldest`, on the oldest versions promised."""
+    pins = [requirement.replace(">=", "==") for requirement in promised()] if oldest else []
+    session.install(*nox.project.dependency_groups(PROJECT, *groups), *pins, "-e", ".")
+
+
+def promised() -> list[str]:
+    """Return what the project and its extras need, each with its lower bound: all but torch and CuPy.
+
+    `torch_versions` begins with the oldest torch, and CuPy needs a device.
+    """
+    project = PROJECT["project"]
+    extras = [project["optional-dependencies"][name] for name in ("optax", "numpy", "fast", "checkpoint")]
+    return sorted({x for x in sum(extras, project["dependencies"]) if ">=" in x})
 
 
 @nox.session
@@ -45,7 +56,7 @@ def tests_python(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
     """Run the suite without torch on the oldest versions that pyproject.toml promises."""
-    install(session, "suite", "minimums")
+    install(session, "suite", oldest=True)
     session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
 
 
@@ -59,6 +70,15 @@ def torch_versions(session: nox.Session, torch: str) -> None:
     options = ["-n", "auto", "-m", "not gpu"]
     session.run("python", "-m", "pytest", *options, *sorted(glob.glob("tests/test_torch*.py")), *TORCH_TESTS)
     session.run("python", "-m", "pytest", *options, "-k", "torch", "tests/test_suite.py")
+
+
+@nox.session(python="3.11")
+def hosts(session: nox.Session) -> None:
+    """Train inside the libraries that people train with, stop, and resume to the bit (6 GB and some minutes)."""
+    install(session, "suite", "fast", "hosts")
+    session.run("python", "-m", "pytest", "-o", "python_files=in_*.py", "tests/in_hosts", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/test_scale_torch.py")  # DDP and FSDP2, by torchrun
+    session.run("python", "-m", "pytest", "-n", "auto", "-k", "mlx", "tests")
 
 
 @nox.session
@@ -78,9 +98,9 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Run exactly the part of the suite that needs a CUDA device."""
+    """Run exactly what needs a CUDA device, tests and benchmark: tests/on_device.py; it fails where there is none."""
     install(session, "tests")
-    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs)
+    session.run("python", "tests/on_device.py", *session.posargs)
 
 
 @nox.session
@@ -95,7 +115,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "typecheck", "torch", "jax", "fast")
+    install(session, "typecheck", "torch", "jax", "fast", "cuda")
     session.run("mypy")
 
 

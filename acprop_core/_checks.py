@@ -2,12 +2,14 @@
 
 import math
 import numbers
+import operator
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
 from typing import Any
 
-from array_api_compat import array_namespace, is_numpy_array
+from array_api_compat import array_namespace
 
 from acprop_core._dtypes import FLOATS, KINDS, REAL_OF, dtype_name, is_compensated
 from acprop_core._quirks import (
@@ -16,6 +18,7 @@ from acprop_core._quirks import (
     differs_from_arrays,
     has_unknown_shape,
     library,
+    numpy_of,
     sparse_layout,
     untraced,
 )
@@ -123,6 +126,35 @@ def common_namespace(leaves: Iterable[tuple[str, str, Any]]) -> Any:
     return xp
 
 
+def named(
+    whats: Sequence[str], names: Sequence[str], columns: Sequence[Sequence[Any]]
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield what each leaf of some columns of rows is, its name, and the leaf."""
+    for what, column in zip(whats, columns, strict=True):
+        yield from zip(repeat(what), names, column, strict=False)
+
+
+def namespace_of_alike(columns: Sequence[Sequence[Any]]) -> Any:
+    """Return the namespace of NumPy if all leaves are plain real arrays of it that are alike in each row.
+
+    Nothing that this module checks refuses such leaves. It is None otherwise, which says nothing. Checked leaf by leaf,
+    a step of arrays of 1,000 takes 1.4 times as long.
+    """
+    xp = numpy_of(chain.from_iterable(columns))
+    if xp is None:
+        return None
+    first, *others = columns
+    looks = list(map(_look, first))
+    if [list(map(_look, column)) for column in others] != [looks] * len(others):
+        return None
+    if not set(map(dtype_name, {dtype for _, dtype in looks})).issubset(FLOATS):
+        return None
+    return xp
+
+
+_look = operator.attrgetter("shape", "dtype")
+
+
 def check_arithmetic(what: str, name: str, x: Any) -> None:
     """Refuse sparse arrays, and NumPy's matrices and masked arrays, whose arithmetic differs from an array's."""
     _check_dense(what, name, x)
@@ -161,9 +193,6 @@ def check_match(
     With `optional` it may be None. Where the owner is complex, the leaf must be so too if `is_complex`, must not if
     that is False, and may be either if it is None. Where the owner is real, so is the leaf.
     """
-    is_alike = type(x) is type(own) and is_numpy_array(x) and x.shape == own.shape and x.dtype == own.dtype
-    if is_alike and dtype_name(x.dtype) in FLOATS:
-        return  # nothing below refuses such an array; to find that out takes three times as long
     if x is None or own is None:
         if x is None and (optional or own is None):
             return

@@ -6,6 +6,7 @@ Anything else is a leaf; None means that there is no array. The name of a leaf i
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
 from typing import Any
 
 
@@ -28,8 +29,8 @@ def names_and_leaves(tree: Any) -> tuple[list[str], list[Any]]:
     return [name for name, _ in pairs], [leaf for _, leaf in pairs]
 
 
-def align(tree: Any, like: Any, what: str, prefix: bool = False, path: str = "") -> Iterator[Any]:
-    """Yield the leaves of `tree` in the order of `like`, whose structure it must have.
+def align(tree: Any, like: Any, what: str, prefix: bool = False, path: str = "") -> list[Any]:
+    """Return the leaves of `tree` in the order of `like`, whose structure it must have.
 
     With `prefix`, a leaf of `tree` may stand for a whole sub-container of `like`.
 
@@ -40,25 +41,24 @@ def align(tree: Any, like: Any, what: str, prefix: bool = False, path: str = "")
     """
     children, expected = _children(tree), _children(like)
     if expected is None and children is None:
-        yield tree
-    elif children is None and prefix:
-        yield from (tree for _ in flatten(like))
-    elif children is None or expected is None:
+        return [tree]
+    if children is None and prefix:
+        return [tree for _ in flatten(like)]
+    if children is None or expected is None:
         have, want = ("one value" if x is None else "a container" for x in (children, expected))
         raise ValueError(
             f"{what}{_at(path)} is {have} ({type(tree).__name__}) where the parameters have {want} "
             f"({type(like).__name__}); use the structure of the parameters"
         )
-    else:
+    if children.keys() != expected.keys():
         if missing := [_join(path, key) for key in expected if key not in children]:
             raise ValueError(f"{what} lacks {_list(missing)}; use the structure of the parameters")
-        if surplus := [_join(path, key) for key in children if key not in expected]:
-            raise ValueError(f"{what} has {_list(surplus)}, which the parameters lack; leave that out")
-        for key, child in expected.items():
-            if isinstance(child, _NODES) or isinstance(children[key], _NODES):
-                yield from align(children[key], child, what, prefix, _join(path, key))
-            else:
-                yield children[key]
+        surplus = [_join(path, key) for key in children if key not in expected]
+        raise ValueError(f"{what} has {_list(surplus)}, which the parameters lack; leave that out")
+    leaves = [children[key] for key in expected]
+    if _are_leaves([*leaves, *expected.values()]):
+        return leaves
+    return [x for key, child in expected.items() for x in align(children[key], child, what, prefix, _join(path, key))]
 
 
 def unflatten(like: Any, leaves: Iterable[Any]) -> Any:
@@ -67,9 +67,12 @@ def unflatten(like: Any, leaves: Iterable[Any]) -> Any:
     children = _children(like)
     if children is None:
         return next(leaves)
-    new = {
-        key: unflatten(child, leaves) if isinstance(child, _NODES) else next(leaves) for key, child in children.items()
-    }
+    if _are_leaves(children.values()):
+        new = dict(zip(children, leaves, strict=False))
+    else:
+        new = {key: unflatten(child, leaves) for key, child in children.items()}
+    if type(like) is dict:
+        return new
     if isinstance(like, dict):
         tree = copy.copy(like)  # keeps subclasses that carry more than their items, such as defaultdict
         tree.update(new)
@@ -87,6 +90,10 @@ def _children(node: Any) -> Mapping[Any, Any] | None:
         fields: Iterable[Any] = getattr(node, "_fields", range(len(node)))
         return dict(zip(fields, node, strict=True))
     return None
+
+
+def _are_leaves(children: Iterable[Any]) -> bool:
+    return not any(map(issubclass, set(map(type, children)), repeat(_NODES)))  # one question for each type
 
 
 def _join(path: str, key: object) -> str:

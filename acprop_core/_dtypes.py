@@ -11,7 +11,6 @@ FLOATS = (*SIXTEEN_BITS, "float32", "float64")
 REAL_OF = {"complex64": "float32", "complex128": "float64"}
 COMPLEX_OF = {real: name for name, real in REAL_OF.items()}
 KINDS = (*FLOATS, *REAL_OF)
-SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
 
 def dtype_name(dtype: Any) -> str:
@@ -159,7 +158,7 @@ class Step:
             real, is_complex = step_dtypes(dtype_name(mu_dtype), dtype_name(param_dtype))
             real_dtype = getattr(self._xp, real)
             dtype = getattr(self._xp, COMPLEX_OF[real]) if is_complex else real_dtype
-            numbers = rule.cast(self.numbers, real_dtype, SMALLEST_NORMAL[real], self._xp)
+            numbers = rule.cast(self.numbers, real_dtype, rule.SMALLEST_NORMAL[real], self._xp)
             flags = rule.replace(self.flags, "is_complex", True) if is_complex else self.flags
             self._cast[key] = numbers, flags, dtype, real_dtype
         numbers, flags, dtype, real_dtype = self._cast[key]

@@ -5,10 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from acprop_core._checks import check_array, check_count, check_match, check_number, common_namespace, warn
-from acprop_core._containers import align, names_and_leaves, unflatten
-from acprop_core._dtypes import FLOATS, as_dtype, dtype_name, is_compensated, moment_dtypes_of, restore
-from acprop_core._quirks import add_one
+from acprop_core._checks import (
+    check_array,
+    check_count,
+    check_match,
+    check_number,
+    common_namespace,
+    named,
+    namespace_of_alike,
+    warn,
+)
+from acprop_core._containers import align, flatten, names_and_leaves, unflatten
+from acprop_core._dtypes import FLOATS, as_dtype, dtype_name, is_compensated, moment_dtypes_of
+from acprop_core._quirks import add_one, as_array
 from acprop_core.adapt import Row, check_params, decays_of, rows_of, step_at
 from acprop_core.rule import has_decay
 
@@ -280,7 +289,7 @@ class ACProp:
         if not isinstance(state, State):
             raise TypeError(f"the state is a {type(state).__name__}; pass the State that init or update returned")
         check_params(self, params, has_decay(self.weight_decay))
-        _, rows, xp = rows_of(Row(params, grads, *state[1:]), self.compensate)
+        rows, xp = rows_of(Row(params, grads, *state[1:]), self.compensate)
         like = state.mu if params is None else params
         if xp is None:  # no arrays at all
             return like, state._replace(count=add_one(state.count))
@@ -316,15 +325,16 @@ class ACProp:
         >>> ACProp().apply({"w": np.ones(2, dtype=np.float32)}, {"w": np.array([-0.5, 0.0], dtype=np.float32)})
         {'w': array([0.5, 1. ], dtype=float32)}
         """
-        names, leaves = names_and_leaves(params)
-        new = list(align(updates, params, "the container of updates"))
-        pairs = [("parameter", leaves), ("update", new)]
-        xp = common_namespace((what, name, x) for what, column in pairs for name, x in zip(names, column, strict=True))
-        for name, x, u in zip(names, leaves, new, strict=True):
-            check_array("parameter", name, x)
-            check_match("update", name, u, "parameter", x, optional=True)
+        leaves, new = (align(tree, params, "the container of updates") for tree in (params, updates))
+        xp = namespace_of_alike([leaves, new])
+        if xp is None:
+            names = [name for name, _ in flatten(params)]
+            xp = common_namespace(named(["parameter", "update"], names, [leaves, new]))
+            for name, x, u in zip(names, leaves, new, strict=True):
+                check_array("parameter", name, x)
+                check_match("update", name, u, "parameter", x, optional=True)
         sums = [
-            x if u is None else restore(x + as_dtype(u, x.dtype, xp), x, xp) for x, u in zip(leaves, new, strict=True)
+            x if u is None else as_array(x + as_dtype(u, x.dtype, xp), xp) for x, u in zip(leaves, new, strict=True)
         ]
         return unflatten(params, sums)
 

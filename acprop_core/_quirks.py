@@ -5,14 +5,17 @@
 - NumPy: `clip` is written in Python; operators turn 0-d arrays into scalars; masked arrays and matrices are arrays
   whose arithmetic differs; scalars have not always had a device; arrays are never traced.
 - JAX: tracers have no device, and uncommitted arrays move to the device where they are needed.
-- PyTorch: NumPy cannot read its bfloat16, or tensors that require gradients, are conjugated lazily or on a device.
+- PyTorch: NumPy cannot read its bfloat16, or tensors that require gradients, are conjugated lazily or on a device; on
+  a CPU its square root may be one unit in the last place off.
+- MLX: NumPy cannot read its bfloat16.
 - CuPy: NumPy cannot read its arrays.
 - PyTorch and sparse libraries: arrays that are not dense.
 """
 
+import functools
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from array_api_compat import array_namespace, is_cupy_array, is_jax_array, is_numpy_array, is_torch_array
@@ -34,6 +37,8 @@ def standard_namespace(xp: Any) -> Any:
     lacks_clip = getattr(xp, "__array_api_version__", "2025") < "2023.12"
     if name == "array_api_compat.numpy":
         return _NumpyClip(xp)
+    if name == "array_api_compat.torch" and not xp.compiler.is_compiling():  # its compiler has a square root of its own
+        return _TorchRoot(xp)
     return _OwnClip(xp) if is_dask or lacks_clip else xp
 
 
@@ -64,6 +69,49 @@ class _NumpyClip(_Extended):
         return self._xp.minimum(self._xp.maximum(x, low), high)
 
 
+class _TorchRoot(_Extended):
+    """PyTorch with a correctly rounded square root."""
+
+    def sqrt(self, x: Array) -> Array:
+        return rounded_root(x, self._xp.sqrt(x))
+
+
+def rounded_root(x: Array, root: Array) -> Array:
+    """Return the square root of a tensor, correctly rounded, for the root that torch has computed.
+
+    Parameters
+    ----------
+    x : tensor
+        Float32 or float64, of any device.
+    root : tensor
+        The root by torch, which autograd may follow. On a CPU its memory is overwritten, and need not be set before.
+
+    Returns
+    -------
+    tensor
+        `root`, or a new tensor where NumPy cannot see the memory: under vmap, in most subclasses, without NumPy. In
+        float64 the new one is as torch rounds it.
+    """
+    # The vector library of torch's builds for x86 rounds one root of 160 to the wrong neighbour. Other libraries and
+    # compilers take the processor's instruction, which IEEE 754 requires to be correctly rounded. Overwritten behind
+    # autograd's back, because the derivative is the same, and anything that traces sees an ordinary root.
+    if not x.is_cpu:
+        return root
+    try:
+        _numpy_sqrt()(x.detach().numpy(), out=root.detach().numpy())
+    except (ImportError, RuntimeError, TypeError):
+        return x.double().sqrt().to(x.dtype)  # of float32 numbers, twice rounded is correctly rounded here
+    return root
+
+
+@functools.cache
+def _numpy_sqrt() -> Any:
+    import array_api_compat.numpy as compat
+
+    numpy: Any = compat  # the checker of types does not see what it imports by a star
+    return numpy.errstate(invalid="ignore")(numpy.sqrt)  # torch does not warn of negative numbers
+
+
 class Rounding(_Extended):
     """A namespace with `rounded`, which rounds to the dtype of a 16-bit parameter and back."""
 
@@ -89,6 +137,18 @@ def untraced(x: Any, kinds: str) -> Any:
         return x
     is_ml_dtype = x.dtype.isbuiltin == 2 and "f" in kinds  # most of ml_dtypes, such as bfloat16, are of kind "V"
     return x.item() if x.dtype.kind in kinds or is_ml_dtype else x
+
+
+def numpy_of(leaves: Iterable[Any]) -> Any:
+    """Return the namespace of NumPy if all leaves are its own arrays, none of a subclass; None otherwise."""
+    kinds = set(map(type, leaves))
+    return _numpy_of(kinds.pop()) if len(kinds) == 1 else None
+
+
+@functools.cache
+def _numpy_of(kind: type) -> Any:
+    is_numpy = (kind.__module__, kind.__name__) == ("numpy", "ndarray")
+    return array_namespace(kind(0)) if is_numpy else None
 
 
 def differs_from_arrays(x: Array) -> bool:
@@ -128,10 +188,12 @@ def add_one(count: Any) -> Any:
 
 
 def readable_by_numpy(x: Array, is_bfloat16: bool) -> Any:
-    """Return an array that `numpy.asarray` can read; of PyTorch's bfloat16 the bits, as int16."""
+    """Return an array that `numpy.asarray` can read; of PyTorch's and MLX's bfloat16 the bits, as int16."""
     if is_torch_array(x):
         x = x.detach().cpu().resolve_conj()
         return x.contiguous().view(array_namespace(x).int16).numpy() if is_bfloat16 else x
+    if is_bfloat16 and type(x).__module__ == "mlx.core":
+        return x.view(array_namespace(x).int16)
     return x.get() if is_cupy_array(x) else x
 
 

@@ -5,10 +5,8 @@ and calls the `Step` that `step_at` returns. docs/howto-backend.md shows one.
 """
 
 import copy
-import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from acprop_core._checks import (
@@ -22,11 +20,13 @@ from acprop_core._checks import (
     check_match,
     check_number,
     common_namespace,
+    named,
+    namespace_of_alike,
     warn,
 )
 from acprop_core._containers import align, flatten, names_and_leaves, unflatten
 from acprop_core._dtypes import Step, dtype_name, is_compensated, moment_dtypes, moment_dtypes_of
-from acprop_core._quirks import Array, library
+from acprop_core._quirks import Array, library, rounded_root
 from acprop_core.rule import Hyperparameters, flags_of, has_decay, numbers_of
 
 __all__ = [
@@ -46,11 +46,13 @@ __all__ = [
     "decays_of",
     "dtype_name",
     "flatten",
+    "hyperparameters_at",
     "is_compensated",
     "library",
     "moment_dtypes",
     "moment_dtypes_of",
     "names_and_leaves",
+    "rounded_root",
     "rows_of",
     "step_at",
     "unflatten",
@@ -81,7 +83,7 @@ _CONTAINERS = Row._make(
 )
 
 
-def rows_of(trees: Row, compensate: bool) -> tuple[list[str], list[Row], Any]:
+def rows_of(trees: Row, compensate: bool) -> tuple[list[Row], Any]:
     """Return the leaves of five containers as rows, checked.
 
     Parameters
@@ -93,8 +95,6 @@ def rows_of(trees: Row, compensate: bool) -> tuple[list[str], list[Row], Any]:
 
     Returns
     -------
-    names : list of str
-        The dotted name of each row.
     rows : list of Row
         In the order of `flatten`.
     xp : namespace or None
@@ -107,26 +107,18 @@ def rows_of(trees: Row, compensate: bool) -> tuple[list[str], list[Row], Any]:
     """
     check_compensation(compensate, trees.carry)
     like = trees.mu if trees.param is None else trees.param
-    names, leaves = names_and_leaves(like)
-    columns = [
-        leaves
-        if tree is like
-        else [None] * len(names)
-        if tree is None and what in (WHAT.param, WHAT.carry)
-        else list(align(tree, like, container))
-        for tree, what, container in zip(trees, WHAT, _CONTAINERS, strict=True)
-    ]
-    rows = list(map(Row, *columns))
-    xp = common_namespace(named(columns, names))
-    for name, row in zip(names, rows, strict=True):
-        check_row(name, row, compensate, has_params=trees.param is not None)
-    return names, rows, xp
-
-
-def named(columns: Iterable[Any], names: list[str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield what each leaf of some columns of rows is, its name, and the leaf."""
-    for what, column in zip(WHAT, columns, strict=False):
-        yield from zip(itertools.repeat(what), names, column, strict=False)
+    present = [align(tree, like, what) for tree, what in zip(trees[1:4], _CONTAINERS[1:4], strict=True)]
+    nothing = [None] * len(present[0])
+    param = nothing if trees.param is None else align(trees.param, like, _CONTAINERS.param)
+    carry = nothing if trees.carry is None else align(trees.carry, like, _CONTAINERS.carry)
+    rows = list(map(Row, param, *present, carry))
+    xp = namespace_of_alike(present if trees.param is None else [param, *present])
+    if xp is None or compensate:
+        names = [name for name, _ in flatten(like)]
+        xp = common_namespace(named(WHAT, names, [param, *present, carry]))
+        for name, row in zip(names, rows, strict=True):
+            check_row(name, row, compensate, has_params=trees.param is not None)
+    return rows, xp
 
 
 def check_row(name: str, row: Row, compensate: bool = False, has_params: bool = True) -> None:
@@ -231,6 +223,12 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
     >>> update
     array([-0.5])
     """
+    hyper = hyperparameters_at(optimizer, count, xp)
+    return Step(numbers_of(hyper, count, xp), flags_of(hyper), xp)
+
+
+def hyperparameters_at(optimizer: Any, count: Any, xp: Any) -> Hyperparameters:
+    """Return the options of step ``count + 1`` of an optimizer, whose schedules are called as `step_at` says."""
     hyper = Hyperparameters(*_options_of(optimizer))
     for name in ("learning_rate", "weight_decay"):
         if callable(schedule := getattr(hyper, name)):
@@ -240,7 +238,7 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
         if type(value) is not float:
             check_library(name, value, xp)
     check_library("the step count (state.count)", count, xp)
-    return Step(numbers_of(hyper, count, xp), flags_of(hyper), xp)
+    return hyper
 
 
 # all but the last two, which the core does not have: l2 and maximize

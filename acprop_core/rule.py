@@ -74,6 +74,9 @@ def _format(significant_bits: int, floor: float) -> Format:
 # smallest number, in float16; and 2**-125 in bfloat16, because XLA flushes anything below 2**-126 to zero.
 FORMATS = {"float16": _format(11, floor=2.0**-3), "bfloat16": _format(8, floor=2.0**-110)}
 
+SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
+"""The smallest normal number of each dtype in which a step is computed, for `cast`."""
+
 
 class Numbers(NamedTuple):
     """Numbers that change from step to step, made by `numbers_of`: Python floats, or 0-d arrays where they are traced.

@@ -441,8 +441,22 @@ def to_torch(x: np.ndarray) -> Any:
     import torch
 
     if x.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
+        return torch.from_numpy(np.array(x, np.float32)).to(torch.bfloat16)
     return torch.from_numpy(np.array(x))
+
+
+def to_mlx(x: np.ndarray) -> Any:
+    import mlx.core
+
+    return mlx.core.array(x, getattr(mlx.core, x.dtype.name))  # without a dtype it makes float32 of float64
+
+
+def from_mlx(x: Any) -> np.ndarray:
+    import mlx.core
+
+    if x.dtype == mlx.core.bfloat16:
+        return np.array(x.astype(mlx.core.float32)).astype(ml_dtypes.bfloat16)
+    return np.array(x)
 
 
 def to_cuda(x: np.ndarray) -> Any:
@@ -545,15 +559,16 @@ def _nothing(case: Case) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _jax_width(case: Case) -> Iterator[None]:
-    """Switch the 64-bit dtypes of JAX on if the case has any."""
+def _jax_on(platform: str, case: Case) -> Iterator[None]:
+    """Make arrays on a platform's first device; switch the 64-bit dtypes of JAX on if the case has any."""
     import jax
 
     wide = {"float64", "complex128"}
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", bool(wide & case.dtypes) or case.hyper.get("moment_dtype") in wide)
     try:
-        yield
+        with jax.default_device(jax.devices(platform)[0]):
+            yield
     finally:
         jax.config.update("jax_enable_x64", before)
 
@@ -650,18 +665,24 @@ def _rows() -> Iterator[Backend]:
     yield Backend(name="torch_array_count", begin=part(torch, enter=to_torch, count=torch_count), needs=("torch",))
     yield Backend(name="torch_cuda", begin=part(torch, enter=to_cuda), needs=("torch",), needs_gpu=True)
 
+    mlx = part(Functional, enter=to_mlx, leave=from_mlx)
+    yield Backend(name="mlx", begin=mlx, needs=("mlx",), lacks=("complex128",))
+
     # XLA on a CPU computes with flush-to-zero, coming in and going out
-    of_jax = part(Backend, needs=("jax",), around=_jax_width, flushes=True)
+    of_jax = part(Backend, needs=("jax",), around=part(_jax_on, "cpu"), flushes=True)
     yield of_jax(name="jax_eager", begin=part(Functional, enter=to_jax), slow_steps=True)
     yield of_jax(name="jax_jit", begin=part(Functional, enter=to_jax, wrap=jit), slow_start=True)
     yield of_jax(name="jax_scan", begin=Scan, slow_start=True)
+    jax_cuda = part(Backend, needs=("jax",), needs_gpu=True, around=part(_jax_on, "cuda"), slow_start=True)
+    yield jax_cuda(name="jax_jit_cuda", begin=part(Functional, enter=to_jax, wrap=jit), slow_steps=True)
 
     dask = part(Functional, enter=to_dask, leave=from_dask, wrap=lazy)
     yield Backend(name="dask", begin=dask, needs=("dask",), slow_steps=True, slow_start=True)
     cupy = {"enter": to_cupy, "leave": from_cupy}
     of_cupy = part(Backend, needs=("cupy",), needs_gpu=True, lacks=("bfloat16",))
-    yield of_cupy(name="cupy", begin=part(Functional, **cupy))
+    yield of_cupy(name="cupy", begin=part(Functional, **cupy), slow_steps=True)
     yield of_jax(name="optax", begin=Optax, needs=("optax",), slow_start=True)
+    yield jax_cuda(name="optax_cuda", begin=Optax, needs=("jax", "optax"), slow_steps=True)
 
     of_torch = part(Backend, needs=("torch",), complex_as_real=True)
     fused = part(TorchOptimizer, fused=True)
@@ -675,16 +696,22 @@ def _rows() -> Iterator[Backend]:
         begin = part(TorchOptimizer, capturable=True, foreach=foreach)
         yield of_torch(name=name, begin=begin, around=lambda _: capturable_on_cpu(), slow_steps=not foreach)
     on_cuda = part(of_torch, needs_gpu=True)
-    yield on_cuda(name="torch_optimizer_cuda", begin=part(TorchOptimizer, device="cuda", foreach=False))
-    yield on_cuda(name="torch_foreach_cuda", begin=part(TorchOptimizer, device="cuda", foreach=True))
-    yield on_cuda(name="torch_fused_cuda", begin=part(fused, device="cuda"), lacks=complexes)
-    yield on_cuda(name="torch_capturable_cuda", begin=part(TorchOptimizer, device="cuda", capturable=True))
+    of_cuda = part(TorchOptimizer, device="cuda")
+    of_capturable = part(of_cuda, capturable=True)
+    yield on_cuda(name="torch_optimizer_cuda", begin=part(of_cuda, foreach=False), slow_steps=True)
+    yield on_cuda(name="torch_foreach_cuda", begin=part(of_cuda, foreach=True), slow_steps=True)
+    yield on_cuda(name="torch_fused_cuda", begin=part(of_cuda, fused=True), lacks=complexes)
+    yield on_cuda(name="torch_capturable_cuda", begin=part(of_capturable, foreach=False), slow_steps=True)
+    yield on_cuda(name="torch_capturable_foreach_cuda", begin=part(of_capturable, foreach=True), slow_steps=True)
+    yield on_cuda(name="torch_capturable_fused_cuda", begin=part(of_capturable, fused=True), lacks=complexes)
 
     guarded = part(Stepper, threads=2, nonfinite="raise", clip_norm=1e300)
     yield Backend(name="stepper_tiles", begin=part(Stepper, engine="tiles"))
     yield Backend(name="stepper_numba", begin=part(Stepper, engine="numba"), needs=("numba",))
     yield Backend(name="stepper_threads", begin=guarded)
-    yield of_cupy(name="stepper_cupy", begin=part(Stepper, engine="cupy", **cupy))
+    of_numba_cuda = part(of_cupy, needs=("cupy", "numba_cuda"))
+    yield of_numba_cuda(name="stepper_cuda", begin=part(Stepper, engine="cuda", **cupy))
+    yield of_cupy(name="stepper_cupy_tiles", begin=part(Stepper, engine="tiles", **cupy), slow_steps=True)
 
 
 BACKENDS = {backend.name: backend for backend in _rows()}
@@ -707,11 +734,21 @@ def on_every_backend() -> Any:
     return pytest.mark.parametrize("backend", parameters)
 
 
+@functools.cache
 def _no_gpu(module: str) -> str | None:
     if module == "torch":
         import torch
 
         return None if torch.cuda.is_available() else "torch finds no CUDA device"
+    if module == "jax":
+        if importlib.util.find_spec("jax_plugins") is None:  # to ask JAX itself would start it, in each test session
+            return "jax has no plugin for a CUDA device"
+        import jax
+
+        try:
+            return None if jax.devices("cuda") else "jax finds no CUDA device"
+        except RuntimeError as error:
+            return f"jax finds no CUDA device: {error}"
     import cupy
 
     try:
@@ -850,14 +887,14 @@ def interrupted_kernel() -> contextlib.AbstractContextManager[Any]:
     """Have Ctrl-C come while Numba compiles the fused step of torch."""
     from acprop_core.kernels import cpu
 
-    return mock.patch.object(cpu, "counting_kernel_of", side_effect=KeyboardInterrupt)
+    return mock.patch.object(cpu, "kernel_of", side_effect=KeyboardInterrupt)
 
 
 def interrupted_after_kernel() -> contextlib.AbstractContextManager[Any]:
     """Have Ctrl-C come while the fused step of torch runs in Numba, so that Python handles it when that returns."""
     from acprop_core.kernels import cpu
 
-    kernel_of = cpu.counting_kernel_of
+    kernel_of = cpu.kernel_of
 
     def interrupted(*args: Any) -> Any:
         kernel = kernel_of(*args)
@@ -868,7 +905,7 @@ def interrupted_after_kernel() -> contextlib.AbstractContextManager[Any]:
 
         return run
 
-    return mock.patch.object(cpu, "counting_kernel_of", interrupted)
+    return mock.patch.object(cpu, "kernel_of", interrupted)
 
 
 def failing_torch_compile(error: type[BaseException], at: Any) -> contextlib.AbstractContextManager[Any]:

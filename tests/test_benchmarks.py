@@ -6,6 +6,7 @@ pytest.importorskip("tqdm")
 
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests" / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))
 
+import bench_cuda
 import record
 import report
 
@@ -71,6 +73,67 @@ def test_the_slope_is_the_exponent_at_the_upper_end(exponent):
 
 def test_without_a_cuda_device_the_reason_is_printed(tmp_path):
     command = [sys.executable, SCRIPTS / "bench_cuda.py", "quick", "--out", tmp_path]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=ENV)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 3, done.stderr
     assert done.stdout.count("skipped (") == 3
+    assert done.stdout.splitlines()[-1].count(";") == len(bench_cuda.PLAN) - 1  # all of it is left
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("framework", ["torch", "cupy", "jax"])
+def test_what_is_measured_on_a_device_runs_on_a_cpu(monkeypatch, tmp_path, framework):
+    pytest.importorskip({"cupy": "numpy"}.get(framework, framework))
+    monkeypatch.setattr(record, "REST", 0.0)
+    monkeypatch.setattr(record, "TURN", 0.0)
+    task, late = bench_cuda.Task(framework, bench_cuda.TEN), bench_cuda.Task("later", bench_cuda.ONE)
+    monkeypatch.setattr(bench_cuda, "FRAMEWORKS", {framework: bench_cuda.FRAMEWORKS[framework]})
+    monkeypatch.setattr(bench_cuda, "PLAN", [task, late])
+    monkeypatch.setattr(sys, "argv", ["bench_cuda.py", "quick", "--device", "cpu", "--out", str(tmp_path)])
+    assert bench_cuda.main() == 3
+    result = json.loads((tmp_path / "steps_cuda.json").read_text())
+    assert result["left"] == [str(late)]
+    unit = bench_cuda.FRAMEWORKS[framework].unit
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert rows[unit]["wall to unit"] == [1.0, 1.0, 1.0]
+    moved = {row["bytes"] for name, row in rows.items()}
+    assert moved == {28 * 10_000}  # float32: parameter, gradient and two moments
+
+
+def test_a_contender_that_fails_leaves_the_others(monkeypatch):
+    monkeypatch.setattr(record, "REST", 0.0)
+    cupy = bench_cuda.Cupy("cpu")
+    makers = cupy.makers([(10,)], "float32")
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    cupy.makers = lambda shapes, dtype: {**makers, "Stepper": broken}
+    good, bad = bench_cuda.rows_of(bench_cuda.PLAN[2], cupy, [(10,)], None)
+    assert "wall" in good
+    assert bad["error"] == "RuntimeError: no such kernel"
+    assert bench_cuda.said(bad).endswith("RuntimeError: no such kernel")
+
+
+def test_kernels_are_measured_behind_other_work_and_in_turns():
+    """A device that is a list: every operation takes a second of its clock."""
+    done, clock = [], iter(range(10**6))
+
+    class Device(bench_cuda.Framework):
+        copy = staticmethod(lambda: (done.append("copy"), next(clock)))
+        finish = staticmethod(lambda: done.append("finish"))
+        record = staticmethod(lambda: next(clock))
+        seconds = staticmethod(lambda begin, end: end - begin)
+
+    steps = {name: lambda name=name: (done.append(name), next(clock)) for name in "ab"}
+    seconds = bench_cuda.kernel_seconds(Device("none"), steps)
+    assert seconds == {name: [2] * record.MOST for name in "ab"}
+    turns = [x for x in done if x in steps][2:]
+    assert turns == ["a", "b"] * record.MOST
+    assert all(done[i - 1] == "copy" for i, x in enumerate(done) if x in steps and i > done.index("b"))
+
+
+def test_gpt2_has_its_shapes():
+    small = bench_cuda.gpt2(12, 768, 50_257, 1_024)
+    assert (len(small), sum(map(math.prod, small))) == (148, 124_439_808)
+    shapes = bench_cuda.SIZES[bench_cuda.GPT2]
+    assert (len(shapes), round(sum(map(math.prod, shapes)) / 1e6)) == (496, 122)

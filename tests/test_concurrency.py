@@ -279,7 +279,8 @@ import os, signal, threading
 import numpy as np
 from acprop_stepper import Stepper
 from acprop_stepper._buffers import Tile
-stepper, children, whole = Stepper(np.ones(300_000), engine="tiles"), [], Tile.gather
+x = np.ones(300_000, np.float16)  # which needs casts, and so another thread
+stepper, children, whole = Stepper(x, engine="tiles"), [], Tile.gather
 def handler(number, frame):
     if not children:
         children.append(os.fork())
@@ -291,7 +292,7 @@ def gather(*arguments):
 signal.signal(signal.SIGUSR1, handler)
 Tile.gather = gather
 try:
-    stepper.step(np.ones(300_000))
+    stepper.step(np.ones(300_000, np.float16))
 except RuntimeError as error:
     os._exit(7 if "forked this process in the middle of a step" in str(error) else 8)
 assert children[0] and os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7

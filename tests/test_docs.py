@@ -242,6 +242,21 @@ def test_the_adamw_run_moves(tmp_path: Path) -> None:
     assert (tmp_path / "move_adamw.png").stat().st_size > 10_000
 
 
+def test_the_demo_has_the_bits_of_numpy_in_pytorch(tmp_path: Path) -> None:
+    script = ROOT / "docs" / "examples" / "digits.py"
+    run = [sys.executable, script, "--steps", "40", "--out", tmp_path]
+    printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"^PyTorch +0\.0e\+00 \(none after 40 of 40 steps\)$", printed, re.MULTILINE)
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_the_recorded_run_is_replayed(tmp_path: Path) -> None:
+    script = ROOT / "docs" / "examples" / "same_bits.py"
+    run = [sys.executable, script, "--steps", "30", "--out", tmp_path]
+    printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert printed == "NumPy has the bits of PyTorch after 30 of 30 steps.\n"
+
+
 def test_the_16_bit_models_train(tmp_path: Path) -> None:
     script = ROOT / "docs" / "examples" / "sixteen_bit.py"
     run = [sys.executable, script, "--steps", "2", "--out", tmp_path]

@@ -26,7 +26,6 @@ ALLOWED = {
     ("_state_dict.py", "-state['exp_avg']"): "Adam averages the negated gradient if it maximizes",
     ("_tiles.py", "param + update"): "the addition to the parameter, in a check that writes nothing",
     ("_traced.py", "row.param + update"): "the addition to the parameter",
-    ("_cupy.py", "param + update"): "the addition to the parameter",
     ("_dtypes.py", "-self.numbers.rate"): "the learning rate, for the record of a step",
     ("_rows.py", "1.0 / scale"): "GradScaler's factor, which torch divides by",
     ("_stepper.py", "self._clip_norm / norm"): "the factor of clip_norm",
@@ -90,13 +89,12 @@ def test_a_step_is_assembled_once() -> None:
     """Everyone calls `rule.step`; the parts of it are named by the compiler's registration alone."""
     parts = re.compile(r"\brule\._(direction|moments|residual|square|average|compensated)\b")
     naming = {str(file.relative_to(ROOT)) for file in OUTSIDE if parts.search(file.read_text())}
-    assert naming == {"acprop_core/kernels/cpu.py"}
+    assert naming == {"acprop_core/kernels/element.py"}
     callers = {str(file.relative_to(ROOT)) for file in OUTSIDE if re.search(r"\brule\.step\(", file.read_text())}
     assert callers == {
         "acprop_core/_dtypes.py",  # with casts: the functional core, optax, torch, tiles
         "acprop_core/kernels/calls.py",  # traced
-        "acprop_core/kernels/cpu.py",  # compiled
-        "adapters/acprop_stepper/_cupy.py",  # fused
+        "acprop_core/kernels/element.py",  # compiled
     }
 
 

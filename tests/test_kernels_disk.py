@@ -18,14 +18,14 @@ STEP = """
 import sys
 import numpy as np
 from acprop_core import rule
-from acprop_core.kernels import cpu
+from acprop_core.kernels import cpu, element
 flags = rule.Flags(asynchronous=sys.argv[1] == "a")
 x, g, m, s, count = (np.full(100, value, "f4") for value in (1.0, 0.5, 0.0, 1.0, 1.0))
-table = np.zeros((cpu.ROWS, 1), np.int64)
-table[: cpu.SIZE, 0] = [a.ctypes.data for a in (x, g, m, s, x, count)]
-table[cpu.SIZE] = 100
+table = np.zeros((element.ROWS, 1), np.int64)
+table[: element.SIZE, 0] = [a.ctypes.data for a in (x, g, m, s, x, count)]
+table[element.SIZE] = 100
 options = np.array([[1e-3, 0.9, 0.999, 1e-16, 1e-16, 0.0, 0.0, 0.0, 1.0]])
-kernel = cpu.counting_kernel_of(flags, "float32", "float32")
+kernel = cpu.kernel_of(flags, "float32", "float32")
 kernel(table, options, cpu.shared(100, 100), True)
 print(sum(kernel.stats.cache_hits.values()), x.tobytes().hex()[:8], count[0])
 """
@@ -33,21 +33,22 @@ CORNERS = """
 import sys
 import numpy as np
 from acprop_core import rule
-from acprop_core.kernels import cpu
+from acprop_core.kernels import cpu, element
 options = np.array([[1e-3, 0.9, 0.999, 1e-16, 1e-16, 0.0, 0.0, 0.0, 1.0]])
 for name in sys.argv[1:]:
-    kernel = cpu.counting_kernel_of(rule.Flags(centering=rule.Centering[name]), "float32", "float32")
+    kernel = cpu.kernel_of(rule.Flags(centering=rule.Centering[name]), "float32", "float32")
     x, g, m, s, count = (np.full(100, value, "f4") for value in (1.0, 0.5, 0.25, 1.0, 1.0))
-    table = np.zeros((cpu.ROWS, 1), np.int64)
-    table[: cpu.SIZE, 0] = [a.ctypes.data for a in (x, g, m, s, x, count)]
-    table[cpu.SIZE] = 100
+    table = np.zeros((element.ROWS, 1), np.int64)
+    table[: element.SIZE, 0] = [a.ctypes.data for a in (x, g, m, s, x, count)]
+    table[element.SIZE] = 100
     kernel(table, options, cpu.shared(100, 100), True)
     print(name, s[0])
 """
 CHECK = """
-from acprop_core.kernels import cpu
+from acprop_core.kernels import cpu, element
 check = cpu.check_kernel()
-print(sum(check.stats.cache_hits.values()), check(cpu.np.zeros((cpu.ROWS, 0), cpu.np.int64)), check.stats.cache_path)
+empty = cpu.np.zeros((element.ROWS, 0), cpu.np.int64)
+print(sum(check.stats.cache_hits.values()), check(empty), check.stats.cache_path)
 """
 
 
@@ -93,7 +94,9 @@ def test_processes_at_once_and_the_next_ones(core: Path) -> None:
     assert run(core, STEP, "b") == ["1", *b[1:]]
 
 
-@pytest.mark.parametrize("file", ["rule.py", "kernels/cpu.py", "kernels/scalars.py", "kernels/sixteen_bits.py"])
+@pytest.mark.parametrize(
+    "file", ["rule.py", "kernels/cpu.py", "kernels/element.py", "kernels/scalars.py", "kernels/sixteen_bits.py"]
+)
 def test_one_character_of_a_source_compiles_anew(core: Path, file: str) -> None:
     run(core, CHECK)
     source = core / "acprop_core" / file

@@ -17,7 +17,8 @@ import torch
 import acprop_torch
 from acprop_core import ACProp
 from acprop_core.adapt import Row, step_at
-from acprop_core.kernels.sixteen_bits import Access, access_to, is_readable
+from acprop_core.kernels.element import Access
+from acprop_core.kernels.sixteen_bits import access_to, is_readable
 from acprop_stepper import Stepper
 from cases import DTYPES
 from hosts import engines_of, from_torch, no_torch_tiles, to_torch, torch_threads

@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from acprop_core.kernels import cpu, helpers
+from acprop_core.kernels import cpu, element, helpers, openmp
 from acprop_torch import ACProp
 from hosts import torch_threads
 
@@ -340,14 +340,28 @@ def test_memory_does_not_grow() -> None:
 # Threads
 
 
+@pytest.fixture(params=["openmp", "own"])
+def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Whose threads step: OpenMP's where torch has loaded it, or ours."""
+    if request.param == "own":
+        monkeypatch.setattr(openmp, "region", lambda: 0)
+    elif not openmp.region():
+        pytest.skip("this torch has another runtime than OpenMP of GNU or Intel")
+    return request.param
+
+
 @pytest.mark.parametrize("threads", [2, 3, 8])
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_bits_do_not_depend_on_the_number_of_threads(threads: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_bits_do_not_depend_on_the_number_of_threads(
+    threads: int, chunk: int, threads_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = begun()
     torch_threads(monkeypatch, threads, least=chunk)
     together = begun()
-    for _ in range(50):
-        together.step()
+    with mock.patch.object(helpers, "call_beside", wraps=helpers.call_beside) as call:
+        for _ in range(50):
+            together.step()
+    assert call.called == (threads_of == "own")
     monkeypatch.undo()
     for _ in range(50):
         alone.step()
@@ -367,17 +381,18 @@ def test_parameters_that_share_memory_are_stepped_by_one_thread(monkeypatch: pyt
 
     alone = trained()
     torch_threads(monkeypatch, 4, least=2)
-    with mock.patch.object(helpers, "call_beside") as call:
+    with mock.patch.object(helpers, "call_beside") as call, mock.patch.object(cpu, "share_by_openmp") as share:
         assert trained().equal(alone)
     assert not call.called
+    assert not share.called
 
 
 def test_a_thread_that_is_late_does_nothing() -> None:
     record = cpu.shared(100, 10)
-    kernel = cpu.counting_kernel_of(cpu.rule.Flags(), "float32", "float32")
-    table = torch.zeros((cpu.ROWS, 1), dtype=torch.int64).numpy()  # it would write to address 0
-    table[cpu.SIZE] = 100
-    kernel(table, torch.zeros((1, len(cpu.OPTIONS)), dtype=torch.float64).numpy(), record, False)
+    kernel = cpu.kernel_of(cpu.rule.Flags(), "float32", "float32")
+    table = torch.zeros((element.ROWS, 1), dtype=torch.int64).numpy()  # it would write to address 0
+    table[element.SIZE] = 100
+    kernel(table, torch.zeros((1, len(element.OPTIONS)), dtype=torch.float64).numpy(), record, False)
 
 
 def steps_in_a_child(optimizer: ACProp, results: Any) -> None:
@@ -387,7 +402,7 @@ def steps_in_a_child(optimizer: ACProp, results: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # JAX warns of forks
-def test_a_fork_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_steps_on(threads_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch_threads(monkeypatch, 3, least=2)
     optimizer = begun()  # its threads are running
     context = multiprocessing.get_context("fork")

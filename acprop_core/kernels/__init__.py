@@ -1,15 +1,17 @@
-"""`rule.step` on memory, for adapters: compiled by Numba (`cpu`, `sixteen_bits`), or as calls with outputs (`calls`).
+"""`rule.step` on memory, for adapters: compiled by Numba (`cpu`, `cuda`), or as calls with outputs (`calls`).
 
 Import each module by its name, where its dependencies are installed; `import acprop_core` imports none of them.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 from acprop_core._checks import warn
 
 NOT_INSTALLED = "Numba is not installed"
+NO_CUDA = "numba-cuda is not installed"
 
 
 @functools.cache
@@ -31,6 +33,27 @@ def why_no_numba() -> str | None:
         if isinstance(error, ModuleNotFoundError) and error.name == "numba":
             return NOT_INSTALLED
         return f"Numba does not work here ({type(error).__name__}: {error})"
+    return None
+
+
+@functools.cache
+def why_no_numba_cuda(capability: tuple[int, int]) -> str | None:
+    """Return why Numba cannot compile for CUDA devices of this compute capability, or None if it can.
+
+    A kernel is compiled and loaded to find out, because numba-cuda may be installed and not fit the device or its
+    driver. `NO_CUDA` is one reason.
+    """
+    if importlib.util.find_spec("numba_cuda") is None:
+        return NO_CUDA
+    try:
+        from acprop_core.kernels import cuda_device
+
+        def nothing(a: int, b: int, c: int, d: int, e: int) -> None:
+            pass
+
+        cuda_device.load(cuda_device.assemble(cuda_device.compile_kernel(nothing, capability), capability))
+    except Exception as error:  # of any type: the caller can do without Numba
+        return f"numba-cuda does not work here ({type(error).__name__}: {error})"
     return None
 
 

@@ -1,57 +1,77 @@
 """`rule.step` compiled by Numba for CPU memory: one pass over all arrays, which moves each number once.
 
-There are two kernels around one loop. `kernel_of` takes the numbers of a step. `counting_kernel_of` takes
-hyperparameters and step counts, makes the numbers by `rule.numbers_of`, and can be called by several threads at once.
+The kernel makes the numbers of a step by `rule.numbers_of`, and can be called by several threads at once.
 """
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types as nb
 from numba.extending import intrinsic, register_jitable
 
 from acprop_core import rule
 from acprop_core.kernels.disk import compiled
+from acprop_core.kernels.element import (
+    CARRY,
+    COUNT,
+    DECAY,
+    GRAD,
+    GROUP,
+    MU,
+    NU,
+    OF_ELEMENTS,
+    OPTIONS,
+    PARAM,
+    ROWS,
+    SIZE,
+    WIDE,
+    element_of,
+    numbers_of,
+)
 from acprop_core.kernels.scalars import MAKERS, NAMESPACE
 from acprop_core.kernels.sixteen_bits import access_to
 
 # Inlined, because a call stops vectorisation of the loop around it: 13 ms, not 0.8, for a million float32 numbers.
 _inlined = register_jitable(forceinline=True)
 # Numba compiles the functions of the rule themselves, called on scalars; only their namespace is Numba's.
-for _function in (rule._direction, rule._moments, rule._residual, rule._square, rule._average, rule._compensated):
+for _function in OF_ELEMENTS:
     _inlined(_function)
-_inlined(rule.step)
 
-SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
-
-# Rows of the table of `counting_kernel_of`, a column a parameter: addresses, the number of elements, a `rule.Decay`,
-# the row of its hyperparameters, and whether its count is a float64 instead of a float32.
-PARAM, GRAD, MU, NU, CARRY, COUNT, SIZE, DECAY, GROUP, WIDE = range(10)
-ROWS = 10
-"""Number of rows of the table."""
-
-OPTIONS = (*rule.Hyperparameters._fields[:7], "maximize", "grad_scale")
-"""Columns of the hyperparameters of `counting_kernel_of`: float64, and 0 for a `clip_exponent` of None."""
-
-# Places in the record that threads share: in cache lines of their own, because each chunk changes the first two.
+# Places in the record that threads share: the first two in cache lines of their own, because each chunk changes them;
+# the last seven for OpenMP.
 _NEXT, _DONE, _CHUNKS, _LENGTH, _STEP = 0, 8, 16, 17, 18
-
-
-def numbers_for(numbers: rule.Numbers, moment_dtype: str) -> Any:
-    """Return numbers, already `cast`, as the array that a kernel takes, in its dtype so that no operation is wider."""
-    return np.array(numbers, np.float64 if moment_dtype == "float64" else np.float32)
+_REGION, _MEMBER, _THREADS, _TABLE, _COLUMNS, _OPTIONS, _GROUPS = range(24, 31)
+_PLACES = 32
 
 
 def shared(size: int, length: int) -> Any:
     """Return the record that the threads of a step share, for `size` elements in chunks of `length`."""
-    record = np.zeros(24, np.int64)
+    record = np.zeros(_PLACES, np.int64)
     record[_CHUNKS] = record[_NEXT] = record[_DONE] = -(-size // length)  # nothing is left to do before the first step
     record[_LENGTH] = length
     return record
+
+
+def share_by_openmp(record: Any, table: Any, options: Any, region: int, member: int, threads: int) -> None:
+    """Have the leader of a step call so many threads of OpenMP.
+
+    Parameters
+    ----------
+    record, table, options : array
+        The arguments of the kernel. The last two must live as long as the record is used.
+    region : int
+        From `openmp.region`.
+    member : int
+        From `member_of`.
+    threads : int
+        Number of threads, with the leader.
+    """
+    record[[_MEMBER, _THREADS, _TABLE, _COLUMNS]] = member, threads, table.ctypes.data, table.shape[1]
+    record[[_REGION, _OPTIONS, _GROUPS]] = region, options.ctypes.data, options.shape[0]
 
 
 def kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
@@ -60,66 +80,28 @@ def kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callabl
     Parameters
     ----------
     flags : rule.Flags
-        `decay` does not matter: it is an argument of the kernel, so that one program serves parameters with and without
-        decay. `scaled` does not matter either: a product with 1 costs less than a second program.
+        `decay` does not matter: it is in the table, so that one program serves parameters with and without decay.
+        `scaled` does not matter either: a product with 1 costs less than a second program.
     param_dtype, moment_dtype : str
         Dtypes that `is_readable` accepts; carries have the parameters' dtype.
 
     Returns
     -------
     callable
-        ``kernel(table, sizes, decays, numbers, done)`` updates parameters, moments and carries in place.
-
-        - table : (5, n) int64 array. Addresses of n parameters, gradients, first moments, second moments, carries;
-          without compensation the last row is not read.
-        - sizes : (n,) int64 array. Numbers of elements.
-        - decays : (n,) int64 array. A `rule.Decay` for each parameter.
-        - numbers : array. From `numbers_for`.
-        - done : int64 array. Its first element is incremented at the end. No Python code runs in between, so it tells
-          whether everything is written, even if the caller is interrupted.
-    """
-    return _kernel_of(flags._replace(decay=rule.Decay.NONE, scaled=True), param_dtype, moment_dtype)
-
-
-@functools.cache
-def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
-    step = _loop_of(flags, param_dtype, moment_dtype)
-
-    @numba.njit(nogil=True, error_model="numpy")
-    def kernel(table: Any, sizes: Any, decays: Any, k: Any, done: Any) -> None:
-        numbers = rule.Numbers(k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8], k[9], k[10], k[11], k[12], k[13])
-        for i in range(sizes.size):
-            step(table[0, i], table[1, i], table[2, i], table[3, i], table[4, i], sizes[i], decays[i], numbers)
-        done[0] += 1
-
-    return kernel
-
-
-def counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
-    """Return `rule.step` for many parameter groups, with step counts that it reads and increments.
-
-    Parameters
-    ----------
-    flags, param_dtype, moment_dtype
-        As for `kernel_of`.
-
-    Returns
-    -------
-    callable
         ``kernel(table, options, record, leads)`` updates parameters, moments, carries and counts in place.
 
-        - table : (`ROWS`, n) int64 array.
-        - options : (groups, len(`OPTIONS`)) float64 array.
+        - table : (`element.ROWS`, n) int64 array.
+        - options : (groups, len(`element.OPTIONS`)) float64 array. Hyperparameters of each parameter group.
         - record : int64 array. From `shared`.
         - leads : bool. One thread leads a step: it returns when everything is written and counted, and no Python code
           runs in between. Other threads may call the kernel meanwhile, with False. Whenever they come, even after the
           step or in the middle of the next, they take chunks as long as there are any.
     """
-    return _counting_kernel_of(flags._replace(decay=rule.Decay.NONE, scaled=True), param_dtype, moment_dtype)
+    return _kernel_of(flags._replace(decay=rule.Decay.NONE, scaled=True), param_dtype, moment_dtype)
 
 
 class _Parts(NamedTuple):
-    """What `_counting_kernel_of` is made of."""
+    """What `_kernel_of` is made of."""
 
     step: Any
     numbers_at: Any
@@ -128,7 +110,7 @@ class _Parts(NamedTuple):
 
 
 @functools.cache
-def _counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
+def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
     widths = [access.dtype.itemsize for access in access_to(param_dtype, moment_dtype)]
     real = "float64" if moment_dtype == "float64" else "float32"
     numbers_at = _numbers_of(flags.asynchronous, flags.format is not None, real)
@@ -142,6 +124,8 @@ def _counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) 
                 record[_STEP] += 1
                 atomic_swap(done, 0)
                 atomic_swap(following, 0)
+                if record[_REGION] != 0:
+                    _call_region(record[_REGION], record[_MEMBER], record.ctypes.data, record[_THREADS])
             i, start, seen = 0, 0, -1  # a parameter, the number of elements before it, and for what `numbers` are
             group, count = 0, 0
             numbers = names.numbers_at(options, group, count)
@@ -189,12 +173,30 @@ def _counting_kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) 
 
     parts = _Parts(_loop_of(flags, param_dtype, moment_dtype), numbers_at, *widths)
     signature = nb.void(nb.int64[:, ::1], nb.float64[:, ::1], nb.int64[::1], nb.boolean)
-    return compiled(make, signature, parts._asdict(), f"counting {flags} {param_dtype} {moment_dtype}")
+    return compiled(make, signature, parts._asdict(), f"kernel {flags} {param_dtype} {moment_dtype}")
+
+
+@functools.cache
+def member_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Any:
+    """Return the function that each thread of OpenMP calls, for `kernel_of` with these arguments: its `address`."""
+    kernel = kernel_of(flags, param_dtype, moment_dtype)
+
+    def make(names: Any) -> Callable[..., None]:
+        def member(address: Any) -> None:
+            record = numba.carray(_int64_at(address), _PLACES)
+            table = numba.carray(_int64_at(record[_TABLE]), (ROWS, record[_COLUMNS]))
+            options = numba.carray(_float64_at(record[_OPTIONS]), (record[_GROUPS], len(OPTIONS)))
+            names.kernel(table, options, record, False)
+
+        return member
+
+    kind = f"member {flags} {param_dtype} {moment_dtype}"
+    return compiled(make, nb.void(nb.int64), {"kernel": kernel}, kind, numba.cfunc)
 
 
 @functools.cache
 def check_kernel() -> Callable[..., bool]:
-    """Return a function that finds out whether a step of a table of `counting_kernel_of` can be taken.
+    """Return a function that finds out whether a step of a table of `kernel_of` can be taken.
 
     Returns
     -------
@@ -223,71 +225,28 @@ def _loop_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Any:
     """Return the compiled loop over one parameter, or a part of one."""
     own, moments = access_to(param_dtype, moment_dtype)
     own_at, moments_at = _pointer_to(own.dtype), _pointer_to(moments.dtype)
-    load, store, rounded = own[1:]
-    load_moment, store_moment = moments[1:3]
-    namespace = types.ModuleType("scalars")
-    vars(namespace).update(NAMESPACE, rounded=rounded)
-    centering, asynchronous, _, clipped, old_is_lighter1, old_is_lighter2, *_ = flags
-    low: Any = None if flags.format is None else rule.Format._make(map(np.float32, flags.format))
-    compensates = low is not None
+    compensates = flags.format is not None
+    element = _inlined(element_of(flags, own, moments, NAMESPACE))
 
     @numba.njit(nogil=True, error_model="numpy")
     def loop(
         param_at: Any, grad_at: Any, mu_at: Any, nu_at: Any, carry_at: Any, size: Any, decay: Any, numbers: Any
     ) -> None:
-        flags = rule.Flags(
-            centering, asynchronous, decay, clipped, old_is_lighter1, old_is_lighter2, False, True, low, True
-        )
         param, grad = numba.carray(own_at(param_at), size), numba.carray(own_at(grad_at), size)
         mu, nu = numba.carray(moments_at(mu_at), size), numba.carray(moments_at(nu_at), size)
         carry = numba.carray(own_at(carry_at), size)
         for j in range(size):
-            x = load(param[j])
-            old = load(carry[j]) if compensates else None
-            update, new_mu, new_nu, new = rule.step(
-                x, load(grad[j]), load_moment(mu[j]), load_moment(nu[j]), old, numbers, flags, namespace
-            )
-            param[j] = store(x + rounded(update))  # rounded before it is added, as in every framework
-            mu[j] = store_moment(new_mu)
-            nu[j] = store_moment(new_nu)
+            param[j], mu[j], nu[j], new = element(param[j], grad[j], mu[j], nu[j], carry[j], decay, numbers)
             if compensates:
-                carry[j] = store(new)
+                carry[j] = new
 
     return loop
 
 
 @functools.cache
 def _numbers_of(asynchronous: bool, compensates: bool, dtype: str) -> Any:
-    """Return a compiled function that makes the numbers of a step from a row of hyperparameters and a count."""
-    real: Any = getattr(np, dtype)
-    smallest_normal = SMALLEST_NORMAL[dtype]
-
-    @numba.njit(nogil=True, error_model="numpy")
-    def numbers_at(options: Any, i: Any, count: Any) -> Any:
-        o = options[i]
-        centering: Any = None  # it is one of the flags, and so is the form of the decay
-        hyper = rule.Hyperparameters(
-            o[0], o[1], o[2], o[3], o[4], o[5], o[6], centering, asynchronous, compensates, False, o[7] != 0.0
-        )
-        k = rule.numbers_of(hyper, count, MAKERS)
-        return rule.Numbers(
-            real(k.scale),
-            real(k.offset),
-            real(k.mean_scale),
-            real(rule._raised(k.eps, smallest_normal)),
-            real(k.limit),
-            real(k.old_weight1),
-            real(k.new_weight1),
-            real(k.old_weight2),
-            real(k.new_weight2),
-            real(k.eps_root),
-            real(k.rate),
-            real(k.weight_decay),
-            real(k.dither),
-            real(o[8]),
-        )
-
-    return numbers_at
+    """Return the compiled function of `numbers_of`."""
+    return numba.njit(nogil=True, error_model="numpy")(numbers_of(asynchronous, compensates, dtype, MAKERS))
 
 
 def _pointer_to(dtype: Any) -> Any:
@@ -318,8 +277,23 @@ def _atomic(operation: str) -> Any:
     return change
 
 
+@intrinsic
+def _call_region(typing_context: Any, region: Any, member: Any, data: Any, threads: Any) -> Any:
+    """Call ``region(member, data, threads, 0)``, whose types are those of GOMP_parallel."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, word, word])
+        function, *pointers = map(builder.inttoptr, arguments[:3], [kind.as_pointer(), pointer, pointer])
+        builder.call(function, [*pointers, builder.trunc(arguments[3], word), word(0)])
+        return context.get_dummy_value()
+
+    return nb.void(nb.int64, nb.int64, nb.int64, nb.int64), generate
+
+
 atomic_add, atomic_swap = _atomic("add"), _atomic("xchg")
 _float32_at, _float64_at = _pointer_to(np.dtype(np.float32)), _pointer_to(np.dtype(np.float64))
+_int64_at = _pointer_to(np.dtype(np.int64))
 
 
 @register_jitable

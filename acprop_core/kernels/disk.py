@@ -20,7 +20,10 @@ from numba.core.bytecode import FunctionIdentity
 from acprop_core import rule
 
 SWITCH = "ACPROP_CACHE"
-_SOURCES = [Path(rule.__file__), *map(Path(__file__).with_name, ("cpu.py", "disk.py", "scalars.py", "sixteen_bits.py"))]
+_SOURCES = [
+    Path(rule.__file__),
+    *map(Path(__file__).with_name, ("cpu.py", "disk.py", "element.py", "scalars.py", "sixteen_bits.py")),
+]
 
 
 def _digest() -> str | None:
@@ -57,8 +60,12 @@ class _Names(types.ModuleType):
 
 
 def compiled(
-    make: Callable[[Any], Callable[..., Any]], signature: Any, parts: Mapping[str, Any], kind: str
-) -> Callable[..., Any]:
+    make: Callable[[Any], Callable[..., Any]],
+    signature: Any,
+    parts: Mapping[str, Any],
+    kind: str,
+    compiler: Callable[..., Any] = numba.njit,
+) -> Any:
     """Return the function that `make` returns, compiled for this signature, or loaded from a file.
 
     Parameters
@@ -71,6 +78,8 @@ def compiled(
         Compiled functions and constants.
     kind : str
         Names the function and the options from which its parts are made.
+    compiler : callable
+        `numba.njit`, or `numba.cfunc` for a function that C code can call.
     """
     # The name of the file is unique to the key too. In one file of several programs, one process could put its program
     # where the index of another process says that there is another.
@@ -79,11 +88,11 @@ def compiled(
     vars(names).update(parts)
     function: Any = make(names)
     function.__qualname__ = f"{function.__name__}_{key[:32]}"
-    compiler: Any = {"nogil": True, "error_model": "numpy"}
+    options = {"nogil": True, "error_model": "numpy"}
     with _one_at_a_time:
         if _HAS_NUMBERS and _KEY is not None and os.environ.get(SWITCH) != "0":
             try:
-                return numba.njit(signature, cache=True, **compiler)(function)
+                return compiler(signature, cache=True, **options)(function)
             except Exception:  # no folder can be written, the disk is full, or a file is damaged
                 pass
-        return numba.njit(signature, **compiler)(function)
+        return compiler(signature, **options)(function)

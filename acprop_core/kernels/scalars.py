@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from acprop_core import rule
+from acprop_core.kernels.element import OF_NUMBERS
 
 _inlined = register_jitable(forceinline=True)
 
@@ -34,10 +34,7 @@ NAMESPACE = {
 }
 """For `rule.step`; `rounded` must be added."""
 
-for _function in (
-    *(rule.numbers_of, rule._raised),
-    *(rule._bias_correction, rule._log, rule._limit, rule._dither, rule._widest_float),
-):
+for _function in OF_NUMBERS:
     register_jitable(_function)
 
 

@@ -4,8 +4,7 @@ Results equal ml_dtypes' and NumPy's (except the payload of a NaN): to nearest e
 inlined and without branches, so that loops over it are vectorised.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
@@ -13,14 +12,7 @@ from numba import types as nb
 from numba.core import config
 from numba.extending import intrinsic, register_jitable
 
-
-class Access(NamedTuple):
-    """How compiled code reads and writes numbers of one dtype."""
-
-    dtype: Any  # of the array as compiled code gets it
-    load: Callable[[Any], Any]  # from an element to a float32 or float64
-    store: Callable[[Any], Any]  # and back, to the nearest that the dtype has
-    rounded: Callable[[Any], Any]  # both: to the nearest that the dtype has, as a float32 or float64
+from acprop_core.kernels.element import Access
 
 
 def _operation(takes: Any, gives: Any, build: Any) -> Any:
@@ -80,20 +72,26 @@ def _converts_float16() -> bool:
     return arm or (not chosen and binding.get_host_cpu_features().get("f16c", False))
 
 
-_ACCESS = {
+ACCESS = {
     "float32": Access(np.dtype(np.float32), _same, _same, _same),
     "float64": Access(np.dtype(np.float64), _same, _same, _same),
     "bfloat16": Access(np.dtype(np.uint16), _from_bfloat16, _to_bfloat16, _round_to_bfloat16),
+    "float16": Access(np.dtype(np.uint16), _from_float16, _to_float16, _round_to_float16),
 }
-if _converts_float16():
-    _ACCESS["float16"] = Access(np.dtype(np.uint16), _from_float16, _to_float16, _round_to_float16)
+"""By the name of a dtype. Not every CPU can read float16."""
+_READABLE = ACCESS.keys() if _converts_float16() else ACCESS.keys() - {"float16"}
 
 
 def is_readable(param_dtype: str, moment_dtype: str) -> bool:
-    """Return whether compiled code can step parameters and moments of these dtypes: both float64, or neither."""
-    return {param_dtype, moment_dtype} <= _ACCESS.keys() and (param_dtype == "float64") == (moment_dtype == "float64")
+    """Return whether a CPU can step parameters and moments of these dtypes: both float64, or neither."""
+    return is_compiled(param_dtype, moment_dtype) and {param_dtype, moment_dtype} <= _READABLE
+
+
+def is_compiled(param_dtype: str, moment_dtype: str) -> bool:
+    """Return whether a CUDA device can."""
+    return {param_dtype, moment_dtype} <= ACCESS.keys() and (param_dtype == "float64") == (moment_dtype == "float64")
 
 
 def access_to(param_dtype: str, moment_dtype: str) -> tuple[Access, Access]:
     """Return how compiled code reads and writes parameters and moments of these dtypes."""
-    return _ACCESS[param_dtype], _ACCESS[moment_dtype]
+    return ACCESS[param_dtype], ACCESS[moment_dtype]

@@ -6,17 +6,16 @@ from typing import Any
 import numpy as np
 
 from acprop_core import ACProp
-from acprop_core.adapt import decays_of, is_compensated, moment_dtypes_of
-from acprop_core.kernels import NOT_INSTALLED, numba_works, why_no_numba
+from acprop_core.adapt import decays_of, is_compensated, moment_dtypes_of, warn
+from acprop_core.kernels import NO_CUDA, NOT_INSTALLED, numba_works, why_no_numba, why_no_numba_cuda
 from acprop_stepper._buffers import Buffer, on_device_of
-from acprop_stepper._cupy import Cupy
 from acprop_stepper._matching import Matching
 from acprop_stepper._tiles import Tiles
 
 
 def check_engine(engine: str | None, xp: Any) -> None:
     """Refuse an engine that does not exist, is for another library, or is not installed."""
-    usable = ("tiles", "numba") if xp is np else ("cupy",)
+    usable = ("tiles", "numba" if xp is np else "cuda")
     if engine is not None and engine not in usable:
         raise ValueError(
             f"engine is {engine!r}; for {'NumPy' if xp is np else 'CuPy'} arrays use "
@@ -49,7 +48,7 @@ def buffers_of(optimizer: ACProp, matching: Matching) -> list[Buffer]:
 def engines_of(buffers: Sequence[Buffer], engine: str | None, xp: Any, threads: int) -> list[Any]:
     """Return the engines of all buffers."""
     if xp is not np:
-        return [Cupy(buffer) if buffer.is_alike() else Tiles(buffer) for buffer in buffers]
+        return _engines_on_cuda(buffers, engine)
     if engine == "tiles" or (engine is None and not numba_works()):
         return list(map(Tiles, buffers))
     from acprop_stepper._numba import Numba
@@ -62,3 +61,44 @@ def engines_of(buffers: Sequence[Buffer], engine: str | None, xp: Any, threads: 
         else:
             others.append(Tiles(buffer))
     return [*(Numba(own, threads) for own in compiled.values()), *others]
+
+
+def _engines_on_cuda(buffers: Sequence[Buffer], engine: str | None) -> list[Any]:
+    compiled: dict[Any, list[Buffer]] = {}
+    others = []
+    for buffer in buffers:
+        kind = None if engine == "tiles" else _kind_on_cuda(buffer, engine)
+        if kind is None:
+            others.append(Tiles(buffer))
+        else:
+            compiled.setdefault(kind, []).append(buffer)
+    if not compiled:
+        return others
+    from acprop_stepper._cuda import Cuda
+
+    return [*(Cuda(own, capability) for (capability, *_), own in compiled.items()), *others]
+
+
+def _kind_on_cuda(buffer: Buffer, engine: str | None) -> tuple[Any, ...] | None:
+    """Return what buffers have in common that share a launch, or None if Numba cannot step this one."""
+    capability = _capability_of(buffer.mu)
+    reason = why_no_numba_cuda(capability)
+    if engine == "cuda" and reason == NO_CUDA:
+        raise ModuleNotFoundError("engine is 'cuda', which needs numba-cuda: python -m pip install 'acprop-core[cuda]'")
+    if engine == "cuda" and reason is not None:
+        raise RuntimeError(f"engine is 'cuda', but {reason}; repair it, or use engine='tiles'")
+    if reason is not None:
+        if reason != NO_CUDA:
+            warn(f"{reason}; continuing without it, which is slower. Repair or uninstall numba-cuda", RuntimeWarning)
+        return None
+    from acprop_stepper._cuda import Cuda
+
+    if not Cuda.fits(buffer):
+        return None
+    return capability, buffer.mu.device, buffer.params[0].dtype, buffer.mu.dtype
+
+
+def _capability_of(x: Any) -> tuple[int, int]:
+    """Return the compute capability of the device of a CuPy array, (9, 0) for "90"."""
+    digits = x.device.compute_capability
+    return int(digits[:-1]), int(digits[-1])

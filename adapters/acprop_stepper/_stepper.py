@@ -15,7 +15,8 @@ from acprop_stepper._copies import new, restored
 from acprop_stepper._engines import buffers_of, check_engine, engines_of
 from acprop_stepper._gradients import find_nonfinite, global_norm
 from acprop_stepper._matching import Matching
-from acprop_stepper._work import Task, Work, cores
+from acprop_stepper._upcoming import Upcoming
+from acprop_stepper._work import Task, Work, cores, run_at_once
 
 Container = Any  # an array, or nested dicts, lists, tuples and namedtuples of arrays and None
 
@@ -83,9 +84,9 @@ class Stepper:
     nonfinite : {"allow", "skip", "raise"}
         What to do if a gradient, or a moment that it would lead to, is not finite: continue as the rule does, skip the
         step, or raise FloatingPointError. "skip" and "raise" read the gradients once more.
-    engine : {"numba", "tiles", "cupy"}, optional
-        By default the best that works here and fits: for NumPy "numba" (contiguous and real; the rest goes through
-        "tiles"), else "tiles"; for CuPy "cupy".
+    engine : {"numba", "cuda", "tiles"}, optional
+        By default the best that works here and fits: "numba" for NumPy, "cuda" for CuPy (contiguous and real; the rest
+        goes through "tiles"), else "tiles".
     threads : int
         Threads that share a step. More than one helps where one core cannot fill the memory bus.
 
@@ -110,7 +111,7 @@ class Stepper:
     Warns
     -----
     RuntimeWarning
-        If Numba is installed and does not work, so that the default engine is "tiles".
+        If Numba, or numba-cuda, is installed and does not work, so that the default engine is "tiles".
     UserWarning
         If `b1` is 0 with centering "current" and no clip.
 
@@ -190,9 +191,12 @@ class Stepper:
         self._matching = Matching(params)
         self._xp = self._matching.xp
         check_engine(engine, self._xp)
-        self._count = np.zeros(1, np.int64)  # an array, because a compiled step increments it
+        self._count = np.zeros(1, np.int64)  # an array, so that compiled code can set it
         self._buffers = buffers_of(self.functional, self._matching)
-        self._engines = engines_of(self._buffers, engine, self._xp, min(threads, cores()))
+        threads = min(threads, cores())
+        self._engines = engines_of(self._buffers, engine, self._xp, threads)
+        is_alone = threads == 1 or len(self._engines) < 2  # threads help one engine after the other, not at once
+        self._at_once = is_alone and all(x.calls_suffice(threads) for x in self._engines)
         self._tame = True  # whether no moment exceeds `safe_magnitude`
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -278,7 +282,7 @@ class Stepper:
             raise TypeError(f"the step count (state.count) is {count!r}; pass an int")
         like = self._matching.containers
         grads = unflatten(like, [None] * len(self._matching.names))
-        _, rows, _ = adapt.rows_of(Row(like, grads, *state[1:]), self.functional.compensate)
+        rows, _ = adapt.rows_of(Row(like, grads, *state[1:]), self.functional.compensate)
         tasks = [task for buffer in self._buffers for task in self._loading(buffer, rows)]
         self._tame = False
         self._finish(tasks, count)
@@ -355,28 +359,26 @@ class Stepper:
         self._settle()
         leaves, found = self._matching.gradients(self.params, grads)
         count = int(self._count[0])
-        step = adapt.step_at(self.functional, count, self._matching.namespace)
-        learning_rate = step.learning_rate
+        now = Upcoming(self.functional, count, self._matching.namespace)
+        learning_rate = now.hyper.learning_rate
         norm = None
         if self._clip_norm is not None:
             peak, ratio = global_norm(leaves, self._xp)
             norm = peak * ratio
             if norm > self._clip_norm:
-                scale = self._clip_norm / norm if norm < math.inf else self._clip_norm / peak / ratio
-                step = step.with_grad_scale(scale)
+                now.grad_scale = self._clip_norm / norm if norm < math.inf else self._clip_norm / peak / ratio
         if self._nonfinite != "allow":
-            culprit, self._tame = find_nonfinite(self._buffers, self._matching.names, leaves, step, self._tame)
+            culprit, self._tame = find_nonfinite(self._buffers, self._matching.names, leaves, now.step, self._tame)
             if culprit is not None and self._nonfinite == "raise":
                 raise FloatingPointError(f"{culprit}; nothing was changed. Correct it, or use nonfinite='skip'")
             if culprit is not None:
                 return StepRecord(count, learning_rate, norm, skipped=True)
-        # Python looks for no signal within `run`: it steps and counts, or does neither
-        run = getattr(self._engines[0], "run", None) if len(self._engines) == 1 else None
-        if run is not None and found is not None:
-            run(found, step, self._count)
+        if found is not None and self._at_once:
+            calls = [call for engine in self._engines for call in engine.calls(leaves, found, now)]
+            run_at_once([*calls, functools.partial(self._count.fill, count + 1)])
         else:
             parts = [(engine, [leaves[i] for i in engine.leaves]) for engine in self._engines]
-            self._finish([task for engine, own in parts for task in engine.tasks(own, step)], count + 1)
+            self._finish([task for engine, own in parts for task in engine.tasks(own, now)], count + 1)
         return StepRecord(count + 1, learning_rate, norm, skipped=False)
 
     def _finish(self, tasks: Sequence[Task], count: int) -> None:

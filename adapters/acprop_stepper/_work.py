@@ -1,10 +1,11 @@
 """A step that is always finished once it has begun, even if it is interrupted.
 
 Signal handlers, Ctrl-C's above all, run between any two instructions of the main thread and may raise there. So the
-main thread only waits, and another thread, where no handler runs, does the writing.
+main thread only waits, and another thread, where no handler runs, does the writing. `run_at_once` needs no thread.
 """
 
 import functools
+import operator
 import os
 import threading
 from collections import deque
@@ -12,9 +13,20 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+
 from acprop_core.kernels.helpers import call_beside
 
 Task = Callable[[], None]  # writes memory that no other task touches, or raises and has written nothing
+
+
+def run_at_once(calls: Sequence[Callable[[], Any]]) -> None:
+    """Call all of these functions, which must be compiled code that calls none of Python.
+
+    Python looks for signals between its own instructions, of which there are none here. So all are called or none.
+    """
+    with np.errstate(all="ignore"):  # `nonfinite` is for overflow, so no warnings
+        deque(map(operator.call, calls), maxlen=0)
 
 
 class Work:

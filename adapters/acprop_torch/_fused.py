@@ -1,13 +1,13 @@
 """The ways to step that are compiled: each device by its compiler, and the rest by the rule uncompiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 import torch
 
 from acprop_core import kernels
 from acprop_core.adapt import Row
-from acprop_torch import _inductor, _numba
+from acprop_torch import _cuda, _inductor, _numba
 from acprop_torch._rows import Batch, by_kind, check_shapes, columns_of, contiguous
 from acprop_torch._tiles import prepare as prepare_tiles
 
@@ -16,43 +16,53 @@ Run = Callable[[], None]
 
 def prepare(batch: Batch) -> tuple[Batch | None, list[Run]]:
     """Return the rows for Numba, which steps those of all groups at once, and the steps of the others."""
-    batches = [batch]
+    devices: dict[torch.device, Sequence[int]] = {batch.columns.param[0].device: range(len(batch.steps))}
     if not all(map(attrgetter("is_cpu"), batch.columns.param)):
-        devices: dict[torch.device, list[int]] = {}
+        devices = {}
         for i, param in enumerate(batch.columns.param):
-            devices.setdefault(param.device, []).append(i)
-        batches = list(map(batch.choose, devices.values()))
-    compiled, runs = None, []
-    for members in batches:
-        if not members.columns.param[0].is_cpu:
-            runs.append(_inductor.prepare_on_accelerator(members))
-        elif members.found_inf is None or not members.found_inf.item():
-            if _numba.has_numba():
-                compiled, others = _prepare_by_numba(members)
-                runs += others
-            else:
-                _numba.warn_of_torch_compile()
-                check_shapes(members.columns)
-                runs += [run for count, alike in by_kind(members) for run in _prepare_kind(alike, count)]
-    return compiled, runs
+            devices[param.device] = [*devices.get(param.device, []), i]
+    compiled: list[int] = []
+    runs: list[Run] = []
+    for device, members in devices.items():
+        own = batch if len(devices) == 1 else batch.choose(members)
+        if device.type == "cpu" and own.found_inf is not None and own.found_inf.item():
+            continue
+        if device.type == "cpu" and not _numba.has_numba():
+            _numba.warn_of_torch_compile()
+            check_shapes(own.columns)
+            runs += [run for count, alike in by_kind(own) for run in _prepare_kind(alike, count)]
+        elif device.type == "cpu" or _cuda.has_numba_cuda(device):
+            plain, others = _prepare_by_numba(own)
+            compiled += [members[i] for i in plain]
+            runs += others
+        else:
+            runs.append(_inductor.prepare_on_accelerator(own))
+    if len(compiled) == len(batch.steps):
+        return batch, runs
+    return batch.choose(sorted(compiled)) if compiled else None, runs
 
 
 def prepare_default(batch: Batch) -> tuple[Batch | None, list[Run]]:
     """Return the same where nothing is asked for: on a CPU, by Numba where it works, and otherwise by tiles."""
-    if _numba.has_numba() and kernels.numba_works():
-        return _prepare_by_numba(batch)
-    check_shapes(batch.columns)
-    return None, [prepare_tiles(batch)]
+    if not (_numba.has_numba() and kernels.numba_works()):
+        check_shapes(batch.columns)
+        return None, [prepare_tiles(batch)]
+    plain, runs = _prepare_by_numba(batch)
+    if len(plain) == len(batch.steps):
+        return batch, runs
+    return batch.choose(plain) if plain else None, runs
 
 
-def _prepare_by_numba(batch: Batch) -> tuple[Batch | None, list[Run]]:
+def _prepare_by_numba(batch: Batch) -> tuple[list[int], list[Run]]:
+    """Return which rows of one device Numba can step, and the step of the others."""
     check_shapes(batch.columns)
     plain = _numba.plain_members(batch)
     if len(plain) == len(batch.steps):
-        return batch, []
-    # Other rows take the rule uncompiled, operation by operation.
+        return plain, []
     others = batch.choose(sorted({*range(len(batch.steps))}.difference(plain)))
-    return batch.choose(plain) if plain else None, [prepare_tiles(others)]
+    if batch.columns.param[0].is_cpu:  # the rule uncompiled, operation by operation
+        return plain, [prepare_tiles(others)]
+    return plain, [_inductor.prepare_on_accelerator(others)]
 
 
 def _prepare_kind(batch: Batch, count: int) -> list[Run]:

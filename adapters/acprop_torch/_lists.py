@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acprop_core.adapt import Row, Step
+from acprop_core.adapt import Row, Step, rounded_root
 from acprop_torch import _private as private
 from acprop_torch._rows import Batch, Block, blocks, by_kind, count_steps, kind_of, rows_of, step_of, tile_of, write
 from acprop_torch._tiles import in_tiles
@@ -123,6 +123,11 @@ def _clip(x: TensorList, low: Any, high: Any) -> TensorList:
     return TensorList(clipped)
 
 
+def _sqrt(x: TensorList) -> TensorList:
+    roots = private.foreach_sqrt(x.tensors)
+    return TensorList(roots if torch.compiler.is_compiling() else list(map(rounded_root, x.tensors, roots)))
+
+
 def _where(condition: Tensor, x: Any, y: Any) -> Any:
     if isinstance(x, Tensor):
         return torch.where(condition, x, y)
@@ -136,7 +141,7 @@ def _astype(x: Any, dtype: torch.dtype) -> Any:
 _namespace = SimpleNamespace(
     float32=torch.float32,
     float64=torch.float64,
-    sqrt=lambda x: TensorList(private.foreach_sqrt(x.tensors)),
+    sqrt=_sqrt,
     abs=lambda x: TensorList(private.foreach_abs(x.tensors)),
     maximum=lambda x, y: TensorList(private.foreach_maximum(x.tensors, y.tensors)),
     round=lambda x: TensorList(private.foreach_round(x.tensors)),

@@ -1,4 +1,4 @@
-"""The way to step of a CPU with Numba: one compiled call for all tensors of all parameter groups."""
+"""The way to step with Numba: one compiled call for all tensors of all parameter groups, or one for each device."""
 
 import functools
 import importlib.util
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from acprop_core import kernels
 from acprop_core.adapt import Row, warn
+from acprop_core.kernels import openmp
 from acprop_core.rule import FORMATS, Decay, Flags, Hyperparameters, flags_of
+from acprop_torch import _cuda
 from acprop_torch._private import is_zerotensor
 from acprop_torch._rows import PLAIN, Batch, contiguous
 
 _MIN_PER_THREAD = 2**15  # elements: fewer are not worth a thread
-_CHUNK = 2**13  # elements that a thread takes at once: 32 kB of float32 numbers
+_CHUNK = 2**14  # elements that a thread takes at once: 64 kB of float32 numbers
 _COUNTS = frozenset({torch.float32, torch.float64})
 
 
@@ -35,7 +37,7 @@ def warn_of_torch_compile() -> None:
 
 
 def plain_members(batch: Batch) -> list[int]:
-    """Return which rows are CPU memory that holds its values as they are, in dtypes that can be compiled."""
+    """Return which rows are memory of one device that holds its values as they are, in dtypes that can be compiled."""
     if _are_plain(batch.columns, batch.steps):
         return list(range(len(batch.steps)))
     singles = (Row(*([x] for x in row)) for row in batch.rows)
@@ -51,21 +53,27 @@ def _are_plain(columns: Row, steps: Sequence[Tensor]) -> bool:
     tensors = [*own, *moments, *steps]
     return (
         PLAIN.issuperset(map(type, tensors))
-        and all(map(attrgetter("is_cpu"), tensors))
+        and (all(map(attrgetter("is_cpu"), tensors)) or _are_on_one_cuda_device(tensors))
         and _COUNTS.issuperset(map(attrgetter("dtype"), steps))
-        and _are_compiled({*map(attrgetter("dtype"), own)}, {*map(attrgetter("dtype"), moments)})
+        and _are_compiled({*map(attrgetter("dtype"), own)}, {*map(attrgetter("dtype"), moments)}, param[0].is_cpu)
         and not any(map(Tensor.is_neg, tensors))
         and not any(map(is_zerotensor, tensors))
         and (all(map(Tensor.is_contiguous, tensors)) or all(contiguous(row) is not None for row in map(Row, *columns)))
     )
 
 
-def _are_compiled(own: set[torch.dtype], moments: set[torch.dtype]) -> bool:
-    if not has_numba():
-        return own == moments and own in ({torch.float32}, {torch.float64})
-    from acprop_core.kernels.sixteen_bits import is_readable
+def _are_on_one_cuda_device(tensors: Sequence[Tensor]) -> bool:
+    device, *others = {*map(attrgetter("device"), tensors)}
+    return not others and _cuda.has_numba_cuda(device)
 
-    return len(own) == len(moments) == 1 and is_readable(_name(*own), _name(*moments))
+
+def _are_compiled(own: set[torch.dtype], moments: set[torch.dtype], on_cpu: bool) -> bool:
+    if on_cpu and not has_numba():
+        return own == moments and own in ({torch.float32}, {torch.float64})
+    from acprop_core.kernels.sixteen_bits import is_compiled, is_readable
+
+    fits = is_readable if on_cpu else is_compiled
+    return len(own) == len(moments) == 1 and fits(_name(*own), _name(*moments))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -89,57 +97,78 @@ class Compiled:
     def __init__(self, batches: Sequence[Batch]) -> None:
         import numpy as np
 
-        from acprop_core.kernels import cpu
+        from acprop_core.kernels import element
 
-        self._check = cpu.check_kernel()
         self._flags = [_flags_of(batch.hyper) for batch in batches]
-        self._options = np.zeros((len(batches), len(cpu.OPTIONS)))
+        self._options = np.zeros((len(batches), len(element.OPTIONS)))
         kinds: dict[_Kind, list[int]] = {}
-        table = np.zeros((cpu.ROWS, sum(len(batch.steps) for batch in batches)), np.int64)
+        table = np.zeros((element.ROWS, sum(len(batch.steps) for batch in batches)), np.int64)
         rows: list[Row] = []
         steps = list(chain.from_iterable(batch.steps for batch in batches))
         for group, batch in enumerate(batches):
             for row in map(Row, *batch.columns):
                 kinds.setdefault(_kind_of(row, self._flags[group]), []).append(len(rows))
-                table[cpu.GROUP, len(rows)] = group
+                table[element.GROUP, len(rows)] = group
                 rows.append(row)
-        table[cpu.SIZE] = [row.param.numel() for row in rows]
-        table[cpu.WIDE] = [step.dtype is torch.float64 for step in steps]
+        table[element.SIZE] = [row.param.numel() for row in rows]
+        table[element.WIDE] = [step.dtype is torch.float64 for step in steps]
         for i, column in enumerate(zip(*(row._replace(carry=_any_carry(row)) for row in rows), strict=True)):
             table[i] = list(map(Tensor.data_ptr, column))
-        table[cpu.COUNT] = list(map(Tensor.data_ptr, steps))
+        table[element.COUNT] = list(map(Tensor.data_ptr, steps))
         for row in rows:
             _check_storages(row)
-        self._parts = [_Part(kind, table, np.array(members), self._options) for kind, members in kinds.items()]
+        self._members: list[list[int]] = []
+        self._parts: list[_Part | _cuda.Part] = []
+        for kind, members in kinds.items():
+            part = np.ascontiguousarray(table[:, members])
+            has_overlap = _overlap(part, kind)
+            if kind.device.type == "cpu":
+                self._members.append(members)
+                self._parts.append(_Part(kind, part, self._options, has_overlap))
+            else:  # one launch, or one for each row, because threads must not write the same memory
+                for chosen in [[i] for i in range(len(members))] if has_overlap else [range(len(members))]:
+                    self._members.append([members[i] for i in chosen])
+                    own = np.ascontiguousarray(part[:, chosen])
+                    scaling = batches[0].grad_scale, batches[0].found_inf
+                    self._parts.append(_cuda.Part(_program(kind), kind.device, own, self._options, scaling))
+        self._on_cpu = {i for i, batch in enumerate(batches) if any(map(attrgetter("is_cpu"), batch.columns.param))}
+        self._tensors: dict[tuple[int, int], Tensor] = {}  # options that are not read, by their place
         for group, batch in enumerate(batches):
             self.set_options(group, batch.hyper, batch.grad_scale)
 
     def set_options(self, group: int, hyper: Hyperparameters, grad_scale: Tensor | None = None) -> bool:
         """Set the hyperparameters of a group; return False if its rows would need another kernel."""
-        from acprop_core.kernels import cpu
+        from acprop_core.kernels import element
 
         flags = _flags_of(hyper)
         if flags != self._flags[group]:
             return False
-        scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+        # on CUDA devices the scale is read by the kernel
+        scale = 1.0 if grad_scale is None or group not in self._on_cpu else 1.0 / grad_scale.item()
         hyper = hyper._replace(clip_exponent=hyper.clip_exponent or 0.0)
-        self._options[group] = *hyper[:7], hyper.maximize, scale
+        for i, x in enumerate(hyper[:7]):
+            if isinstance(x, Tensor) and group not in self._on_cpu:  # it may change between two steps of a graph
+                self._tensors[group, i] = x
+            else:
+                self._tensors.pop((group, i), None)
+                self._options[group, i] = float(x)
+        self._options[group, 7:] = hyper.maximize, scale
         decay = flags_of(hyper).decay
         for part in self._parts:
-            part.table[cpu.DECAY, part.table[cpu.GROUP] == group] = decay
+            part.table[element.DECAY, part.table[element.GROUP] == group] = decay
         return True
 
     def set_gradients(self, addresses: list[int]) -> bool:
-        """Set the addresses of all gradients; return False if a step count is bad, or a gradient has no memory."""
-        for part in self._parts:
-            part.set_gradients(addresses)
-        return all(self._check(part.table) for part in self._parts)
+        """Set the addresses of all gradients; return False if a count on the host is bad, or one has no memory."""
+        for members, part in zip(self._members, self._parts, strict=True):
+            part.table[1] = addresses if len(members) == len(addresses) else [addresses[i] for i in members]
+        return all(part.check() for part in self._parts)
 
     def run(self, params: list[Tensor]) -> None:
         """Step all rows, and count the step of each; `params` are their parameters."""
         torch.autograd.graph.increment_version(params)  # because autograd does not see the step
         for part in self._parts:
-            part.run()
+            part.run(self._tensors)
 
 
 class _Kind(NamedTuple):
@@ -148,13 +177,14 @@ class _Kind(NamedTuple):
     flags: Flags
     param: torch.dtype
     moments: torch.dtype
+    device: torch.device
 
 
 def _kind_of(row: Row, flags: Flags) -> _Kind:
     own = row.param.dtype
     if row.carry is not None:
         flags = flags._replace(format=FORMATS[_name(own)])
-    return _Kind(flags, own, row.mu.dtype)
+    return _Kind(flags, own, row.mu.dtype, row.param.device)
 
 
 def _flags_of(hyper: Hyperparameters) -> Flags:
@@ -179,49 +209,60 @@ def _check_storages(row: Row) -> None:
 
 
 class _Part:
-    """The rows of one kind: one compiled call."""
+    """The rows of one kind on a CPU: one compiled call."""
 
-    def __init__(self, kind: _Kind, table: Any, members: Any, options: Any) -> None:
-        import numpy as np
+    def __init__(self, kind: _Kind, table: Any, options: Any, has_overlap: bool) -> None:
+        from acprop_core.kernels import cpu, element
 
-        from acprop_core.kernels import cpu
-
-        self._all = len(members) == table.shape[1]
-        self._members = members.tolist()
-        self.table = np.ascontiguousarray(table[:, members])
-        self._kernel = cpu.counting_kernel_of(kind.flags, _name(kind.param), _name(kind.moments))
+        self.table = table
+        self._program = kind.flags, _name(kind.param), _name(kind.moments)
+        self._kernel = cpu.kernel_of(*self._program)
+        self._check = cpu.check_kernel()
         self._options = options
-        self._size = int(self.table[cpu.SIZE].sum())
-        own, moments = kind.param.itemsize, kind.moments.itemsize
-        widths = np.array([own, moments, moments, own])[:, None]
-        written = self.table[[cpu.PARAM, cpu.MU, cpu.NU, cpu.CARRY][: 4 if kind.flags.format else 3]]
-        has_overlap = _overlap(written, self.table[cpu.SIZE] * widths[: len(written)])
+        self._size = int(table[element.SIZE].sum())
         self._most = 1 if has_overlap else self._size // _MIN_PER_THREAD  # threads must not write the same memory
-        self._threads = 0
+        self._shared = (0, 0)
         self._arguments: tuple[Any, ...] = ()
 
-    def set_gradients(self, addresses: list[int]) -> None:
-        self.table[1] = addresses if self._all else [addresses[i] for i in self._members]
+    def check(self) -> bool:
+        return self._check(self.table)
 
-    def run(self) -> None:
+    def run(self, tensors: dict[tuple[int, int], Tensor]) -> None:
         threads = max(1, min(torch.get_num_threads(), self._most))
-        if threads != self._threads:
+        region = openmp.region() if threads > 1 else 0
+        if (threads, region) != self._shared:
             from acprop_core.kernels import cpu
 
             # a new record, because a thread may still read the old one
             record = cpu.shared(self._size, max(1, self._size if threads == 1 else _CHUNK))
-            self._threads, self._arguments = threads, (self.table, self._options, record)
-        if threads > 1:
+            if region:
+                member = cpu.member_of(*self._program).address
+                cpu.share_by_openmp(record, self.table, self._options, region, member, threads)
+            self._shared, self._arguments = (threads, region), (self.table, self._options, record)
+        if threads > 1 and not region:
             from acprop_core.kernels.helpers import call_beside
 
             call_beside(functools.partial(self._kernel, *self._arguments, False), threads - 1)
         self._kernel(*self._arguments, True)
 
 
-def _overlap(addresses: Any, sizes: Any) -> bool:
-    """Return whether two pieces of memory, of which none is inside itself, share bytes."""
+def _program(kind: _Kind) -> Any:
+    from acprop_core.kernels import cuda
+
+    capability = torch.cuda.get_device_capability(kind.device)
+    return cuda.program_of(kind.flags, _name(kind.param), _name(kind.moments), capability)
+
+
+def _overlap(table: Any, kind: _Kind) -> bool:
+    """Return whether two of the arrays that a step of these rows writes share bytes; none overlaps itself."""
     import numpy as np
 
-    starts, sizes = addresses[sizes > 0], sizes[sizes > 0]
+    from acprop_core.kernels import element
+
+    own, moments = kind.param.itemsize, kind.moments.itemsize
+    widths = np.array([own, moments, moments, own])[:, None]
+    written = table[[element.PARAM, element.MU, element.NU, element.CARRY][: 4 if kind.flags.format else 3]]
+    sizes = table[element.SIZE] * widths[: len(written)]
+    starts, sizes = written[sizes > 0], sizes[sizes > 0]
     order = np.argsort(starts)
     return bool((starts[order][:-1] + sizes[order][:-1] > starts[order][1:]).any())

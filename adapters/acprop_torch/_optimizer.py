@@ -56,7 +56,8 @@ class ACProp(torch.optim.Optimizer):
     differentiable : bool
         Let autograd follow the step.
     fused : bool, optional
-        Run the rule compiled, in one pass over the memory: by Numba on a CPU if it is installed, or by torch.compile.
+        Run the rule compiled, in one pass over the memory: by Numba if it is installed (on CUDA devices numba-cuda, in
+        one launch for all parameters), or by torch.compile.
     clip_exponent : float, optional
         Weight decay aside, no element moves by more than ``lr * t**clip_exponent`` at step t; None for no clip. 0.25 is
         recommended.

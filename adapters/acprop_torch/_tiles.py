@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acprop_core.adapt import Row, Step
+from acprop_core.adapt import Row, Step, rounded_root
 from acprop_core.kernels.calls import Operations, program_of
 from acprop_torch._private import foreach_add_, foreach_copy_
 from acprop_torch._rows import PLAIN, Batch, as_tensor, blocks, bring, by_kind, count_steps, step_of, write
@@ -76,12 +76,18 @@ def _operand(dtype: torch.dtype, name: str, value: float) -> Any:
     return value if name == "limit" else as_tensor(value, dtype)
 
 
+def _sqrt(x: Tensor, out: Tensor) -> None:
+    root = rounded_root(x, out)
+    if root is not out:
+        out.copy_(root)
+
+
 _OPERATIONS = Operations(
     add=lambda x, y, out: torch.add(x, y, out=out),
     subtract=lambda x, y, out: torch.sub(x, y, out=out),
     multiply=lambda x, y, out: torch.mul(x, y, out=out),
     divide=lambda x, y, out: torch.div(x, y, out=out),
-    sqrt=lambda x, out: torch.sqrt(x, out=out),
+    sqrt=_sqrt,
     clip=lambda x, low, high, out: torch.clamp(x, low, high, out=out),
     copy=lambda x, out: out.copy_(x),
 )

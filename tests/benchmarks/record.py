@@ -22,23 +22,28 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+import acprop_core
+
 TURN = 1e-3  # seconds: a shorter step is repeated within its turn until this is filled
 REST = 5e-3  # seconds before each turn, in which what the step before gave back in the background is gone
 LEAST, MOST = 5, 30  # rounds
 
 
 class Run(NamedTuple):
-    """What is timed, and what is done before each turn without being timed."""
+    """What is timed, what is done before each turn without being timed, and what ends a turn and is timed."""
 
     step: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    finish: Callable[[], object] = lambda: None
 
 
-def arguments(doc: str) -> argparse.Namespace:
-    """Return `quick` (bool) and `out` (a folder, made) from the command line."""
+def arguments(doc: str, **more: Mapping[str, Any]) -> argparse.Namespace:
+    """Return `quick` (bool), `out` (a folder, made), and `more` options from the command line."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("quick", nargs="?", choices=["quick"], help="fewer sizes and rounds")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="the folder of the results")
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
     given = parser.parse_args()
     given.quick = given.quick is not None
     given.out.mkdir(parents=True, exist_ok=True)
@@ -69,15 +74,16 @@ def machine() -> dict[str, Any]:
 
 def versions(*distributions: str) -> dict[str, str]:
     """Return the versions of Python, of this project and of `distributions`."""
-    names = ("acprop-core", *distributions)
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    own = {"python": platform.python_version(), "acprop-core": acprop_core.__version__}
+    return own | {name: importlib.metadata.version(name) for name in distributions}
 
 
-def timed(step: Callable[[], object], number: int = 1) -> float:
+def timed(run: Run, number: int = 1) -> float:
     """Return the seconds that one of `number` steps takes."""
     start = time.perf_counter()
     for _ in range(number):
-        step()
+        run.step()
+    run.finish()
     return (time.perf_counter() - start) / number
 
 
@@ -92,7 +98,7 @@ def measure(runs: Mapping[str, Run], budget: float, label: str = "") -> dict[str
         run.prepare()
         run.step()  # what is compiled or allocated once
         run.prepare()
-        second = timed(run.step)
+        second = timed(run)
         number[name] = max(1, round(TURN / max(second, 1e-6)))
         warm += number[name] * second + REST
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -101,7 +107,7 @@ def measure(runs: Mapping[str, Run], budget: float, label: str = "") -> dict[str
         for name in random.sample(list(runs), len(runs)):
             runs[name].prepare()
             time.sleep(REST)
-            seconds[name].append(timed(runs[name].step, number[name]))
+            seconds[name].append(timed(runs[name], number[name]))
     return seconds
 
 

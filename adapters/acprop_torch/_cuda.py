@@ -1,0 +1,130 @@
+"""The way to step of fused=True on CUDA devices with numba-cuda: one launch for all tensors that are alike in dtypes.
+
+No value of a device is read, and nothing waits for a device. It has not yet run on a device: its logic is tested with a
+device that is imitated, and its kernels in Numba's simulator and as machine code.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acprop_core import kernels
+from acprop_core.adapt import warn
+
+# Memory from which a graph copies at every replay. It is kept as long as the process, because a graph does not say when
+# it ends; some kilobytes for each captured step.
+_of_graphs: list[Tensor] = []
+
+
+@functools.cache
+def has_numba_cuda(device: torch.device) -> bool:
+    """Return whether numba-cuda can be used on a device; warn, once a device, if it is installed and cannot."""
+    if device.type != "cuda" or torch.version.cuda is None:  # AMD's devices are called "cuda" too
+        return False
+    why = kernels.why_no_numba_cuda(torch.cuda.get_device_capability(device))
+    if why not in (None, kernels.NO_CUDA):
+        warn(f"fused=True compiles by torch.compile, because numba-cuda cannot be used: {why}", RuntimeWarning)
+    return why is None
+
+
+class Part:
+    """The rows of one kind on one device: one launch, after a small one for the numbers of the step.
+
+    Parameters
+    ----------
+    program : Program
+        Of these rows.
+    device : torch.device
+        Where they are.
+    table, options : array
+        As `acprop_core.kernels.cuda.Program.run` takes them, of these rows. Both may be changed between two steps.
+    scaling : (tensor or None, tensor or None)
+        `grad_scale` and `found_inf`.
+    """
+
+    def __init__(
+        self,
+        program: Any,
+        device: torch.device,
+        table: Any,
+        options: Any,
+        scaling: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
+        import numpy as np
+
+        from acprop_core.kernels import cuda, element
+
+        self.table = table
+        self._program, self._device = program, device
+        chunks = cuda.chunks_of(table[element.SIZE])
+        self._blocks = len(chunks)
+        self._sent = [OnDevice(x, device) for x in (table, chunks, options)]
+        self._numbers = OnDevice(np.zeros((table.shape[1], cuda.NUMBERS)), device)  # room for float64
+        self._scaling = [
+            None if x is None else x.to(device, torch.float32, non_blocking=True).reshape(()) for x in scaling
+        ]
+
+    def check(self) -> bool:
+        """Return whether all elements have memory; step counts are not read."""
+        from acprop_core.kernels import element
+
+        return bool(((self.table[: element.COUNT] != 0) | (self.table[element.SIZE] == 0)).all())
+
+    def run(self, tensors: dict[tuple[int, int], Tensor]) -> None:
+        """Step the rows, and count the step of each; `tensors` are options on devices, by their place in `options`."""
+        with torch.cuda.device(self._device):
+            stream, is_captured = _stream_of(self._device)
+            table, chunks, options, numbers = (x.bring(stream, is_captured) for x in (*self._sent, self._numbers))
+            for place, x in tensors.items():
+                options[place].copy_(x.squeeze(), non_blocking=True)
+            addresses = [0 if x is None else x.data_ptr() for x in self._scaling]
+            self._program.run(
+                *(self._device.index or 0, stream, table.data_ptr(), self.table.shape[1], chunks.data_ptr()),
+                *(self._blocks, options.data_ptr(), numbers.data_ptr(), *addresses),
+            )
+
+
+class OnDevice:
+    """A copy on a device of a NumPy array, made anew when the array or the stream is another than at the last step.
+
+    Each copy is new memory, because a kernel on the device may still read the last one; torch's allocator gives that
+    memory away in the order of the stream.
+    """
+
+    def __init__(self, array: Any, device: torch.device) -> None:
+        self._array, self._device = array, device
+        self._copied: Any = None
+        self._stream: int | None = None
+        self._tensor: Any = None
+        self._spare: Tensor | None = None  # because no memory should be pinned while a graph is captured
+
+    def bring(self, stream: int, is_captured: bool) -> Tensor:
+        """Return the copy, for use on the current stream."""
+        import numpy as np
+
+        is_current = self._tensor is not None and stream == self._stream and not is_captured
+        if is_current and np.array_equal(self._array, self._copied):
+            return self._tensor
+        host = self._spare if is_captured and self._spare is not None else _pinned(self._array)
+        host.numpy()[...] = self._array
+        tensor = host.to(self._device, non_blocking=True)
+        if is_captured:
+            _of_graphs.append(host)
+            self._spare = None
+        else:
+            self._copied, self._stream, self._tensor = self._array.copy(), stream, tensor
+            if self._spare is None:
+                self._spare = _pinned(self._array)
+        return tensor
+
+
+def _stream_of(device: torch.device) -> tuple[int, bool]:
+    """Return the handle of the current stream, and whether a graph captures it."""
+    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
+
+
+def _pinned(array: Any) -> Tensor:
+    """Return memory of the host like an array, from which a device copies while the host continues."""
+    return torch.empty(array.shape, dtype=getattr(torch, array.dtype.name), pin_memory=True)

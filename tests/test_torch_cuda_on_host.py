@@ -1,0 +1,222 @@
+"""The part of the host in fused=True on CUDA devices, with an imitated device: what is sent, when, to which stream."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("numba_cuda")
+
+import numpy as np
+import torch
+
+from acprop_core import kernels
+from acprop_core.adapt import Row
+from acprop_core.kernels import cuda, element
+from acprop_core.rule import Decay, Hyperparameters
+from acprop_torch import _cuda, _fused, _numba
+from acprop_torch._rows import Batch
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """A program that writes down what it is called with, and the contents of the table and the options."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def run(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+@pytest.fixture
+def pinned() -> Iterator[list[torch.Tensor]]:
+    """Have memory of the host be no device's; give all of it that was asked for."""
+    made: list[torch.Tensor] = []
+
+    def make(array: Any) -> torch.Tensor:
+        made.append(torch.zeros(array.shape, dtype=getattr(torch, array.dtype.name)))
+        return made[-1]
+
+    with (
+        mock.patch.object(_cuda, "_pinned", make),
+        mock.patch.object(_cuda, "_of_graphs", []),
+        mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
+    ):
+        yield made
+
+
+def test_an_array_is_sent_once_for_a_stream_and_a_content(pinned: list[torch.Tensor]) -> None:
+    array = np.arange(6)
+    sent = _cuda.OnDevice(array, CPU)
+    first = sent.bring(1, False)
+    assert first.tolist() == array.tolist()
+    assert sent.bring(1, False) is first
+    array[2] = 7
+    second = sent.bring(1, False)
+    assert second.tolist() == array.tolist()
+    assert second.data_ptr() != first.data_ptr()  # the device may still read the first
+    assert first[2] == 2
+    assert sent.bring(2, False).data_ptr() != second.data_ptr()
+
+
+def test_a_graph_copies_from_memory_that_stays(pinned: list[torch.Tensor]) -> None:
+    array = np.arange(6)
+    sent = _cuda.OnDevice(array, CPU)
+    before = sent.bring(1, False)
+    made = len(pinned)
+    array[2] = 7
+    captured = sent.bring(1, True)
+    assert captured.tolist() == array.tolist()
+    assert len(pinned) == made  # nothing is pinned while a graph is captured
+    assert [x.data_ptr() for x in _cuda._of_graphs] == [captured.data_ptr()]
+    array[2] = 2
+    assert sent.bring(1, False) is before  # a step outside has its own
+    assert captured[2] == 7
+    array[2] = 8
+    again, once_more = sent.bring(1, False), sent.bring(1, True)
+    assert captured.tolist()[2:3] + again.tolist()[2:3] + once_more.tolist()[2:3] == [7, 8, 8]
+    assert len({x.data_ptr() for x in (captured, again, once_more)}) == 3
+
+
+def table_of(sizes: list[int]) -> Any:
+    table = np.full((element.ROWS, len(sizes)), 16, np.int64)
+    table[element.SIZE] = sizes
+    return table
+
+
+def test_a_part_passes_addresses_on_the_current_stream(pinned: list[torch.Tensor]) -> None:
+    program = Recorder()
+    scale, found = torch.tensor(8.0, dtype=torch.float64), torch.tensor([1.0])
+    options = np.zeros((2, len(element.OPTIONS)))
+    part = _cuda.Part(program, CPU, table_of([5, 2 * cuda.CHUNK + 1]), options, (scale, found))
+    with mock.patch.object(_cuda, "_stream_of", return_value=(9, False)):
+        part.run({(1, 0): torch.tensor([0.5]), (0, 2): torch.tensor(0.25, dtype=torch.float64)})
+        part.run({})
+    (device, stream, _, columns, _, blocks, *_), again = program.calls
+    assert (device, stream, columns, blocks) == (0, 9, 2, 4)
+    assert again == program.calls[0]
+    sent = part._sent[2].bring(9, False)
+    assert (sent[1, 0], sent[0, 2]) == (0.5, 0.25)
+    addresses = [x.data_ptr() for x in part._scaling]
+    assert list(again[-2:]) == addresses
+    assert [(x.dtype, x.item()) for x in part._scaling] == [(torch.float32, 8.0), (torch.float32, 1.0)]
+    with mock.patch.object(_cuda, "_stream_of", return_value=(9, False)):
+        _cuda.Part(program, CPU, table_of([5]), options).run({})
+    assert program.calls[-1][-2:] == (0, 0)
+
+
+def test_the_check_of_a_part_reads_no_count() -> None:
+    part = _cuda.Part(Recorder(), CPU, table_of([5, 0]), np.zeros((1, 9)))
+    assert part.check()
+    part.table[1, 1] = 0
+    assert part.check()
+    part.table[1, 0] = 0
+    assert not part.check()
+
+
+def batch_of(sizes: list[int], dtype: torch.dtype = torch.float32, device: str = "meta", **options: Any) -> Batch:
+    def column(dtype: torch.dtype = dtype) -> list[torch.Tensor]:
+        return [torch.zeros(n, dtype=dtype, device=device) for n in sizes]
+
+    rows = Row(column(), column(), column(torch.float32), column(torch.float32), [None] * len(sizes))
+    steps = [torch.zeros((), device=device) for _ in sizes]
+    return Batch(rows, steps, None, Hyperparameters(**options))
+
+
+@pytest.fixture
+def parts() -> Iterator[list[tuple[Any, ...]]]:
+    """Have every device but the CPU be one that Numba can compile for; give the arguments of all parts."""
+    made: list[tuple[Any, ...]] = []
+
+    class Part:
+        def __init__(self, *arguments: Any) -> None:
+            made.append(arguments)
+            self.table = arguments[2]
+
+        def run(self, tensors: Any) -> None:
+            made.append(("run", dict(tensors)))
+
+        def check(self) -> bool:
+            return True
+
+    with (
+        mock.patch.object(_cuda, "has_numba_cuda", lambda device: device.type != "cpu"),
+        mock.patch.object(_cuda, "Part", Part),
+        mock.patch.object(_numba, "_program", lambda kind: kind),
+        mock.patch.object(_numba, "_overlap", return_value=False),
+    ):
+        yield made
+
+
+def test_all_groups_of_a_kind_are_one_launch(parts: list[tuple[Any, ...]]) -> None:
+    batches = [batch_of([3, 0]), batch_of([5], weight_decay=0.1), batch_of([7], torch.bfloat16)]
+    compiled = _numba.Compiled(batches)
+    (first, device, table, *_), (second, *_) = parts
+    assert (first.param, second.param, device.type) == (torch.float32, torch.bfloat16, "meta")
+    assert table[element.SIZE].tolist() == [3, 0, 5]
+    assert table[element.GROUP].tolist() == [0, 0, 1]
+    assert table[element.DECAY].tolist() == [Decay.NONE, Decay.NONE, Decay.DECOUPLED]
+    assert compiled.set_gradients([10, 11, 12, 13])
+    assert [x[2][1].tolist() for x in parts] == [[10, 11, 12], [13]]
+
+
+def test_rows_that_share_memory_are_launched_one_by_one(parts: list[tuple[Any, ...]]) -> None:
+    with mock.patch.object(_numba, "_overlap", return_value=True):
+        compiled = _numba.Compiled([batch_of([3, 4])])
+    assert [x[2][element.SIZE].tolist() for x in parts] == [[3], [4]]
+    compiled.set_gradients([10, 11])
+    assert [x[2][1].tolist() for x in parts] == [[10], [11]]
+
+
+def test_options_on_a_device_are_not_read(parts: list[tuple[Any, ...]]) -> None:
+    rate, found = torch.zeros(1, device="meta"), torch.zeros((), device="meta")
+    batch = batch_of([3], learning_rate=rate)._replace(grad_scale=torch.zeros((), device="meta"), found_inf=found)
+    compiled = _numba.Compiled([batch])
+    assert parts[0][4] == (batch.grad_scale, found)
+    assert parts[0][3][0, element.OPTIONS.index("grad_scale")] == 1.0
+    compiled.run([])
+    assert parts[-1] == ("run", {(0, 0): rate})
+    compiled.set_options(0, Hyperparameters(learning_rate=0.5))
+    compiled.run([])
+    assert parts[-1] == ("run", {})
+    assert parts[0][3][0, 0] == 0.5
+
+
+def test_each_device_has_its_way(parts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[Batch] = []
+    monkeypatch.setattr(_fused._inductor, "prepare_on_accelerator", lambda batch: others.append(batch))
+    on_meta, on_cpu = batch_of([3, 4]), batch_of([5], device="cpu")
+    both = on_meta._replace(
+        columns=Row(*(a + b for a, b in zip(on_meta.columns, on_cpu.columns, strict=True))),
+        steps=on_meta.steps + on_cpu.steps,
+    )
+    compiled, runs = _fused.prepare(both)
+    assert compiled is both
+    assert (runs, others) == ([], [])
+    # a row that is not contiguous, and no permutation of one, goes to torch's compiler
+    on_meta.columns.grad[1] = torch.zeros(8, device="meta")[::2]
+    compiled, runs = _fused.prepare(on_meta)
+    assert compiled is not None
+    assert [x.numel() for x in compiled.columns.param] == [3]
+    assert [x.numel() for x in others[0].columns.param] == [4]
+
+
+@pytest.mark.parametrize("why", [None, kernels.NO_CUDA, "numba-cuda does not work here (OSError: no driver)"])
+def test_a_device_without_numba_cuda_is_left_to_torch(why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "why_no_numba_cuda", lambda capability: why)
+    _cuda.has_numba_cuda.cache_clear()
+    warned = pytest.warns(RuntimeWarning, match="no driver") if why and "driver" in why else contextlib.nullcontext()
+    with warned:
+        assert _cuda.has_numba_cuda(device) == (why is None)
+    _cuda.has_numba_cuda.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", None)  # as in torch for AMD
+    assert not _cuda.has_numba_cuda(device)
+    _cuda.has_numba_cuda.cache_clear()
