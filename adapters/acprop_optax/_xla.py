@@ -78,7 +78,7 @@ class _Namespace:
         return jnp.where(condition, x, y)
 
 
-_OF_ROUNDED = {
+_OF_ROUNDED: dict[str, Callable[..., Any]] = {
     **{"abs": lax.abs, "astype": lax.convert_element_type, "maximum": lax.max, "sqrt": lax.sqrt},
     "round": functools.partial(lax.round, rounding_method=lax.RoundingMethod.TO_NEAREST_EVEN),
     "asarray": lambda x: x,
@@ -103,8 +103,8 @@ def rounded_as_elsewhere(step: Step, optimizer: ACProp, count: Any) -> Callable[
     def rounded(row: Row, decays: bool) -> Result:
         if row.grad is None or any(x is not None and jnp.iscomplexobj(x) for x in row):
             return step(row, decays)
-        results = step(Row(*(None if x is None else _Rounded(x, zero) for x in row)), decays)
-        return tuple(None if result is None else result.x for result in results)
+        update, mu, nu, carry = step(Row(*(None if x is None else _Rounded(x, zero) for x in row)), decays)
+        return update.x, mu.x, nu.x, None if carry is None else carry.x
 
     return rounded
 
