@@ -85,6 +85,7 @@ _OF_ROUNDED: dict[str, Callable[..., Any]] = {
 }
 namespace = _Namespace()
 
+_ZEROS = np.array([1.0, -0.0, -0.0])  # the first is never read
 STEPS = 20_000
 """Number of steps whose numbers the host computes. With b2 = 0.999 the bias correction in float32 ends before."""
 
@@ -97,8 +98,10 @@ def rounded_as_elsewhere(step: Step, optimizer: ACProp, count: Any) -> Callable[
 
     @functools.cache
     def zero(dtype: Any) -> jax.Array:
-        # XLA cannot know that the count is not negative
-        return lax.mul(lax.convert_element_type(count, dtype), dtype.type(-0.0))
+        # From a table, because nothing implies which element is read. Of the count's own sign LLVM knows too much: inside
+        # `_after` it is not negative.
+        index = lax.add(lax.convert_element_type(count, "int32"), np.int32(1))
+        return lax.dynamic_index_in_dim(jnp.asarray(_ZEROS, dtype), index, keepdims=False)
 
     def rounded(row: Row, decays: bool) -> Result:
         if row.grad is None or any(x is not None and jnp.iscomplexobj(x) for x in row):
