@@ -85,7 +85,6 @@ _OF_ROUNDED: dict[str, Callable[..., Any]] = {
 }
 namespace = _Namespace()
 
-_ZEROS = np.array([1.0, -0.0, -0.0])  # the first is never read
 STEPS = 20_000
 """Number of steps whose numbers the host computes. With b2 = 0.999 the bias correction in float32 ends before."""
 
@@ -98,10 +97,9 @@ def rounded_as_elsewhere(step: Step, optimizer: ACProp, count: Any) -> Callable[
 
     @functools.cache
     def zero(dtype: Any) -> jax.Array:
-        # From a table, because nothing implies which element is read. Of the count's own sign LLVM knows too much: inside
-        # `_after` it is not negative.
-        index = lax.add(lax.convert_element_type(count, "int32"), np.int32(1))
-        return lax.dynamic_index_in_dim(jnp.asarray(_ZEROS, dtype), index, keepdims=False)
+        # By expm1, of which XLA does not know that expm1(-0.0) is -0.0, and which it takes for costly: it is computed
+        # once, in a program of its own, so that nothing is known of it in those of the parameters.
+        return lax.expm1(lax.mul(lax.convert_element_type(count, dtype), dtype.type(-0.0)))
 
     def rounded(row: Row, decays: bool) -> Result:
         if row.grad is None or any(x is not None and jnp.iscomplexobj(x) for x in row):
@@ -119,11 +117,15 @@ def _from_table(numbers: Numbers, optimizer: ACProp, count: jax.Array) -> Number
         return numbers
     is_known = lax.convert_element_type(count, float) < STEPS  # a float, because the count may have any dtype
     index = lax.convert_element_type(count, "int32")
-    for name, column in _table(*options, optimizer.asynchronous).items():
-        later = getattr(numbers, name)
-        known = lax.dynamic_index_in_dim(jnp.asarray(column, later.dtype), index, keepdims=False)
-        # Behind a barrier, or XLA would look it up in the program of each parameter, which compiles a tenth longer.
-        numbers = replace(numbers, name, lax.optimization_barrier(lax.select(is_known, known, later)))
+    table = _table(*options, optimizer.asynchronous)
+    later = tuple(getattr(numbers, name) for name in table)
+
+    def known() -> tuple[jax.Array, ...]:
+        columns = [jnp.asarray(column, x.dtype) for column, x in zip(table.values(), later, strict=True)]
+        return tuple(lax.dynamic_index_in_dim(column, index, keepdims=False) for column in columns)
+
+    for name, value in zip(table, lax.cond(is_known, known, lambda: later), strict=True):
+        numbers = replace(numbers, name, value)
     return numbers
 
 
