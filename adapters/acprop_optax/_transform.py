@@ -12,7 +12,7 @@ import optax
 from acprop_core import ACProp
 from acprop_core.adapt import Row, check_count, check_params, is_compensated, step_at, with_values
 from acprop_optax._trees import join, marks, named_leaves, side_by_side, widened
-from acprop_optax._xla import in_order, namespace
+from acprop_optax._xla import in_order, namespace, rounded_as_elsewhere
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -194,7 +194,8 @@ def acprop(
             # from the rows, because leaves of `params` without gradient and moments may be of any type
             marked, decay_state = decay.update(tree.unflatten([row.param for row in rows]), decay_state)
             decayed = [mark is True for mark in tree.flatten_up_to(marked)]
-        step = step_at(now, jnp.asarray(check_count(moments.count)), namespace)
+        own = step_at(now, jnp.asarray(check_count(moments.count)), namespace)
+        step = rounded_as_elsewhere(own, optimizer, moments.count)
         results = list(map(step, map(widened, rows), decayed))
 
         def written(row: Row, update: Any) -> Any:
@@ -300,8 +301,9 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
         grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
         rows, tree = side_by_side(grads, state, params)
-        step = step_at(optimizer, jnp.asarray(check_count(state.count)), namespace).without_rate()
-        results = [step(widened(row), decays=False) for row in rows]
+        own = step_at(optimizer, jnp.asarray(check_count(state.count)), namespace).without_rate()
+        step = rounded_as_elsewhere(own, optimizer, state.count)
+        results = [step(widened(row), False) for row in rows]
         results = in_order(rows, results, lambda _, d: d, state.count, optimizer)
         return join(tree, results, state, grads)
 

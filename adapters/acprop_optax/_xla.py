@@ -1,27 +1,140 @@
-"""What is special about XLA: how it is made to read the old state before it overwrites it, and a clip."""
+"""What is special about XLA: how it rounds, and how it is made to read the old state before it overwrites it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from acprop_core import ACProp
-from acprop_core.adapt import Row
+from acprop_core.adapt import Row, Step
+from acprop_core.rule import Hyperparameters, Numbers, replace, table_of
+
+
+class _Rounded:
+    """A real array whose products are rounded before anything is added to them, as in every other library.
+
+    XLA rounds a * b + c once, where the processor can. So a zero is added to every product first: that sum is rounded
+    once, which changes nothing, and no other is. The zero is -0.0, because 0.0 changes -0.0, and XLA must not know it.
+
+    The functions are those of `jax.lax`, which promote no dtype and are traced faster than those of `jax.numpy`.
+    """
+
+    def __init__(self, x: jax.Array, zero: Callable[[Any], jax.Array]) -> None:
+        self.x = x
+        self.dtype = x.dtype
+        self.shape = x.shape
+        self._zero = zero
+
+    def call(self, function: Callable[..., jax.Array], *others: Any) -> "_Rounded":
+        """Return a function of this array, and of other arrays and numbers."""
+        return _Rounded(function(self.x, *map(self._operand, others)), self._zero)
+
+    def _operand(self, other: Any) -> Any:
+        if isinstance(other, _Rounded):
+            return other.x
+        return self.dtype.type(other) if isinstance(other, float) else other
+
+    def __add__(self, other: Any) -> "_Rounded":
+        return self.call(lax.add, other)
+
+    def __sub__(self, other: Any) -> "_Rounded":
+        return self.call(lax.sub, other)
+
+    def __mul__(self, other: Any) -> "_Rounded":
+        return self.call(lax.mul, other).call(lax.add, self._zero(self.dtype))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> "_Rounded":
+        return self.call(lax.div, other)
 
 
 class _Namespace:
-    """`jax.numpy`, with a clip that is not a program of its own: tracing and compiling then take a tenth less."""
+    """`jax.numpy`, for `_Rounded` arrays too, and with a clip that is not a program of its own.
+
+    Without such programs, tracing and compiling take a tenth less.
+    """
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(jnp, name)
+        function = getattr(jnp, name)
+        if name not in _OF_ROUNDED:
+            return function
+        return lambda x, *more: x.call(_OF_ROUNDED[name], *more) if isinstance(x, _Rounded) else function(x, *more)
 
     @staticmethod
-    def clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        return jax.lax.min(high, jax.lax.max(low, x))
+    def clip(x: Any, low: Any, high: Any) -> Any:
+        if isinstance(x, _Rounded):
+            return x.call(functools.partial(_Namespace.clip, low=low, high=high))
+        return lax.min(high, lax.max(low, x))  # in this order of operands it is compiled faster
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        if isinstance(x, _Rounded):
+            return x.call(functools.partial(lax.select, condition), y)
+        return jnp.where(condition, x, y)
 
 
+_OF_ROUNDED: dict[str, Callable[..., Any]] = {
+    **{"abs": lax.abs, "astype": lax.convert_element_type, "maximum": lax.max, "sqrt": lax.sqrt},
+    "round": functools.partial(lax.round, rounding_method=lax.RoundingMethod.TO_NEAREST_EVEN),
+    "asarray": lambda x: x,
+}
 namespace = _Namespace()
+
+STEPS = 20_000
+"""Number of steps whose numbers the host computes. With b2 = 0.999 the bias correction in float32 ends before."""
+
+
+def rounded_as_elsewhere(step: Step, optimizer: ACProp, count: Any) -> Callable[[Row, bool], "Result"]:
+    """Return a traced step with the bits of other libraries: its numbers and, for real arrays, its products."""
+    if not isinstance(count, jax.core.Tracer):
+        return step
+    step = Step(_from_table(step.numbers, optimizer, count), step.flags, namespace)
+
+    @functools.cache
+    def zero(dtype: Any) -> jax.Array:
+        # By expm1, of which XLA does not know that expm1(-0.0) is -0.0, and which it takes for costly: it is computed
+        # once, in a program of its own, so that nothing is known of it in those of the parameters.
+        return lax.expm1(lax.mul(lax.convert_element_type(count, dtype), dtype.type(-0.0)))
+
+    def rounded(row: Row, decays: bool) -> Result:
+        if row.grad is None or any(x is not None and jnp.iscomplexobj(x) for x in row):
+            return step(row, decays)
+        update, mu, nu, carry = step(Row(*(None if x is None else _Rounded(x, zero) for x in row)), decays)
+        return update.x, mu.x, nu.x, None if carry is None else carry.x
+
+    return rounded
+
+
+def _from_table(numbers: Numbers, optimizer: ACProp, count: jax.Array) -> Numbers:
+    """Return the numbers with those of the first steps from a table that the host computed in float64."""
+    options = optimizer.b1, optimizer.b2, optimizer.clip_exponent
+    if not all(x is None or isinstance(x, float) for x in options):
+        return numbers
+    is_known = lax.convert_element_type(count, float) < STEPS  # a float, because the count may have any dtype
+    index = lax.convert_element_type(count, "int32")
+    table = _table(*options, optimizer.asynchronous)
+    later = tuple(getattr(numbers, name) for name in table)
+
+    def known() -> tuple[jax.Array, ...]:
+        columns = [jnp.asarray(column, x.dtype) for column, x in zip(table.values(), later, strict=True)]
+        return tuple(lax.dynamic_index_in_dim(column, index, keepdims=False) for column in columns)
+
+    for name, value in zip(table, lax.cond(is_known, known, lambda: later), strict=True):
+        numbers = replace(numbers, name, value)
+    return numbers
+
+
+@functools.lru_cache(maxsize=16)
+def _table(b1: float, b2: float, clip_exponent: float | None, asynchronous: bool) -> dict[str, Any]:
+    hyper = Hyperparameters(b1=b1, b2=b2, clip_exponent=clip_exponent, asynchronous=asynchronous)
+    return {name: np.array(column) for name, column in table_of(hyper, STEPS).items()}
+
+
 Result = tuple[Any, Any, Any, Any]  # update, first moment, second moment and carry of one parameter
 
 
@@ -66,6 +179,6 @@ def _after(first: jax.Array, x: jax.Array, never: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(first):
         first = first.real
     if first.dtype == x.dtype and first.dtype.itemsize > 2:
-        return jax.lax.select(never, jax.lax.stop_gradient(first), x)
-    bits = jax.lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
-    return jax.lax.select(never, jax.lax.convert_element_type(bits, x.dtype), x)  # `where` is a program of its own
+        return lax.select(never, lax.stop_gradient(first), x)
+    bits = lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
+    return lax.select(never, lax.convert_element_type(bits, x.dtype), x)  # `where` is a program of its own
