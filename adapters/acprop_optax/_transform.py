@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from acprop_core import ACProp
-from acprop_core.adapt import Row, check_count, check_params, is_compensated, step_at, with_values
+from acprop_core.adapt import check_count, check_params, is_compensated, step_at, with_values
 from acprop_optax._trees import join, marks, named_leaves, side_by_side
 from acprop_optax._xla import namespace, step_in_xla
 
