@@ -130,13 +130,18 @@ def step_in_xla(step: Step, optimizer: ACProp, count: Any) -> Callable[[Row, boo
 
 @functools.partial(jax.jit, static_argnames=("floats", "flags", "decays"))
 def _program(row: Row, arrays: Any, zero: Any, never: Any, *, floats: Any, flags: Flags, decays: bool) -> Result:
-    """Return the step of one row, for numbers that are in part known."""
+    """Return the step of one row, for numbers that are in part known.
+
+    A program of its own, which JAX traces once for all parameters of one shape and dtype: tracing 100 of them takes
+    less than half of the time. XLA puts its operations into the caller's program.
+    """
     numbers = Numbers(*(x if known is None else known for x, known in zip(arrays, floats, strict=True)))
     step, given = Step(numbers, flags, namespace), widened(row)
     if any(jnp.iscomplexobj(x) for x in row if x is not None):
         return _in_order(row, step(given, decays), never, flags)
     results = step(Row(*(None if x is None else _Rounded(x, zero) for x in given)), decays)
-    return _in_order(row, tuple(None if x is None else x.rounded for x in results), never, flags)
+    update, mu, nu, carry = (None if x is None else x.rounded for x in results)
+    return _in_order(row, (update, mu, nu, carry), never, flags)
 
 
 def _from_table(numbers: Numbers, optimizer: ACProp, count: jax.Array) -> Numbers:
