@@ -191,5 +191,5 @@ def bench(session: nox.Session) -> None:
         return
     for name in ("numpy", "torch", "jax"):
         session.run("python", f"tests/benchmarks/bench_{name}.py", *options, env=one_thread)
-    for name in ("accuracy", "convergence", "ablation", "report"):
+    for name in ("accuracy", "convergence", "ablation", "rates", "report"):
         session.run("python", f"tests/benchmarks/{name}.py", *options)
