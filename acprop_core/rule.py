@@ -438,6 +438,36 @@ def numbers_of(hyper: Hyperparameters, count: Any, xp: Any) -> Numbers:
     )
 
 
+def table_of(hyper: Hyperparameters, steps: int) -> dict[str, list[float]]:
+    """Return numbers of the first steps, for hosts that cannot compute them in float64 where they need them.
+
+    Parameters
+    ----------
+    hyper : Hyperparameters
+        The options. `b1`, `b2` and `clip_exponent` must not be arrays.
+    steps : int
+        The number of steps.
+
+    Returns
+    -------
+    dict of lists
+        The values of `numbers_of` for each count below `steps`, by their names: `scale`, with a synchronous update
+        `mean_scale`, with a clip `limit`.
+
+    Examples
+    --------
+    >>> table_of(Hyperparameters(clip_exponent=0.5), 4)["limit"]
+    [1.0, 1.4142135623730951, 1.7320508075688772, 2.0]
+    """
+    counts, after = range(steps), range(1, steps + 1)
+    table = {"scale": [_bias_correction(hyper.b2, n, None)[0] for n in (counts if hyper.asynchronous else after)]}
+    if not hyper.asynchronous:
+        table["mean_scale"] = [_bias_correction(hyper.b1, n, None)[0] for n in after]
+    if hyper.clip_exponent is not None:
+        table["limit"] = [_limit(hyper.clip_exponent, n) for n in after]
+    return table
+
+
 def cast(numbers: Numbers, real_dtype: Any, smallest_normal: float, xp: Any) -> Numbers:
     """Return `numbers` for arrays of one dtype: 0-d arrays become `real_dtype`, so that they never widen an array.
 

@@ -293,11 +293,12 @@ def test_the_adamw_run_moves(tmp_path: Path) -> None:
     assert (tmp_path / "move_adamw.png").stat().st_size > 10_000
 
 
-def test_the_demo_has_the_bits_of_numpy_in_pytorch(tmp_path: Path) -> None:
+def test_the_demo_has_the_bits_of_numpy_in_jax_and_pytorch(tmp_path: Path) -> None:
     script = ROOT / "docs" / "examples" / "digits.py"
     run = [sys.executable, script, "--steps", "40", "--out", tmp_path]
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-    assert re.search(r"^PyTorch +0\.0e\+00 \(none after 40 of 40 steps\)$", printed, re.MULTILINE)
+    for framework in (r"JAX \+ optax", "PyTorch"):
+        assert re.search(rf"^{framework} +0\.0e\+00 \(none after 40 of 40 steps\)$", printed, re.MULTILINE)
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 from acprop_core import ACProp
-from acprop_core.adapt import Row, check_count, check_params, is_compensated, step_at, with_values
-from acprop_optax._trees import join, marks, named_leaves, side_by_side, widened
-from acprop_optax._xla import in_order, namespace
+from acprop_core.adapt import check_count, check_params, is_compensated, step_at, with_values
+from acprop_optax._trees import join, marks, named_leaves, side_by_side
+from acprop_optax._xla import namespace, step_in_xla
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -194,15 +194,8 @@ def acprop(
             # from the rows, because leaves of `params` without gradient and moments may be of any type
             marked, decay_state = decay.update(tree.unflatten([row.param for row in rows]), decay_state)
             decayed = [mark is True for mark in tree.flatten_up_to(marked)]
-        step = step_at(now, jnp.asarray(check_count(moments.count)), namespace)
-        results = list(map(step, map(widened, rows), decayed))
-
-        def written(row: Row, update: Any) -> Any:
-            # the caller will compute the same; XLA sees that, and computes it once
-            with jax.numpy_dtype_promotion("standard"):
-                return update if params is None else optax.apply_updates(row.param, update)
-
-        results = in_order(rows, results, written, moments.count, optimizer)
+        own = step_at(now, jnp.asarray(check_count(moments.count)), namespace)
+        results = list(map(step_in_xla(own, optimizer, moments.count), rows, decayed))
         updates, moments = join(tree, results, moments, grads)
         carry_state = [CarryState(tree.unflatten([result[3] for result in results])) for _ in carry_state]
         return updates, (moments, decay_state, rate_state, *carry_state)
@@ -300,9 +293,9 @@ def _scale_by(optimizer: ACProp) -> optax.GradientTransformation:
         grads: optax.Updates, state: optax.ScaleByBeliefState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByBeliefState]:
         rows, tree = side_by_side(grads, state, params)
-        step = step_at(optimizer, jnp.asarray(check_count(state.count)), namespace).without_rate()
-        results = [step(widened(row), decays=False) for row in rows]
-        results = in_order(rows, results, lambda _, d: d, state.count, optimizer)
+        own = step_at(optimizer, jnp.asarray(check_count(state.count)), namespace).without_rate()
+        step = step_in_xla(own, optimizer, state.count)
+        results = [step(row, False) for row in rows]
         return join(tree, results, state, grads)
 
     return optax.GradientTransformation(init, update)

@@ -8,7 +8,7 @@ continues in JAX and ends in PyTorch; its optimizer state moves through files. T
 rounding makes them differ: each framework adds up its gradients in another order.
 
 The optimizer itself rounds alike. To show that, NumPy trains once more in float32, and the optimizers of the others are
-given its gradients: their parameters have the same bits, at every step.
+given its gradients: their float32 parameters have the same bits, at every step.
 
 A table and a picture show how far apart the runs are. The exit code is 1 if that is further than rounding explains, or
 if PyTorch's parameters are not NumPy's to the bit where the gradients are. JAX and PyTorch are used if they are
