@@ -197,7 +197,7 @@ def test_options_on_a_device_are_not_read(parts: list[tuple[Any, ...]]) -> None:
 
 def test_each_device_has_its_way(parts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     others: list[Batch] = []
-    monkeypatch.setattr(_fused._inductor, "prepare_on_accelerator", lambda batch: others.append(batch))
+    monkeypatch.setattr(_fused._lists, "prepare_traced", lambda batch: others.append(batch))
     on_meta, on_cpu = batch_of([3, 4]), batch_of([5], device="cpu")
     both = on_meta._replace(
         columns=Row(*(a + b for a, b in zip(on_meta.columns, on_cpu.columns, strict=True))),
@@ -206,7 +206,7 @@ def test_each_device_has_its_way(parts: list[tuple[Any, ...]], monkeypatch: pyte
     compiled, runs = _fused.prepare(both)
     assert compiled is both
     assert (runs, others) == ([], [])
-    # a row that is not contiguous, and no permutation of one, goes to torch's compiler
+    # a row that is not contiguous, and no permutation of one, goes to lists
     on_meta.columns.grad[1] = torch.zeros(8, device="meta")[::2]
     compiled, runs = _fused.prepare(on_meta)
     assert compiled is not None
