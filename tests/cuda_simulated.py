@@ -175,7 +175,7 @@ def model(flags: rule.Flags, dtype: Any, own_shift: int, shift: int) -> Model:
 
 def on_device(model: Model, found: float) -> list[bytes]:
     scaling = torch.tensor([8.0]), torch.tensor([found])
-    _cuda.Part(Program(model.flags, *model.dtypes), torch.device("cpu"), model.table(), OPTIONS, scaling).run({})
+    _cuda.Part(Program(model.flags, *model.dtypes), torch.device("cpu"), model.table(), OPTIONS).run({}, scaling)
     return model.content()
 
 

@@ -65,21 +65,23 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_many_tensors_are_few_calls_of_one_program(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever sizes are equal, in whatever places; and each tensor has the numbers of its own count."""
-    mixed = [2 + i * i % 7 * (1 + i // 50) for i in range(N)]
+    """Whatever sizes are equal, in whatever places, also to the number of tensors; with the numbers of own counts."""
     forget_compiled_torch_step()
     counters.clear()
+    late = 20
+    mixed = [2 + i * i % 7 * (1 + i // 50) for i in range(N)]
     alone = [*([9] * (N // 2)), *range(2, 2 + N // 2)]
+    mixed[late] = N - late
     results = []
     for sizes in (mixed, alone):
-        results.append(trained(sizes, late=24))
-        assert calls == [8] * (61 + 64)
+        results.append(trained(sizes, late=late))
+        assert calls == [8] * 61 + [1] * 4 + [8] * 64
         calls.clear()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2  # for eight tensors, and for one of the last four
     monkeypatch.setattr(_inductor, "_TOGETHER", N + 1)
     for sizes, together in zip((mixed, alone), results, strict=True):
-        assert same_bits(trained(sizes, late=24), together)
-    assert calls == [1] * 2 * (2 * N - 24)
+        assert same_bits(trained(sizes, late=late), together)
+    assert calls == [1] * 2 * (2 * N - late)
     assert counters["stats"]["unique_graphs"] == 2
 
 

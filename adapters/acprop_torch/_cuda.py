@@ -13,6 +13,9 @@ from torch import Tensor
 from acprop_core import kernels
 from acprop_core.adapt import warn
 
+Scaling = tuple[Tensor | None, Tensor | None]
+"""`grad_scale` and `found_inf`, of one element each."""
+
 # Memory from which a graph copies at every replay. It is kept as long as the process, because a graph does not say when
 # it ends; some kilobytes for each captured step.
 _of_graphs: list[Tensor] = []
@@ -43,18 +46,9 @@ class Part:
         Where they are.
     table, options : array
         As `acprop_core.kernels.cuda.Program.run` takes them, of these rows. Both may be changed between two steps.
-    scaling : (tensor or None, tensor or None)
-        `grad_scale` and `found_inf`.
     """
 
-    def __init__(
-        self,
-        program: Any,
-        device: torch.device,
-        table: Any,
-        options: Any,
-        scaling: tuple[Tensor | None, Tensor | None] = (None, None),
-    ) -> None:
+    def __init__(self, program: Any, device: torch.device, table: Any, options: Any) -> None:
         import numpy as np
 
         from acprop_core.kernels import cuda, element
@@ -65,9 +59,6 @@ class Part:
         addresses = np.concatenate([table.reshape(-1), chunks.reshape(-1)])
         self.table = addresses[: table.size].reshape(table.shape)
         self._addresses, self._options = OnDevice(addresses, device), OnDevice(options, device)
-        self._scaling = [
-            None if x is None else x.to(device, torch.float32, non_blocking=True).reshape(()) for x in scaling
-        ]
 
     def check(self) -> bool:
         """Return whether all elements have memory; step counts are not read."""
@@ -75,7 +66,7 @@ class Part:
 
         return bool(((self.table[: element.COUNT] != 0) | (self.table[element.SIZE] == 0)).all())
 
-    def run(self, tensors: dict[tuple[int, int], Tensor]) -> None:
+    def run(self, tensors: dict[tuple[int, int], Tensor], scaling: Scaling) -> None:
         """Step the rows, and count the step of each; `tensors` are options on devices, by their place in `options`."""
         from acprop_core.kernels import cuda
 
@@ -88,7 +79,8 @@ class Part:
                 options[place].copy_(x.squeeze(), non_blocking=True)
             columns = self.table.shape[1]
             numbers = torch.empty((columns, cuda.NUMBERS), dtype=torch.float64, device=self._device)
-            addresses = [0 if x is None else x.data_ptr() for x in self._scaling]
+            scales = [None if x is None else x.to(self._device, torch.float32, non_blocking=True) for x in scaling]
+            addresses = [0 if x is None else x.data_ptr() for x in scales]
             self._program.run(
                 *(self._device.index or 0, stream, table.data_ptr(), columns, table[self.table.size :].data_ptr()),
                 *(self._blocks, options.data_ptr(), numbers.data_ptr(), *addresses),
