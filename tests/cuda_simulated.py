@@ -105,7 +105,7 @@ def on_imitated_device() -> Any:
     with (
         mock.patch.object(_numba, "_Part", part_of),
         mock.patch.object(_cuda, "_stream_of", return_value=(7, False)),
-        mock.patch.object(_cuda, "_pinned", lambda array: torch.from_numpy(array.copy())),
+        mock.patch.object(_cuda, "_pinned", lambda size: torch.empty(size, dtype=torch.uint8)),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
     ):
         yield

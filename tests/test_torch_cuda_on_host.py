@@ -45,13 +45,14 @@ def pinned() -> Iterator[list[torch.Tensor]]:
     """Have memory of the host be no device's; give all of it that was asked for."""
     made: list[torch.Tensor] = []
 
-    def make(array: Any) -> torch.Tensor:
-        made.append(torch.zeros(array.shape, dtype=getattr(torch, array.dtype.name)))
+    def make(size: int) -> torch.Tensor:
+        made.append(torch.zeros(size, dtype=torch.uint8))
         return made[-1]
 
     with (
         mock.patch.object(_cuda, "_pinned", make),
         mock.patch.object(_cuda, "_of_graphs", []),
+        mock.patch.object(_cuda, "_spares", {}),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
     ):
         yield made
@@ -88,6 +89,21 @@ def test_a_graph_copies_from_memory_that_stays(pinned: list[torch.Tensor]) -> No
     again, once_more = sent.bring(1, False), sent.bring(1, True)
     assert captured.tolist()[2:3] + again.tolist()[2:3] + once_more.tolist()[2:3] == [7, 8, 8]
     assert len({x.data_ptr() for x in (captured, again, once_more)}) == 3
+
+
+def test_a_step_that_is_prepared_in_a_capture_takes_memory_of_earlier_ones(pinned: list[torch.Tensor]) -> None:
+    for n in (6, 7, 5):  # a little more, or less, as with other parameters
+        _cuda.OnDevice(np.arange(n), CPU).bring(1, False)
+    made = len(pinned)
+    assert made == 4  # one for each copy, and one for captures
+    captured = _cuda.OnDevice(np.arange(4), CPU).bring(1, True)
+    assert captured.tolist() == [0, 1, 2, 3]
+    assert len(pinned) == made
+    assert [x.data_ptr() for x in _cuda._of_graphs] == [captured.data_ptr()]
+    assert _cuda._spares == {64: []}
+    _cuda.OnDevice(np.arange(4), CPU).bring(1, False)
+    assert len(pinned) == made + 2
+    assert len(_cuda._spares[64]) == 1
 
 
 def table_of(sizes: list[int]) -> Any:

@@ -19,6 +19,8 @@ Scaling = tuple[Tensor | None, Tensor | None]
 # Memory from which a graph copies at every replay. It is kept as long as the process, because a graph does not say when
 # it ends; some kilobytes for each captured step.
 _of_graphs: list[Tensor] = []
+# Memory for later captures, by its bytes, because none should be pinned while a graph is captured.
+_spares: dict[int, list[Tensor]] = {}
 
 
 @functools.cache
@@ -99,25 +101,32 @@ class OnDevice:
         self._copied: Any = None
         self._stream: int | None = None
         self._tensor: Any = None
-        self._spare: Tensor | None = None  # because no memory should be pinned while a graph is captured
+        self._spare: Tensor | None = None  # for a capture
+
+    def __del__(self) -> None:
+        if self._spare is not None:  # the next step may be prepared while it is captured
+            _spares.setdefault(len(self._spare), []).append(self._spare)
 
     def bring(self, stream: int, is_captured: bool) -> Tensor:
         """Return the copy, for use on the current stream."""
         import numpy as np
 
-        if not is_captured and self._spare is None:
-            self._spare = _pinned(self._array)
+        array, size = self._array, 1 << self._array.nbytes.bit_length()
+        if self._spare is None:
+            spares = _spares.get(size)
+            self._spare = spares.pop() if spares else _pinned(size)
         is_current = self._tensor is not None and stream == self._stream and not is_captured
-        if is_current and np.array_equal(self._array, self._copied):
+        if is_current and np.array_equal(array, self._copied):
             return self._tensor
-        host = self._spare if is_captured and self._spare is not None else _pinned(self._array)
-        host.numpy()[...] = self._array
+        memory = self._spare if is_captured else _pinned(size)
+        host = memory[: array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
+        host.numpy()[...] = array
         tensor = host.to(self._device, non_blocking=True)
         if is_captured:
             _of_graphs.append(host)
             self._spare = None
         else:
-            self._copied, self._stream, self._tensor = self._array.copy(), stream, tensor
+            self._copied, self._stream, self._tensor = array.copy(), stream, tensor
         return tensor
 
 
@@ -126,6 +135,6 @@ def _stream_of(device: torch.device) -> tuple[int, bool]:
     return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
-def _pinned(array: Any) -> Tensor:
-    """Return memory of the host like an array, from which a device copies while the host continues."""
-    return torch.empty(array.shape, dtype=getattr(torch, array.dtype.name), pin_memory=True)
+def _pinned(size: int) -> Tensor:
+    """Return so many bytes of the host, from which a device copies while the host continues."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
