@@ -32,6 +32,8 @@ def test_the_simulated_kernels_pass_the_suite_with_the_bits_of_a_cpu() -> None:
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert re.search(r"^\d{3} cases, \d{4,} launches$", done.stderr, re.MULTILINE)
+    row = "| the CUDA kernel in Numba's simulator (60 steps) | yes | yes | yes |"
+    assert row in (HERE.parent / "docs" / "guarantees.md").read_text()
 
 
 @pytest.mark.parametrize("sizes", [[0], [1], [cuda.CHUNK], [cuda.CHUNK + 1, 0, 3 * cuda.CHUNK, 5]])
