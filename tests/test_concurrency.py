@@ -231,6 +231,24 @@ assert os.waitpid(child, 0)[1] == 0
 assert os.read(here, 32) == hashlib.sha256(bits(host)).digest()
 step(host)  # and the end of the child has taken nothing along
 """
+# Ctrl-C arrives in the middle of the import; the next use finds Numba whole.
+FIRST_INTERRUPTED = """
+import importlib.abc, signal
+from acprop_core import kernels
+from acprop_stepper import Stepper
+
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "numba.core.typing":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+try:
+    Stepper(np.ones(2))
+except KeyboardInterrupt:
+    sys.meta_path.pop(0)
+assert kernels.why_no_numba() is None
+assert Stepper(np.ones(2), engine="numba").step(np.ones(2)).count == 1
+"""
 NUMPY = {
     "numpy": "begin = BACKENDS['numpy'].begin",
     **{
@@ -261,6 +279,11 @@ def test_two_threads_compile_at_once(backend: str) -> None:
     if backend in TORCH:
         pytest.importorskip("torch")
     elsewhere({**NUMPY, **TORCH}[backend], FIRST_USE)
+
+
+def test_an_interrupt_while_numba_is_imported() -> None:
+    pytest.importorskip("numba")
+    elsewhere(FIRST_INTERRUPTED)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -6,6 +6,7 @@ Import each module by its name, where its dependencies are installed; `import ac
 import functools
 import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from acprop_core._checks import warn
@@ -21,7 +22,9 @@ def why_no_numba() -> str | None:
     Numba is used once to find out, because it may be installed and not work: too old for this NumPy, or switched off.
     """
     try:
-        import numba
+        # In another thread, because Ctrl-C arrives in the main one: an interrupted import leaves Numba in pieces.
+        with ThreadPoolExecutor(1) as other:
+            numba = other.submit(importlib.import_module, "numba").result()
 
         from acprop_core.kernels.disk import compiled
 
