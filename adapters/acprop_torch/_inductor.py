@@ -111,7 +111,8 @@ def _compile(row: Row, size: int, numbers: Numbers, flags: Flags, skip: Tensor |
             # All different, also from the number of rows: a program takes only tensors whose sizes are equal where they
             # were equal as it was compiled.
             sizes = [max(sizes[0], together + 1) + i for i in range(together)]
-        program([map_row(lambda x, n=n: x.new_zeros(n), row) for n in sizes], numbers, flags, skip)
+        columns = Row(*([None] * together if x is None else [x.new_zeros(n) for n in sizes] for x in row))
+        program(_rows.rows_of(columns), numbers, flags, skip)
         _programs[key] = program
     return program
 

@@ -86,13 +86,12 @@ class Kept:
 
     def run(self, groups: list[dict[str, Any]], state: Any, scaling: Scaling) -> bool:
         """Step all groups if they are as they were; return False if they are not, and nothing has changed then."""
-        is_scaled = any(x is not None for x in scaling)
-        if is_scaled and (self._compiled.reads_options or not all(group["fused"] for group in groups)):
+        if self._compiled.reads_options and any(x is not None for x in scaling):
             return False
         try:
             if len(groups) != len(self._lengths) or not all(map(self._has_options, range(len(groups)), groups)):
                 return False
-            params: list[Tensor] = []
+            params: list[Any] = []
             for group, length in zip(groups, self._lengths, strict=True):
                 own = [p for p in group["params"] if p.grad is not None]
                 if len(own) != length:
@@ -100,8 +99,8 @@ class Kept:
                 params += own
             states = [state[p] for p in params]
             grads: list[Any] = [p.grad for p in params]
-            moments = ([own[name] for own in states] for name in ("exp_avg", "exp_avg_var"))
-            columns = Row(params, grads, *moments, [own.get("carry") for own in states])
+            mus, nus = ([own[name] for own in states] for name in ("exp_avg", "exp_avg_var"))
+            columns = Row(params, grads, mus, nus, [own.get("carry") for own in states])
             if self._are_made:
                 if any(hasattr(p, "to_local") and p.placements != p.grad.placements for p in params):
                     return False  # such gradients are sent, by all processes alike, where the step is prepared
