@@ -125,7 +125,7 @@ def on_imitated_device() -> Any:
     with (
         mock.patch.object(_numba, "_Part", part_of),
         mock.patch.object(_cuda, "_stream_of", return_value=(7, False)),
-        mock.patch.object(_cuda, "_pinned", lambda array: torch.from_numpy(array.copy())),
+        mock.patch.object(_cuda, "_pinned", lambda size: torch.empty(size, dtype=torch.uint8)),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
     ):
         yield
@@ -195,7 +195,7 @@ def model(flags: rule.Flags, dtype: Any, own_shift: int, shift: int) -> Model:
 
 def on_device(model: Model, found: float) -> list[bytes]:
     scaling = torch.tensor([8.0]), torch.tensor([found])
-    _cuda.Part(Program(model.flags, *model.dtypes), torch.device("cpu"), model.table(), OPTIONS, scaling).run({})
+    _cuda.Part(Program(model.flags, *model.dtypes), torch.device("cpu"), model.table(), OPTIONS).run({}, scaling)
     return model.content()
 
 

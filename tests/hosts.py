@@ -862,10 +862,10 @@ def numba_unusable() -> Iterator[None]:
 
 def fused_as_on_an_accelerator() -> contextlib.AbstractContextManager[Any]:
     """Run the fused step on a CPU as on an accelerator, where no value may be read."""
-    from acprop_torch import _fused, _inductor
+    from acprop_torch import _fused
 
     def prepare(batch: Any) -> Any:
-        return None, [_inductor.prepare_on_accelerator(batch)]
+        return None, _fused.prepare_on_accelerator(batch)
 
     return mock.patch.object(_fused, "prepare", prepare)
 
@@ -913,10 +913,10 @@ def failing_torch_compile(error: type[BaseException], at: Any) -> contextlib.Abs
     import torch
 
     def compile(function: Any, **options: Any) -> Any:
-        def run(row: Any, *rest: Any) -> None:
-            if row.mu.dtype is at:
+        def run(rows: Any, *rest: Any) -> None:
+            if rows[0].mu.dtype is at:
                 raise error("no working compiler\nand more")
-            function(row, *rest)
+            function(rows, *rest)
 
         return run
 

@@ -44,12 +44,13 @@ WANTED = ("array_api_compat", "array_api_strict", "hypothesis", "ml_dtypes", "mp
 
 
 class Part(NamedTuple):
-    """What one process runs: the arguments of pytest or of Python, and the library that must find a device."""
+    """What one process runs: arguments of pytest or of Python, the library that must find a device, and a limit."""
 
     name: str
     library: str
     arguments: Sequence[str]
     is_script: bool = False
+    seconds: float = float("inf")
 
 
 def suite(name: str, library: str, backend: str) -> Part:
@@ -67,6 +68,7 @@ PARTS = [
     suite("torch-foreach", "torch", "torch_foreach_cuda"),
     suite("torch-optimizer", "torch", "torch_optimizer_cuda"),
     suite("torch-foreach-capturable", "torch", "torch_capturable_foreach_cuda"),
+    Part("torch-compile", "torch", ["tests/test_torch_cuda_compiled.py"], seconds=120.0),  # compiling may take long
     suite("optax", "jax", "optax_cuda"),
     suite("torch-capturable", "torch", "torch_capturable_cuda"),
     suite("torch", "torch", "torch_cuda"),
@@ -169,6 +171,7 @@ def run(part: Part, out: Path, env: dict[str, str], until: float) -> Outcome:
     begun = time.monotonic()
     if begun >= until:
         return Outcome("incomplete", "the time was over before it began")
+    until = min(until, begun + part.seconds)
     results = out / f"{part.name}.jsonl"
     results.write_text("")
     with open(out / f"{part.name}.log", "w") as log:

@@ -59,12 +59,13 @@ def run(monkeypatch, tmp_path):
     """Return a function that runs tests, given by name and source, and returns the exit status and the summary."""
     monkeypatch.setitem(on_device.PROBES, LIBRARY, "print('a device')")
 
-    def run(seconds, *names, **sources):
+    def run(seconds, *names, limits=None, **sources):
         parts = []
         for name, source in sources.items():
             path = tmp_path / f"test_{name}.py"
             path.write_text(re.sub("^    ", "", source, flags=re.MULTILINE))
-            parts.append(Part(name, LIBRARY, ["-c", str(TESTS.parent / "pyproject.toml"), str(path)]))
+            part = Part(name, LIBRARY, ["-c", str(TESTS.parent / "pyproject.toml"), str(path)])
+            parts.append(part._replace(seconds=(limits or {}).get(name, part.seconds)))
         out = tmp_path / "out"
         status = on_device.main([*names, "--seconds", str(seconds), "--out", str(out), "--jobs", "2"], parts)
         return status, json.loads((out / "summary.json").read_text())
@@ -94,6 +95,14 @@ def test_a_part_that_does_not_end_is_cut_off(run):
     assert [(name, part["ended"]) for name, part in summary["parts"].items()] == [("endless", "incomplete")]
     assert summary["parts"]["endless"]["why"].startswith("the time was over")
     assert status == 3
+
+
+def test_a_part_may_have_a_limit_of_its_own(run):
+    _, summary = run(300, limits={"endless": 2.0}, endless=ENDLESS, good=GOOD)
+    assert {name: part["ended"] for name, part in summary["parts"].items()} == {
+        "endless": "incomplete",
+        "good": "passed",
+    }
 
 
 def test_an_outcome_counts_what_had_passed_before_the_time_was_over():

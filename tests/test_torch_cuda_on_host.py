@@ -26,14 +26,16 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """A program that writes down what it is called with, and the first two rows of the options."""
+    """A program that writes down what it is called with, the first two rows of the options, and the scaling."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.options: list[Any] = []
+        self.scaling: list[tuple[Any, ...]] = []
 
     def run(self, *arguments: Any) -> None:
         self.calls.append(arguments)
+        self.scaling.append(tuple(ctypes.c_float.from_address(x).value if x else None for x in arguments[8:]))
         memory = (ctypes.c_double * (2 * len(element.OPTIONS))).from_address(arguments[6])
         self.options.append(np.array(memory).reshape(2, -1))
 
@@ -43,13 +45,14 @@ def pinned() -> Iterator[list[torch.Tensor]]:
     """Have memory of the host be no device's; give all of it that was asked for."""
     made: list[torch.Tensor] = []
 
-    def make(array: Any) -> torch.Tensor:
-        made.append(torch.zeros(array.shape, dtype=getattr(torch, array.dtype.name)))
+    def make(size: int) -> torch.Tensor:
+        made.append(torch.zeros(size, dtype=torch.uint8))
         return made[-1]
 
     with (
         mock.patch.object(_cuda, "_pinned", make),
         mock.patch.object(_cuda, "_of_graphs", []),
+        mock.patch.object(_cuda, "_spares", {}),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
     ):
         yield made
@@ -88,6 +91,21 @@ def test_a_graph_copies_from_memory_that_stays(pinned: list[torch.Tensor]) -> No
     assert len({x.data_ptr() for x in (captured, again, once_more)}) == 3
 
 
+def test_a_step_that_is_prepared_in_a_capture_takes_memory_of_earlier_ones(pinned: list[torch.Tensor]) -> None:
+    for n in (6, 7, 5):  # a little more, or less, as with other parameters
+        _cuda.OnDevice(np.arange(n), CPU).bring(1, False)
+    made = len(pinned)
+    assert made == 4  # one for each copy, and one for captures
+    captured = _cuda.OnDevice(np.arange(4), CPU).bring(1, True)
+    assert captured.tolist() == [0, 1, 2, 3]
+    assert len(pinned) == made
+    assert [x.data_ptr() for x in _cuda._of_graphs] == [captured.data_ptr()]
+    assert _cuda._spares == {64: []}
+    _cuda.OnDevice(np.arange(4), CPU).bring(1, False)
+    assert len(pinned) == made + 2
+    assert len(_cuda._spares[64]) == 1
+
+
 def table_of(sizes: list[int]) -> Any:
     table = np.full((element.ROWS, len(sizes)), 16, np.int64)
     table[element.SIZE] = sizes
@@ -98,24 +116,21 @@ def test_a_part_passes_addresses_on_the_current_stream(pinned: list[torch.Tensor
     program = Recorder()
     scale, found = torch.tensor(8.0, dtype=torch.float64), torch.tensor([1.0])
     options = np.zeros((2, len(element.OPTIONS)))
-    part = _cuda.Part(program, CPU, table_of([5, 2 * cuda.CHUNK + 1]), options, (scale, found))
+    part = _cuda.Part(program, CPU, table_of([5, 2 * cuda.CHUNK + 1]), options)
     with mock.patch.object(_cuda, "_stream_of", return_value=(9, False)):
-        part.run({(1, 0): torch.tensor([0.5]), (0, 2): torch.tensor(0.25, dtype=torch.float64)})
-        part.run({})
-    (number, stream, table, columns, chunks, blocks, _, _, *scaling), again = program.calls
+        part.run({(1, 0): torch.tensor([0.5]), (0, 2): torch.tensor(0.25, dtype=torch.float64)}, (scale, found))
+        part.run({}, (scale, found))
+        part.run({}, (None, None))
+    (number, stream, table, columns, chunks, blocks, _, _, *scaling), again, unscaled = program.calls
     assert (number, stream, columns, blocks) == (0, 9, 2, 4)
     assert chunks == table + 8 * element.ROWS * 2
     assert again[:6] == (0, 9, table, 2, chunks, 4)  # nothing was sent again
-    assert again[8:] == tuple(scaling)
-    first, second = program.options
+    assert len(again) == len(scaling) + 8
+    first, second, _ = program.options
     assert (first[1, 0], first[0, 2]) == (0.5, 0.25)
     assert not second.any()  # those on the host again: none of the tensors' is left
-    addresses = [x.data_ptr() for x in part._scaling]
-    assert list(again[-2:]) == addresses
-    assert [(x.dtype, x.item()) for x in part._scaling] == [(torch.float32, 8.0), (torch.float32, 1.0)]
-    with mock.patch.object(_cuda, "_stream_of", return_value=(9, False)):
-        _cuda.Part(program, CPU, table_of([5]), options).run({})
-    assert program.calls[-1][-2:] == (0, 0)
+    assert program.scaling == [(8.0, 1.0), (8.0, 1.0), (None, None)]
+    assert unscaled[-2:] == (0, 0)
 
 
 def test_the_check_of_a_part_reads_no_count() -> None:
@@ -146,8 +161,8 @@ def parts() -> Iterator[list[tuple[Any, ...]]]:
             made.append(arguments)
             self.table = arguments[2]
 
-        def run(self, tensors: Any) -> None:
-            made.append(("run", dict(tensors)))
+        def run(self, tensors: Any, scaling: Any) -> None:
+            made.append(("run", dict(tensors), scaling))
 
         def check(self) -> bool:
             return True
@@ -185,19 +200,19 @@ def test_options_on_a_device_are_not_read(parts: list[tuple[Any, ...]]) -> None:
     rate, found = torch.zeros(1, device="meta"), torch.zeros((), device="meta")
     batch = batch_of([3], learning_rate=rate)._replace(grad_scale=torch.zeros((), device="meta"), found_inf=found)
     compiled = _numba.Compiled([batch])
-    assert parts[0][4] == (batch.grad_scale, found)
+    scaling = batch.grad_scale, found
     assert parts[0][3][0, element.OPTIONS.index("grad_scale")] == 1.0
-    compiled.run([])
-    assert parts[-1] == ("run", {(0, 0): rate})
+    compiled.run([], scaling)
+    assert parts[-1] == ("run", {(0, 0): rate}, scaling)
     compiled.set_options(0, Hyperparameters(learning_rate=0.5))
-    compiled.run([])
-    assert parts[-1] == ("run", {})
+    compiled.run([], (None, None))
+    assert parts[-1] == ("run", {}, (None, None))
     assert parts[0][3][0, 0] == 0.5
 
 
 def test_each_device_has_its_way(parts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     others: list[Batch] = []
-    monkeypatch.setattr(_fused._inductor, "prepare_on_accelerator", lambda batch: others.append(batch))
+    monkeypatch.setattr(_fused._lists, "prepare_traced", lambda batch: others.append(batch))
     on_meta, on_cpu = batch_of([3, 4]), batch_of([5], device="cpu")
     both = on_meta._replace(
         columns=Row(*(a + b for a, b in zip(on_meta.columns, on_cpu.columns, strict=True))),
@@ -206,7 +221,7 @@ def test_each_device_has_its_way(parts: list[tuple[Any, ...]], monkeypatch: pyte
     compiled, runs = _fused.prepare(both)
     assert compiled is both
     assert (runs, others) == ([], [])
-    # a row that is not contiguous, and no permutation of one, goes to torch's compiler
+    # a row that is not contiguous, and no permutation of one, goes to lists
     on_meta.columns.grad[1] = torch.zeros(8, device="meta")[::2]
     compiled, runs = _fused.prepare(on_meta)
     assert compiled is not None
@@ -244,7 +259,45 @@ def test_a_step_with_options_on_the_device_is_kept(parts: list[tuple[Any, ...]])
     group["lr"] = torch.zeros((), device="meta")
     with mock.patch.object(_kept, "check_options"):  # it refuses this device
         assert kept._has_options(0, group)
-    compiled.run([])
+    compiled.run([], (None, None))
     assert parts[-1][1][0, 0] is group["lr"]
     compiled.reads_options = True
     assert _kept.Kept.of([group], {0: batch}, compiled) is None
+
+
+def test_a_scaled_step_is_kept_and_its_table_sent_once(
+    pinned: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU stands in for the device. The scaler brings new tensors at each step."""
+    program = Recorder()
+    monkeypatch.setattr(
+        _numba, "_Part", lambda kind, table, options, _: _cuda.Part(program, kind.device, table, options)
+    )
+    monkeypatch.setattr(_numba, "_reads_options", lambda batch: False)
+    monkeypatch.setattr(_cuda, "_stream_of", lambda device: (9, False))
+    monkeypatch.setattr(_fused, "prepare", lambda batch: (batch, []))
+    xs = [torch.ones(3, requires_grad=True), torch.ones(2, 2, requires_grad=True)]
+    for x in xs:
+        x.grad = torch.ones_like(x)
+    groups = [{"params": [x]} for x in xs]
+    optimizer = acprop_torch.ACProp(groups, lr=0.5, fused=True)
+    prepare = mock.Mock(side_effect=optimizer._step_anew)
+    monkeypatch.setattr(optimizer, "_step_anew", prepare)
+    for i in range(4):
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(float(2**i)), torch.tensor(float(i == 2))
+        optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+    optimizer.step()
+    assert prepare.call_count == 1
+    assert program.scaling == [(1.0, 0.0), (2.0, 0.0), (4.0, 1.0), (8.0, 0.0), (None, None)]
+    assert {arguments[2] for arguments in program.calls} == {program.calls[0][2]}  # one table
+    sent = len(pinned)
+    optimizer.param_groups[1]["lr"] = 0.25
+    optimizer.step()
+    assert program.options[-1][:, 0].tolist() == [0.5, 0.25]
+    assert program.calls[-1][2] == program.calls[0][2]
+    assert len(pinned) == sent + 1  # the options alone
+    optimizer.param_groups[1]["fused"] = False
+    optimizer.found_inf = torch.tensor(1.0)
+    with pytest.raises(AssertionError, match="only fused steps unscale gradients"):
+        optimizer.step()

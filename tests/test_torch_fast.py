@@ -296,6 +296,50 @@ def test_a_step_is_kept(options: dict[str, Any]) -> None:
     assert [int(optimizer.state[x]["step"]) for x in (*xs, late)] == [10, 10, 10, 7]
 
 
+def test_a_step_of_complex_parameters_is_kept() -> None:
+    """Its rows are views as real numbers, made anew at each step; a gradient may be conjugated lazily."""
+
+    def trained(forgetful: bool) -> tuple[int, Any]:
+        x = torch.arange(4.0).mul(1 + 2j).requires_grad_()
+        y = torch.ones(3, requires_grad=True)
+        optimizer = ACProp([x, y], lr=0.1, clip_exponent=0.25)
+        with mock.patch.object(ACProp, "_step_anew", autospec=True, side_effect=ACProp._step_anew) as anew:
+            for i in range(6):
+                x.grad, y.grad = (x.detach() * (1 + i) + 1j).conj(), torch.ones(3)
+                optimizer._kept = None if forgetful else optimizer._kept
+                optimizer.step()
+        return anew.call_count, [torch.view_as_real(z) if z.is_complex() else z for z in everything(optimizer)]
+
+    (kept, a), (anew, b) = trained(False), trained(True)
+    assert (kept, anew) == (1, 6)
+    assert same(a, b)
+
+
+def test_a_step_of_sharded_parameters_is_kept() -> None:
+    """Except where a gradient is placed otherwise, because all processes must then send it, in one order."""
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        whole, shard = [tensor.Replicate()], [tensor.Shard(0)]
+        x = torch.nn.Parameter(tensor.distribute_tensor(torch.ones(4), mesh, shard))
+        optimizer = ACProp([x], lr=0.1, clip_exponent=0.25)
+        twin = torch.ones(4, requires_grad=True)
+        other = ACProp([twin], lr=0.1, clip_exponent=0.25)
+        calls = []
+        for placement in (shard, shard, shard, whole, whole):
+            twin.grad = torch.arange(4.0)
+            x.grad = tensor.distribute_tensor(twin.grad, mesh, placement)
+            with mock.patch.object(optimizer, "_step_anew", wraps=optimizer._step_anew) as anew:
+                optimizer.step()
+            other.step()
+            calls.append(anew.call_count)
+        assert calls == [1, 0, 0, 1, 1]
+        assert torch.equal(x.detach().to_local(), twin.detach())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_a_copy_steps_its_own_memory(copied: Callable[[Any], Any]) -> None:
     optimizer = begun()

@@ -36,8 +36,10 @@ CHUNK = 2**14
 """Elements that a block of threads takes: 100 million are 6,000 blocks, many more than a device runs at once."""
 THREADS = 256
 """Threads of a block."""
-NUMBERS = len(rule.Numbers._fields)
+FIELDS = len(rule.Numbers._fields)
 """Numbers of the step of one array."""
+NUMBERS = 16
+"""Their places in memory, a power of two, because whole vectors are read."""
 
 _VECTOR = 4  # elements that a thread loads at once: 128 bits of float32
 
@@ -116,21 +118,8 @@ def numbers_kernel_of(
             factor = np.float64(1.0) / np.float64(read_narrow(scale_at)) if scale_at != 0 else read_wide(o + 64)
             row = (lr, b1, b2, eps, eps_root, decay, exponent, climbs, factor)
             k = numbers_at((row,), 0, int(min(count, 2.0**62)))
-            at = numbers + i * NUMBERS * width
-            write(at, k.scale)
-            write(at + width, k.offset)
-            write(at + 2 * width, k.mean_scale)
-            write(at + 3 * width, k.eps)
-            write(at + 4 * width, k.limit)
-            write(at + 5 * width, k.old_weight1)
-            write(at + 6 * width, k.new_weight1)
-            write(at + 7 * width, k.old_weight2)
-            write(at + 8 * width, k.new_weight2)
-            write(at + 9 * width, k.eps_root)
-            write(at + 10 * width, k.rate)
-            write(at + 11 * width, k.weight_decay)
-            write(at + 12 * width, k.dither)
-            write(at + 13 * width, k.grad_scale)
+            for field in range(FIELDS):
+                write(numbers + (i * NUMBERS + field) * width, k[field])
 
     return make_numbers
 
@@ -144,7 +133,7 @@ def step_kernel_of(
     element = memory.compiled(element_of(flags, own, moments, memory.functions))
     read_int, read_wide, read_narrow = (memory.reader(np.dtype(x), 1) for x in ("int64", "float64", "float32"))
     write_wide, write_narrow = (memory.writer(np.dtype(x), 1) for x in ("float64", "float32"))
-    read_real = memory.reader(real, 1)
+    read_numbers = memory.reader(real, NUMBERS)
     read, read_moment = memory.reader(own.dtype, 1), memory.reader(moments.dtype, 1)
     write, write_moment = memory.writer(own.dtype, 1), memory.writer(moments.dtype, 1)
     read_4, read_moments_4 = memory.reader(own.dtype, _VECTOR), memory.reader(moments.dtype, _VECTOR)
@@ -172,23 +161,7 @@ def step_kernel_of(
         carry_at = read_int(column + 8 * CARRY * n)
         decay = read_int(column + 8 * DECAY * n)
         last = min(first + CHUNK, read_int(column + 8 * SIZE * n))
-        at = numbers + i * NUMBERS * width
-        k = rule.Numbers(
-            read_real(at),
-            read_real(at + width),
-            read_real(at + 2 * width),
-            read_real(at + 3 * width),
-            read_real(at + 4 * width),
-            read_real(at + 5 * width),
-            read_real(at + 6 * width),
-            read_real(at + 7 * width),
-            read_real(at + 8 * width),
-            read_real(at + 9 * width),
-            read_real(at + 10 * width),
-            read_real(at + 11 * width),
-            read_real(at + 12 * width),
-            read_real(at + 13 * width),
-        )
+        k = rule.Numbers(*read_numbers(numbers + i * NUMBERS * width)[:FIELDS])
         single = first  # the first element that is not part of a vector
         if (param_at | grad_at | carry_at) % own_align == 0 and (mu_at | nu_at) % moments_align == 0:
             single = last - (last - first) % _VECTOR
@@ -279,8 +252,8 @@ class Program:
         options : int
             Address of a (groups, len(`element.OPTIONS`)) float64 array; 0 if `numbers` holds those of this step.
         numbers : int
-            Address of columns * `NUMBERS` numbers of the moments' dtype, or float32 if that has 16 bits; overwritten
-            unless `options` is 0.
+            Address, a multiple of 16, of columns * `NUMBERS` numbers of the moments' dtype, or float32 if that has 16
+            bits, the first `FIELDS` of each column in the order of `rule.Numbers`; overwritten unless `options` is 0.
         grad_scale : int
             Address of a float32: gradients are divided by it; 0 for the factor in the options.
         found_inf : int

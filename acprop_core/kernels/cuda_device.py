@@ -42,7 +42,7 @@ for _function in (
 ):
     _inlined(_function)
 
-_LANES = [ir.Constant(ir.IntType(32), i) for i in range(4)]
+_LANES = [ir.Constant(ir.IntType(32), i) for i in range(16)]
 
 
 def _pointer(context: Any, builder: Any, kind: Any, n: int, address: Any) -> Any:
@@ -97,13 +97,41 @@ MEMORY = Memory(ACCESS, _FUNCTIONS, scalars.MAKERS, _reader, _writer, _inlined)
 
 
 def compile_kernel(function: Any, capability: tuple[int, int]) -> bytes:
-    """Return a kernel, whose arguments are five int64, as NVIDIA's code for the linker."""
+    """Return a kernel as NVIDIA's code for the linker.
+
+    Parameters
+    ----------
+    function : callable
+        A Python function of five int64.
+    capability : (int, int)
+        The compute capability of the device, such as (9, 0).
+
+    Returns
+    -------
+    bytes
+        LTO-IR, for `assemble`.
+    """
     code, _ = cuda.compile(function, nb.void(*[nb.int64] * 5), device=False, abi="numba", output="ltoir", cc=capability)
     return bytes(code)
 
 
 def assemble(code: bytes, capability: tuple[int, int], as_text: bool = False) -> bytes:
-    """Return the machine code of a kernel, or PTX."""
+    """Return the machine code of a kernel, or PTX.
+
+    Parameters
+    ----------
+    code : bytes
+        From `compile_kernel`.
+    capability : (int, int)
+        The same as there.
+    as_text : bool
+        Whether to return PTX.
+
+    Returns
+    -------
+    bytes
+        A cubin, for `load`; or text.
+    """
     major, minor = capability
     # no contraction; roots and quotients correctly rounded; denormals kept
     options = [f"-arch=sm_{major}{minor}", "-lto", "-O3", "-fma=0", "-prec-sqrt=1", "-prec-div=1", "-ftz=0"]
@@ -123,7 +151,23 @@ def assemble(code: bytes, capability: tuple[int, int], as_text: bool = False) ->
 
 
 def load(machine_code: bytes) -> int:
-    """Return the handle of the one kernel in machine code, which the driver loads for each device at its first use."""
+    """Load machine code; the driver brings it to each device at its first use there.
+
+    Parameters
+    ----------
+    machine_code : bytes
+        From `assemble`, with one kernel.
+
+    Returns
+    -------
+    int
+        The handle of the kernel, for `launch`.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver refuses it.
+    """
     _called(driver.cuInit(0))
     library = _called(driver.cuLibraryLoadData(machine_code, [], [], 0, [], [], 0))
     (kernel,) = _called(driver.cuLibraryEnumerateKernels(1, library))
@@ -131,7 +175,24 @@ def load(machine_code: bytes) -> int:
 
 
 def launch(device: int, stream: int, kernel: int, blocks: int, threads: int, arguments: tuple[int, ...]) -> None:
-    """Launch a kernel on a stream of a device, whose context is made current where a thread has none."""
+    """Launch a kernel. Nothing is waited for.
+
+    Parameters
+    ----------
+    device, stream : int
+        Number of the device, whose context is made current if this thread has none, and the handle of its stream.
+    kernel : int
+        From `load`.
+    blocks, threads : int
+        Number of blocks, and of the threads of each.
+    arguments : tuple of int
+        The arguments of the kernel, as int64.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver refuses the launch.
+    """
     if not int(_called(driver.cuCtxGetCurrent())):
         _called(driver.cuCtxSetCurrent(_context_of(device)))
     values = arguments, (ctypes.c_int64,) * len(arguments)

@@ -63,7 +63,8 @@ class Cuda:
         table = self._table.take(plain, axis=1)  # row by row in memory, which indexing does not promise
         table[element.GRAD] = [address(grads[i]) for i in plain]
         table[element.DECAY] = int(flags.decay) * self._decaying[plain]
-        values = np.tile(np.array(numbers, np.dtype(real)), (len(plain), 1))
+        values = np.zeros((len(plain), cuda.NUMBERS), np.dtype(real))
+        values[:, : cuda.FIELDS] = numbers
         others = dict(zip(self.leaves, grads, strict=True)) | dict.fromkeys(self.leaves[i] for i in plain)
         tasks = [task for tiles in self._tiles for task in tiles.tasks([others[i] for i in tiles.leaves], now)]
         # the kernel has only the addresses of the gradients, so the task holds them

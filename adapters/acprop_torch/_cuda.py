@@ -13,9 +13,14 @@ from torch import Tensor
 from acprop_core import kernels
 from acprop_core.adapt import warn
 
+Scaling = tuple[Tensor | None, Tensor | None]
+"""`grad_scale` and `found_inf`, of one element each."""
+
 # Memory from which a graph copies at every replay. It is kept as long as the process, because a graph does not say when
 # it ends; some kilobytes for each captured step.
 _of_graphs: list[Tensor] = []
+# Memory for later captures, by its bytes, because none should be pinned while a graph is captured.
+_spares: dict[int, list[Tensor]] = {}
 
 
 @functools.cache
@@ -43,18 +48,9 @@ class Part:
         Where they are.
     table, options : array
         As `acprop_core.kernels.cuda.Program.run` takes them, of these rows. Both may be changed between two steps.
-    scaling : (tensor or None, tensor or None)
-        `grad_scale` and `found_inf`.
     """
 
-    def __init__(
-        self,
-        program: Any,
-        device: torch.device,
-        table: Any,
-        options: Any,
-        scaling: tuple[Tensor | None, Tensor | None] = (None, None),
-    ) -> None:
+    def __init__(self, program: Any, device: torch.device, table: Any, options: Any) -> None:
         import numpy as np
 
         from acprop_core.kernels import cuda, element
@@ -65,9 +61,6 @@ class Part:
         addresses = np.concatenate([table.reshape(-1), chunks.reshape(-1)])
         self.table = addresses[: table.size].reshape(table.shape)
         self._addresses, self._options = OnDevice(addresses, device), OnDevice(options, device)
-        self._scaling = [
-            None if x is None else x.to(device, torch.float32, non_blocking=True).reshape(()) for x in scaling
-        ]
 
     def check(self) -> bool:
         """Return whether all elements have memory; step counts are not read."""
@@ -75,7 +68,7 @@ class Part:
 
         return bool(((self.table[: element.COUNT] != 0) | (self.table[element.SIZE] == 0)).all())
 
-    def run(self, tensors: dict[tuple[int, int], Tensor]) -> None:
+    def run(self, tensors: dict[tuple[int, int], Tensor], scaling: Scaling) -> None:
         """Step the rows, and count the step of each; `tensors` are options on devices, by their place in `options`."""
         from acprop_core.kernels import cuda
 
@@ -88,7 +81,8 @@ class Part:
                 options[place].copy_(x.squeeze(), non_blocking=True)
             columns = self.table.shape[1]
             numbers = torch.empty((columns, cuda.NUMBERS), dtype=torch.float64, device=self._device)
-            addresses = [0 if x is None else x.data_ptr() for x in self._scaling]
+            scales = [None if x is None else x.to(self._device, torch.float32, non_blocking=True) for x in scaling]
+            addresses = [0 if x is None else x.data_ptr() for x in scales]
             self._program.run(
                 *(self._device.index or 0, stream, table.data_ptr(), columns, table[self.table.size :].data_ptr()),
                 *(self._blocks, options.data_ptr(), numbers.data_ptr(), *addresses),
@@ -107,25 +101,32 @@ class OnDevice:
         self._copied: Any = None
         self._stream: int | None = None
         self._tensor: Any = None
-        self._spare: Tensor | None = None  # because no memory should be pinned while a graph is captured
+        self._spare: Tensor | None = None  # for a capture
+
+    def __del__(self) -> None:
+        if self._spare is not None:  # the next step may be prepared while it is captured
+            _spares.setdefault(len(self._spare), []).append(self._spare)
 
     def bring(self, stream: int, is_captured: bool) -> Tensor:
         """Return the copy, for use on the current stream."""
         import numpy as np
 
-        if not is_captured and self._spare is None:
-            self._spare = _pinned(self._array)
+        array, size = self._array, 1 << self._array.nbytes.bit_length()
+        if self._spare is None:
+            spares = _spares.get(size)
+            self._spare = spares.pop() if spares else _pinned(size)
         is_current = self._tensor is not None and stream == self._stream and not is_captured
-        if is_current and np.array_equal(self._array, self._copied):
+        if is_current and np.array_equal(array, self._copied):
             return self._tensor
-        host = self._spare if is_captured and self._spare is not None else _pinned(self._array)
-        host.numpy()[...] = self._array
+        memory = self._spare if is_captured else _pinned(size)
+        host = memory[: array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
+        host.numpy()[...] = array
         tensor = host.to(self._device, non_blocking=True)
         if is_captured:
             _of_graphs.append(host)
             self._spare = None
         else:
-            self._copied, self._stream, self._tensor = self._array.copy(), stream, tensor
+            self._copied, self._stream, self._tensor = array.copy(), stream, tensor
         return tensor
 
 
@@ -134,6 +135,6 @@ def _stream_of(device: torch.device) -> tuple[int, bool]:
     return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
-def _pinned(array: Any) -> Tensor:
-    """Return memory of the host like an array, from which a device copies while the host continues."""
-    return torch.empty(array.shape, dtype=getattr(torch, array.dtype.name), pin_memory=True)
+def _pinned(size: int) -> Tensor:
+    """Return so many bytes of the host, from which a device copies while the host continues."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -6,8 +6,8 @@ import torch
 
 from acprop_core import kernels
 from acprop_core.adapt import Row
-from acprop_torch import _cuda, _inductor, _numba
-from acprop_torch._rows import Batch, by_kind, check_shapes, columns_of, contiguous
+from acprop_torch import _cuda, _inductor, _lists, _numba
+from acprop_torch._rows import PLAIN, Batch, by_kind, check_shapes, columns_of, contiguous
 from acprop_torch._tiles import prepare as prepare_tiles
 
 Run = Callable[[], None]
@@ -33,7 +33,7 @@ def prepare(batch: Batch) -> tuple[Batch | None, list[Run]]:
             compiled += [members[i] for i in plain]
             runs += others
         else:
-            runs.append(_inductor.prepare_on_accelerator(own))
+            runs += prepare_on_accelerator(own)
     if len(compiled) == len(batch.steps):
         return batch, runs
     return batch.choose(sorted(compiled)) if compiled else None, runs
@@ -50,6 +50,30 @@ def prepare_default(batch: Batch) -> tuple[Batch | None, list[Run]]:
     return batch.choose(plain) if plain else None, runs
 
 
+def prepare_on_accelerator(batch: Batch) -> list[Run]:
+    """Return the steps of a batch on one accelerator: compiled by torch for memory, and otherwise by the rule on lists.
+
+    Read no value here: it would synchronize with the device.
+    """
+    check_shapes(batch.columns)
+    device = batch.columns.param[0].device
+    scale, found = (None if x is None else x.to(device, non_blocking=True) for x in (batch.grad_scale, batch.found_inf))
+    batch = batch._replace(grad_scale=scale, found_inf=found)
+    memory = {i: flat for i, row in enumerate(batch.rows) if (flat := _as_memory(row)) is not None}
+    runs = []
+    if memory:
+        compiled = batch.choose(list(memory))._replace(columns=columns_of(list(memory.values())))
+        runs.append(_inductor.prepare_on_accelerator(compiled))
+    if others := [i for i in range(len(batch.steps)) if i not in memory]:
+        runs.append(_lists.prepare_traced(batch.choose(others)))
+    return runs
+
+
+def _as_memory(row: Row) -> Row | None:
+    is_plain = PLAIN.issuperset(map(type, row[:4])) and not (row.param.is_neg() or row.grad.is_neg())
+    return contiguous(row) if is_plain else None
+
+
 def _prepare_by_numba(batch: Batch) -> tuple[list[int], list[Run]]:
     """Return which rows of one device Numba can step, and the step of the others."""
     check_shapes(batch.columns)
@@ -59,7 +83,7 @@ def _prepare_by_numba(batch: Batch) -> tuple[list[int], list[Run]]:
     others = batch.choose(sorted({*range(len(batch.steps))}.difference(plain)))
     if batch.columns.param[0].is_cpu:  # the rule uncompiled, operation by operation
         return plain, [prepare_tiles(others)]
-    return plain, [_inductor.prepare_on_accelerator(others)]
+    return plain, prepare_on_accelerator(others)
 
 
 def _prepare_kind(batch: Batch, count: int) -> list[Run]:

@@ -1,7 +1,8 @@
-"""The way to step of fused=True without Numba, or on an accelerator: one program by torch.compile for each tensor."""
+"""The way to step of fused=True without Numba: programs by torch.compile, of one tensor, or of several."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
@@ -12,14 +13,15 @@ from acprop_core import kernels
 from acprop_core.adapt import Row
 from acprop_core.rule import Flags, Numbers
 from acprop_torch import _rows
-from acprop_torch._private import foreach_add_, foreach_copy_
-from acprop_torch._rows import PLAIN, Batch, blocks, bring, map_row, step_of
+from acprop_torch._private import foreach_copy_
+from acprop_torch._rows import Batch, blocks, bring, count_unless, map_row, skip_of, step_of
 from acprop_torch._traced import step_in_place
 
-Program = Callable[[Row, Numbers, Flags, Tensor | None], None]
+Program = Callable[[Sequence[Row], Numbers, Flags, Tensor | None], None]
 
 _programs: dict[Any, Program] = {}  # by all on which a program depends
 _LARGE = 2**20  # elements: as many are enough for torch to choose a program for large tensors
+_TOGETHER = 8  # rows of one call on an accelerator: 512 tensors take half of the time, and compiling as long as before
 
 
 def prepare(batch: Batch, count: int) -> Callable[[], None]:
@@ -45,7 +47,7 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
         torch.autograd.graph.increment_version(batch.columns.param)
         for block in blocks(batch.rows, tile=sys.maxsize):
             program = programs[min(block.row.mu.numel(), 2)]
-            program(map_row(_memory, block.row), numbers, step.flags, None)
+            program([map_row(_memory, block.row)], numbers, step.flags, None)
             for i in (0, 2, 3) if block.members else ():
                 bring([block.row[i]], i, [block], foreach_copy_)
         _rows.count_steps(batch.steps)
@@ -54,25 +56,29 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
 
 
 def prepare_on_accelerator(batch: Batch) -> Callable[[], None]:
-    """Return the step of a batch on one accelerator. Read no value here: it would synchronize with the device."""
-    _rows.check_shapes(batch.columns)
-    device = batch.columns.param[0].device
-    scale, found = (None if x is None else x.to(device, non_blocking=True) for x in (batch.grad_scale, batch.found_inf))
-    batch = batch._replace(grad_scale=scale)
-    skip = None if found is None else found.squeeze() != 0
-    step = step_of(batch, torch.stack(batch.steps))
-    numbers = list(map(_rows.as_tensor, step.numbers))
+    """Return the step of a batch of contiguous rows on one accelerator, several in a call; no value is read."""
+    skip = skip_of(batch)
+    kinds: dict[Any, list[int]] = {}
+    for i, row in enumerate(batch.rows):
+        kinds.setdefault((min(row.param.numel(), 2), _dtypes_of(row)), []).append(i)
     calls = []
-    for i, row in enumerate(map(_as_memory, batch.rows)):
-        own = Numbers(*(x[i] if x.ndim == 1 else x for x in numbers))
-        size = row.param.numel() if row.param.ndim == 1 else None
-        calls.append((_compile(row, size, own, step.flags, skip), row, own))
+    for (size, _), members in kinds.items():
+        own = batch.choose(members)
+        step = step_of(own, torch.stack(own.steps))
+        numbers = list(map(_rows.as_tensor, step.numbers))
+        rows = [map_row(_memory, row) for row in own.rows]
+        together = len(rows) - len(rows) % _TOGETHER if size == 2 and not _share_memory(rows) else 0
+        starts = [*range(0, together, _TOGETHER), *range(together, len(rows))]
+        for start, end in pairwise([*starts, len(rows)]):
+            chosen = Numbers(*(_memory(x[start:end]) if x.ndim else x for x in numbers))
+            program = _compile(rows[start], rows[start].mu.numel(), chosen, step.flags, skip, end - start)
+            calls.append((program, rows[start:end], chosen, step.flags))
 
     def run() -> None:
-        for program, row, own in calls:
-            program(map_row(Tensor.detach, row), own, step.flags, skip)
+        for program, rows, numbers, flags in calls:
+            program(rows, numbers, flags, skip)
         torch.autograd.graph.increment_version(batch.columns.param)
-        foreach_add_(batch.steps, 1 if skip is None else (~skip).to(batch.steps[0].dtype))
+        count_unless(skip, batch.steps)
 
     return run
 
@@ -85,34 +91,53 @@ def _sizes_of_blocks(tensors: list[Tensor]) -> dict[int, int]:
     return {min(size, 2): size for size in sorted(sizes)}
 
 
-def _compile(row: Row, size: int | None, numbers: Numbers, flags: Flags, skip: Tensor | None) -> Program:
-    """Return the program for such a row; if it is new, compile it, by a call on other tensors.
+def _compile(row: Row, size: int, numbers: Numbers, flags: Flags, skip: Tensor | None, together: int = 1) -> Program:
+    """Return the program for so many rows together; if it is new, compile it, by a call on other tensors.
 
-    Compiling takes seconds; if it fails or Ctrl-C arrives then, nothing has changed. The tensors have this size, on
-    which the compiler's choices depend, or are copies.
+    Compiling takes seconds; if it fails or Ctrl-C arrives then, nothing has changed. The tensors have about this size,
+    on which the compiler's choices depend.
     """
-    kinds = (None if x is None else (type(x), x.dtype, x.device) for x in row)
-    sizes = row.param.shape if size is None else (size,)
-    key = (flags, skip is None, size is None, *(min(n, 2) for n in sizes), *kinds)
+    key = (flags, skip is None, together, min(size, 2), _dtypes_of(row))
     program = _programs.get(key)
     if program is None:
         # Torch allows a few programs for each code object, so that each kind of rows has a copy of the code.
         program = torch.compile(
-            FunctionType(step_in_place.__code__.replace(), step_in_place.__globals__), dynamic=True, fullgraph=True
+            FunctionType(_step_rows.__code__.replace(), _step_rows.__globals__), dynamic=True, fullgraph=True
         )
-        n = min(size or 0, _LARGE)
-        program(map_row(Tensor.clone if size is None else lambda x: x.new_zeros(n), row), numbers, flags, skip)
+        sizes = [min(size, _LARGE)]
+        if together > 1:
+            # All different, also from the number of rows: a program takes only tensors whose sizes are equal where they
+            # were equal as it was compiled.
+            sizes = [max(sizes[0], together + 1) + i for i in range(together)]
+        columns = Row(*([None] * together if x is None else [x.new_zeros(n) for n in sizes] for x in row))
+        program(_rows.rows_of(columns), numbers, flags, skip)
         _programs[key] = program
     return program
 
 
-def _as_memory(row: Row) -> Row:
-    flat = _rows.contiguous(row)
-    is_plain = PLAIN.issuperset(map(type, row[:4])) and not (row.param.is_neg() or row.grad.is_neg())
-    return map_row(_memory, flat) if flat is not None and is_plain else row
+def _step_rows(rows: Sequence[Row], numbers: Numbers, flags: Flags, skip: Tensor | None) -> None:
+    """Step rows as `step_in_place`, with numbers of each, or for all."""
+    for i, row in enumerate(rows):
+        step_in_place(row, Numbers(*[x[i] if x.ndim else x for x in numbers]), flags, skip)
+
+
+def _dtypes_of(row: Row) -> Any:
+    return tuple(None if x is None else (x.dtype, x.device) for x in row)
+
+
+def _share_memory(rows: Sequence[Row]) -> bool:
+    """Return whether two of the tensors that a step writes share bytes: in one program one would not see the other."""
+    written = [x for row in rows for x in (row.param, *row[2:]) if x is not None]
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in written)
+    return any(end > start for (_, end), (start, _) in pairwise(spans))
 
 
 def _memory(x: Tensor) -> Tensor:
-    """Return a contiguous tensor as a 1-D one that is not a view of it, so that the compiler sees one shape only."""
-    flat = torch.empty(0, dtype=x.dtype, device=x.device)
-    return flat.set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
+    """Return a contiguous tensor as a 1-D one that begins where its storage does, and is not a view.
+
+    So the compiler sees one shape only. It makes other programs for views, and where the offset is 0, and not.
+    """
+    storage, start = x.untyped_storage(), x.storage_offset() * x.element_size()
+    if start:
+        storage = storage[start : start + x.nbytes]  # the same memory, which it keeps alive
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, 0, (x.numel(),), (1,))

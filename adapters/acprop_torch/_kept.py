@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acprop_core.adapt import Row
+from acprop_torch._cuda import Scaling
 from acprop_torch._numba import Compiled
 from acprop_torch._options import check_options, hyperparameters_of
 from acprop_torch._private import likeness_of
-from acprop_torch._rows import Batch
+from acprop_torch._rows import Batch, local_columns
 
 _NUMBERS = ("lr", "betas", "eps", "eps_root", "weight_decay", "clip_exponent")
 _OTHERS = (
@@ -50,10 +52,15 @@ class Kept:
         For each group of which a parameter has a gradient: all rows, which must be plain.
     compiled : Compiled
         The step of these batches.
+    are_made : bool
+        Whether the rows are made from the parameters: from complex or sharded ones.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], batches: dict[int, Batch], compiled: Compiled) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], batches: dict[int, Batch], compiled: Compiled, are_made: bool
+    ) -> None:
         self._compiled = compiled
+        self._are_made = are_made
         self._options = list(map(_options_of, groups))
         self._batches = {group: i for i, group in enumerate(batches)}  # their numbers in `compiled`
         self._lengths = [len(batches[i].steps) if i in batches else 0 for i in range(len(groups))]
@@ -65,44 +72,50 @@ class Kept:
 
     @staticmethod
     def of(groups: list[dict[str, Any]], batches: dict[int, Batch], compiled: Compiled) -> "Kept | None":
-        """Return what to keep; None if an option might change its value in place, or rows are made from others."""
+        """Return what to keep; None if an option might change its value in place, or the host reads a scale."""
         is_scaled = any(batch.grad_scale is not None or batch.found_inf is not None for batch in batches.values())
-        if is_scaled or not all(_are_constant(_options_of(group), compiled) for group in groups):
+        if is_scaled and compiled.reads_options:
             return None
-        params = [id(p) for group in groups for p in group["params"] if p.grad is not None]
-        if params != [id(p) for batch in batches.values() for p in batch.columns.param]:
+        if not all(_are_constant(_options_of(group), compiled) for group in groups):
             return None
-        return Kept(groups, batches, compiled)
+        params = [p for group in groups for p in group["params"] if p.grad is not None]
+        rows = [p for batch in batches.values() for p in batch.columns.param]
+        if len(params) != len(rows):
+            return None
+        return Kept(groups, batches, compiled, not all(map(is_, params, rows)))
 
-    def run(self, groups: list[dict[str, Any]], state: Any) -> bool:
+    def run(self, groups: list[dict[str, Any]], state: Any, scaling: Scaling) -> bool:
         """Step all groups if they are as they were; return False if they are not, and nothing has changed then."""
+        if self._compiled.reads_options and any(x is not None for x in scaling):
+            return False
         try:
             if len(groups) != len(self._lengths) or not all(map(self._has_options, range(len(groups)), groups)):
                 return False
-            params: list[Tensor] = []
+            params: list[Any] = []
             for group, length in zip(groups, self._lengths, strict=True):
                 own = [p for p in group["params"] if p.grad is not None]
                 if len(own) != length:
                     return False
                 params += own
             states = [state[p] for p in params]
-            kept = [
-                *params,
-                *(own["exp_avg"] for own in states),
-                *(own["exp_avg_var"] for own in states),
-                *(own["carry"] for own in states if "carry" in own),
-                *(own["step"] for own in states),
-            ]
             grads: list[Any] = [p.grad for p in params]
+            mus, nus = ([own[name] for own in states] for name in ("exp_avg", "exp_avg_var"))
+            columns = Row(params, grads, mus, nus, [own.get("carry") for own in states])
+            if self._are_made:
+                if any(hasattr(p, "to_local") and p.placements != p.grad.placements for p in params):
+                    return False  # such gradients are sent, by all processes alike, where the step is prepared
+                columns = local_columns(columns, has_complex=True)
+            params, grads, mus, nus, carries = columns
+            kept = [*params, *mus, *nus, *(x for x in carries if x is not None), *(own["step"] for own in states)]
             if len(kept) != len(self._addresses) or not self._are_alike(*kept, *grads):
                 return False
             if list(map(Tensor.data_ptr, kept)) != self._addresses:
                 return False
-        except (KeyError, TypeError, AttributeError):  # of something that `step` refuses by name
+        except (KeyError, TypeError, AttributeError, RuntimeError):  # of something that `step` refuses by name
             return False
         if not self._compiled.set_gradients(list(map(Tensor.data_ptr, grads))):
             return False
-        self._compiled.run(params)
+        self._compiled.run(params, scaling)
         return True
 
     def _has_options(self, i: int, group: dict[str, Any]) -> bool:

@@ -9,7 +9,20 @@ from torch import Tensor
 
 from acprop_core.adapt import Row, Step, rounded_root
 from acprop_torch import _private as private
-from acprop_torch._rows import Batch, Block, blocks, by_kind, count_steps, kind_of, rows_of, step_of, tile_of, write
+from acprop_torch._rows import (
+    Batch,
+    Block,
+    blocks,
+    by_kind,
+    count_steps,
+    count_unless,
+    kind_of,
+    rows_of,
+    skip_of,
+    step_of,
+    tile_of,
+    write,
+)
 from acprop_torch._tiles import in_tiles
 
 
@@ -28,9 +41,13 @@ def prepare(batch: Batch) -> Callable[[], None]:
 
 
 def prepare_traced(batch: Batch) -> Callable[[], None]:
-    """Return the step of a batch that reads no number, each tensor with the numbers of its own count."""
+    """Return the step of a batch that reads no number, each tensor with the numbers of its own count.
+
+    Gradients are divided by `grad_scale`, and nothing changes where `found_inf` is not 0.
+    """
 
     def run() -> None:
+        skip = skip_of(batch)
         kinds: dict[Any, list[int]] = {}
         for i, row in enumerate(rows_of(batch.columns)):
             kinds.setdefault(kind_of(row), []).append(i)
@@ -39,11 +56,19 @@ def prepare_traced(batch: Batch) -> Callable[[], None]:
             start = 0
             for chunk in _chunks(map(Block, rows_of(members.columns))):
                 own = step.map_numbers(_own(slice(start, start + len(chunk))))
-                write(chunk, _results_of(chunk, own))
+                results = _results_of(chunk, own)
+                write(chunk, results if skip is None else [_kept(skip, *x) for x in zip(chunk, results, strict=True)])
                 start += len(chunk)
-        private.foreach_add_(batch.steps, 1)
+        count_unless(skip, batch.steps)
 
     return run
+
+
+def _kept(skip: Tensor, block: Block, result: Any) -> tuple[Any, ...]:
+    """Return results that change nothing where `skip` is true: no sum with -0.0 differs from the other number."""
+    update, *new = result
+    kept = (None if y is None else torch.where(skip, x, y) for x, y in zip(block.row[2:], new, strict=True))
+    return torch.where(skip, -0.0, update), *kept
 
 
 def _own(part: slice) -> Callable[[Any], Any]:

@@ -129,9 +129,8 @@ class Compiled:
                 for chosen in [[i] for i in range(len(members))] if has_overlap else [range(len(members))]:
                     self._members.append([members[i] for i in chosen])
                     own = np.ascontiguousarray(part[:, chosen])
-                    scaling = batches[0].grad_scale, batches[0].found_inf
-                    self._parts.append(_cuda.Part(_program(kind), kind.device, own, self._options, scaling))
-        self._on_cpu = {i for i, batch in enumerate(batches) if any(map(attrgetter("is_cpu"), batch.columns.param))}
+                    self._parts.append(_cuda.Part(_program(kind), kind.device, own, self._options))
+        self._on_cpu = {i for i, batch in enumerate(batches) if _reads_options(batch)}
         self.reads_options = bool(self._on_cpu)  # those on a device, for rows on a CPU
         self._tensors: dict[tuple[int, int], Tensor] = {}  # options that are not read, by their place
         for group, batch in enumerate(batches):
@@ -165,11 +164,15 @@ class Compiled:
             part.table[1] = addresses if len(members) == len(addresses) else [addresses[i] for i in members]
         return all(part.check() for part in self._parts)
 
-    def run(self, params: list[Tensor]) -> None:
+    def run(self, params: list[Tensor], scaling: _cuda.Scaling) -> None:
         """Step all rows, and count the step of each; `params` are their parameters."""
         torch.autograd.graph.increment_version(params)  # because autograd does not see the step
         for part in self._parts:
-            part.run(self._tensors)
+            part.run(self._tensors, scaling)
+
+
+def _reads_options(batch: Batch) -> bool:
+    return any(map(attrgetter("is_cpu"), batch.columns.param))
 
 
 class _Kind(NamedTuple):
@@ -228,7 +231,7 @@ class _Part:
     def check(self) -> bool:
         return self._check(self.table)
 
-    def run(self, tensors: dict[tuple[int, int], Tensor]) -> None:
+    def run(self, tensors: dict[tuple[int, int], Tensor], scaling: _cuda.Scaling) -> None:
         threads = max(1, min(torch.get_num_threads(), self._most))
         region = openmp.region() if threads > 1 else 0
         if (threads, region) != self._shared:

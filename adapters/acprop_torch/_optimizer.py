@@ -234,9 +234,9 @@ class ACProp(torch.optim.Optimizer):
 
     def _steps_again(self) -> bool:
         """Take the step that was kept, if all is as it was; return whether it was taken."""
-        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         kept, self._kept = self._kept, None
-        if kept is None or scaled or not kept.run(self.param_groups, self.state):
+        if kept is None or not kept.run(self.param_groups, self.state, scaling):
             return False
         self._kept = kept
         return True

@@ -226,6 +226,16 @@ def bring(values: Sequence[Any], i: int, blocks: Sequence[Block], operation: Cal
     operation(targets, parts)
 
 
+def skip_of(batch: Batch) -> Tensor | None:
+    """Return a 0-d tensor that says whether nothing may change, which is not read; None if there is no `found_inf`."""
+    return None if batch.found_inf is None else batch.found_inf.squeeze() != 0
+
+
+def count_unless(skip: Tensor | None, steps: list[Tensor]) -> None:
+    """Add one to the step counts, which are on a device, or nothing where the 0-d tensor `skip` is true."""
+    foreach_add_(steps, 1 if skip is None else (~skip).to(steps[0].dtype))
+
+
 def count_steps(steps: list[Tensor]) -> None:
     """Add one to the step counts."""
     if steps[0].is_cpu:

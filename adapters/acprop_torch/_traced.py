@@ -9,7 +9,7 @@ from torch import Tensor
 
 from acprop_core.adapt import Row, Step
 from acprop_core.rule import Flags, Numbers
-from acprop_torch._rows import Batch, map_row, rows_of, step_of
+from acprop_torch._rows import Batch, map_row, rows_of, skip_of, step_of
 
 
 def prepare(batch: Batch, differentiable: bool) -> Callable[[], None]:
@@ -31,7 +31,7 @@ def prepare_fused(batch: Batch) -> Callable[[], None]:
     """Return the step of a batch that divides gradients by `grad_scale` and does nothing where `found_inf` is not 0."""
 
     def run() -> None:
-        skip = None if batch.found_inf is None else batch.found_inf.squeeze() != 0
+        skip = skip_of(batch)
         for row, done in zip(rows_of(batch.columns), batch.steps, strict=True):
             step = step_of(batch, done)
             step_in_place(row, step.numbers, step.flags, skip)

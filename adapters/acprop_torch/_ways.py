@@ -53,6 +53,8 @@ def together(groups: list[dict[str, Any]], prepared: list[tuple[Batch | None, Ru
     def run() -> None:
         # It has the addresses alone. So `batches` must live until here: they may hold copies, such as gradients that
         # were placed otherwise.
-        compiled.run([p for batch in batches.values() for p in batch.columns.param])
+        first, *_ = batches.values()
+        params = [p for batch in batches.values() for p in batch.columns.param]
+        compiled.run(params, (first.grad_scale, first.found_inf))
 
     return [*runs, run], None if runs else Kept.of(groups, batches, compiled)
