@@ -38,9 +38,8 @@ class Cuda:
             self._table[[element.PARAM, element.MU, element.NU, element.CARRY], i] = list(map(address, row))
         self._table[element.SIZE] = [x.size for x, *_ in rows]
         self._decaying = np.concatenate([np.full(len(x.params), x.decays, np.int64) for x in buffers])
-        self._sent: Any = (
-            None  # the table and stream of the last step, and copies on the device: of it and of the chunks
-        )
+        # the table and stream of the last step, and copies on the device: of it and of the chunks
+        self._sent: Any = None
 
     @staticmethod
     def fits(buffer: Buffer) -> bool:
