@@ -1,7 +1,13 @@
-"""The project's tasks. `python -m nox -l` lists them; each makes its own environment with pip."""
+"""The project's tasks. `python -m nox -l` lists them.
+
+Those that run the project on all frameworks share one environment, `.nox/all-3.11` for Python 3.11, and install into it
+what they need; the others have one of their own.
+"""
 
 import glob
 import os
+import sys
+from pathlib import Path
 
 import nox
 
@@ -13,13 +19,33 @@ nox.options.reuse_venv = "yes"
 PYTHONS = ["3.11", "3.12", "3.13"]
 TORCHES = ["2.5.1", "2.6.0", "2.8.0", "2.11.0", "2.13.0", "2.14.1", "2.15.0"]  # the oldest is the extra's lower bound
 TORCH_TESTS = ["tests/test_moves_torch.py", "tests/test_portable.py", "tests/test_scale_torch.py"]
+# A process a core, each on a stretch of the suite as it stands, so that what one test has compiled or drawn serves the
+# next; a process that is done early takes tests from another.
+PARALLEL = ["-n", "auto", "--dist", "worksteal"]
+# For figures of time: no row is slow because threads wait for cores that the machine does not have.
+ONE_THREAD = {
+    **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")},
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+}
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
 def install(session: nox.Session, *groups: str, oldest: bool = False) -> None:
     """Install the project with dependency groups of pyproject.toml; with `oldest`, on the oldest versions promised."""
     pins = [requirement.replace(">=", "==") for requirement in promised()] if oldest else []
-    session.install(*nox.project.dependency_groups(PROJECT, *groups), *pins, "-e", ".")
+    session.install(*nox.project.dependency_groups(PROJECT, *groups), *pins, "-e", ".", silent=False)
+
+
+def shared(session: nox.Session, *groups: str) -> str:
+    """Return the Python of the environment that sessions without one share, with these dependency groups in it."""
+    folder = Path(f".nox/all-{sys.version_info.major}.{sys.version_info.minor}").absolute()
+    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    if not Path(python).exists():
+        session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(folder))
+    session.log(f"Installing what is missing in {folder}: the first time several GB, most of it torch with CUDA")
+    requirements = nox.project.dependency_groups(PROJECT, *groups)
+    session.run_install(python, "-m", "pip", "install", *requirements, "-e", ".")
+    return python
 
 
 def promised() -> list[str]:
@@ -32,32 +58,32 @@ def promised() -> list[str]:
     return sorted({x for x in sum(extras, project["dependencies"]) if ">=" in x})
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Train on real data in every framework, compare, hand a run over: docs/examples/digits.py."""
-    install(session, "demo")
-    session.run("python", "docs/examples/digits.py", *session.posargs)
+    python = shared(session, "demo")
+    session.run(python, "docs/examples/digits.py", *session.posargs, env=ONE_THREAD)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the whole suite on every CPU backend."""
-    install(session, "tests")
-    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
+    python = shared(session, "tests")
+    session.run(python, "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
 
 
 @nox.session(python=PYTHONS)
 def tests_python(session: nox.Session) -> None:
     """Run the suite without torch on each Python: NumPy, Numba, array-api-strict, Dask and JAX."""
     install(session, "suite", "jax", "fast")
-    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
 
 
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
     """Run the suite without torch on the oldest versions that pyproject.toml promises."""
     install(session, "suite", oldest=True)
-    session.run("python", "-m", "pytest", "-n", "auto", "-m", "not gpu", *session.posargs)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
 
 
 @nox.session(python="3.11")
@@ -67,7 +93,7 @@ def torch_versions(session: nox.Session, torch: str) -> None:
     install(session, "suite", "jax", "fast")
     # a constraints file of the system may hold torch back; what is asked for here is exact
     session.install(f"torch=={torch}", env={"PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""})
-    options = ["-n", "auto", "-m", "not gpu"]
+    options = [*PARALLEL, "-m", "not gpu"]
     session.run("python", "-m", "pytest", *options, *sorted(glob.glob("tests/test_torch*.py")), *TORCH_TESTS)
     session.run("python", "-m", "pytest", *options, "-k", "torch", "tests/test_suite.py")
 
@@ -78,29 +104,29 @@ def hosts(session: nox.Session) -> None:
     install(session, "suite", "fast", "hosts")
     session.run("python", "-m", "pytest", "-o", "python_files=in_*.py", "tests/in_hosts", *session.posargs)
     session.run("python", "-m", "pytest", "tests/test_scale_torch.py")  # DDP and FSDP2, by torchrun
-    session.run("python", "-m", "pytest", "-n", "auto", "-k", "mlx", "tests")
+    session.run("python", "-m", "pytest", *PARALLEL, "-k", "mlx", "tests")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def reliability(session: nox.Session) -> None:
     """Run what holds a promise, and write the counts into docs/reliability.md."""
-    install(session, "tests")
-    options = ["tests", "-n", "auto", "-m", "promise and not gpu", "--promises", "docs/reliability.md"]
-    session.run("python", "-m", "pytest", *options, *session.posargs)
+    python = shared(session, "tests")
+    options = ["tests", *PARALLEL, "-m", "promise and not gpu", "--promises", "docs/reliability.md"]
+    session.run(python, "-m", "pytest", *options, *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def soak(session: nox.Session) -> None:
     """Step each CPU backend a million times (an hour or two); `-- --steps 100000` for fewer, and names of hosts."""
-    install(session, "tests")
-    session.run("python", "tests/soak.py", *session.posargs)
+    python = shared(session, "tests")
+    session.run(python, "tests/soak.py", *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
     """Run exactly what needs a CUDA device, tests and benchmark: tests/on_device.py; it fails where there is none."""
-    install(session, "tests")
-    session.run("python", "tests/on_device.py", *session.posargs)
+    python = shared(session, "tests")
+    session.run(python, "tests/on_device.py", *session.posargs)
 
 
 @nox.session
@@ -119,22 +145,22 @@ def typecheck(session: nox.Session) -> None:
     session.run("mypy")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Build the site, warnings being errors, check its links, and run every snippet of README, docs and docstrings."""
-    install(session, "docs", "tests")
+    python = shared(session, "docs", "tests")
     # -E: read every page anew; a page read by an earlier run would keep its warnings to itself
-    session.run("python", "-m", "sphinx", "-W", "-E", "--keep-going", "-b", "html", "docs", "docs/_build/html")
-    session.run("python", "tests/site_check.py", "docs/_build/html", "README.md")
-    session.run("python", "-m", "pytest", "-n", "auto", "tests/test_docs.py", "tests/test_reference_docs.py")
+    session.run(python, "-m", "sphinx", "-W", "-E", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    session.run(python, "tests/site_check.py", "docs/_build/html", "README.md")
+    session.run(python, "-m", "pytest", *PARALLEL, "tests/test_docs.py", "tests/test_reference_docs.py")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def figures(session: nox.Session) -> None:
     """Draw the figures of docs/paper.md in full, and write its tables (two minutes)."""
-    install(session, "examples", "jax")
+    python = shared(session, "examples", "jax")
     for name in ("convergence_area", "trajectories", "explosion"):
-        session.run("python", f"docs/figures/{name}.py", "--out", "docs/figures")
+        session.run(python, f"docs/figures/{name}.py", "--out", "docs/figures")
 
 
 @nox.session(reuse_venv=False)
@@ -154,9 +180,7 @@ def wheel(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Print the benchmarks; `-- quick` is short, `-- small` a part, `-- gpu` on CUDA; `-- --out docs/benchmarks`."""
     install(session, "demo", "rivals", *(["cupy", "cuda"] if "gpu" in session.posargs else []))
-    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
-    one_thread["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    one_thread["KINETO_LOG_LEVEL"] = "5"  # torch's profiler is silent
+    one_thread = {**ONE_THREAD, "KINETO_LOG_LEVEL": "5"}  # torch's profiler is silent
     options = [option for option in session.posargs if option not in ("gpu", "small")]
     if "gpu" in session.posargs:
         session.run("python", "tests/benchmarks/bench_cuda.py", *options)
@@ -167,5 +191,5 @@ def bench(session: nox.Session) -> None:
         return
     for name in ("numpy", "torch", "jax"):
         session.run("python", f"tests/benchmarks/bench_{name}.py", *options, env=one_thread)
-    for name in ("accuracy", "convergence", "ablation", "report"):
+    for name in ("accuracy", "convergence", "ablation", "rates", "report"):
         session.run("python", f"tests/benchmarks/{name}.py", *options)

@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +40,20 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-_PACKAGES = ("acprop_core", "acprop_optax", "acprop_stepper", "acprop_torch")
+# torch's own functions are between a caller and its optimizers
+_PACKAGES = ("acprop_core", "acprop_optax", "acprop_stepper", "acprop_torch", "torch")
+
+
+def check_version(package: str, framework: Any, oldest: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the version of a framework as three numbers; refuse one that is too old for a package of ours."""
+    version = tuple(map(int, re.findall(r"\d+", framework.__version__)[:3]))
+    if version < oldest:
+        name, needed = framework.__name__, ".".join(map(str, oldest))
+        raise ImportError(
+            f"{package} needs {name} {needed} or newer, and {name} {framework.__version__} is installed: "
+            f"python -m pip install '{name}>={needed}'"
+        )
+    return version
 
 
 def check_number(name: str, value: Any, below: float = math.inf, lowest: float = 0.0) -> Any:

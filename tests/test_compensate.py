@@ -1,4 +1,4 @@
-"""compensate=True: 16-bit parameters lose nothing, in any framework. How exactly, the suite says (compensated-*)."""
+"""compensate=True keeps small updates of 16-bit parameters. How exactly, the suite says (compensated-*)."""
 
 import pytest
 
@@ -357,7 +357,7 @@ def test_optax_refuses_what_does_not_fit() -> None:
             transform.update(params, other, params)
     with pytest.raises(TypeError, match="carry of 'w' has dtype float32, its parameter bfloat16"):
         compensating.update(params, (*state[:3], acprop_optax.CarryState({"w": jnp.ones(3)})), params)
-    with pytest.raises(ValueError, match="the hyperparameters have compensate=False, the optax state has a carry"):
+    with pytest.raises(ValueError, match="the optax state was made with compensate, the hyperparameters are without"):
         acprop_optax.export_state(state, ACProp(1e-3))
 
 

@@ -70,7 +70,7 @@ def test_the_tables_are_those_of_the_results():
     result = json.loads(RESULTS.read_text())
     assert not result["quick"]
     assert RESULTS.with_name("convergence_table.md").read_text() == convergence_report.table(result)
-    assert convergence_report.readme_table(result) in (ROOT / "README.md").read_text()
+    assert convergence_report.digits_table(result) in (ROOT / "docs" / "should-i-use.md").read_text()
     rows = json.loads(RESULTS.with_name("accuracy.json").read_text())["rows"]
     assert RESULTS.with_name("accuracy_table.md").read_text() == accuracy.table(rows)
 

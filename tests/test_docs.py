@@ -7,9 +7,11 @@ pytest.importorskip("torch")
 import contextlib
 import doctest
 import importlib
+import inspect
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torch.optim import AdamW
 
 import acprop_core
 import acprop_core.adapt
@@ -35,6 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 # what a fenced block may be, beside a directive: {executed, compared with what was printed, named things exist}
 RUN, PROMPTS, PRINTED, SHELL = "python", "pycon", "output", "console"
 NOT_CODE = {"bibtex", "text", "toml", "yaml"}
+SCRIPT = "{literalinclude}"  # of docs/examples: run as a program, its text is the path
 
 
 class Block(NamedTuple):
@@ -53,8 +57,8 @@ def blocks_of(page: str) -> list[Block]:
     tab, not_run = "", ""
     lines = enumerate(textwrap.dedent(page).splitlines(), start=1)
     for number, line in lines:
-        if found := re.match(r"\s*(`{3,}|~{3,})\s*(\S*)", line):
-            fence, language = found.groups()
+        if found := re.match(r"\s*(`{3,}|~{3,})\s*(\S*) *(.*)", line):
+            fence, language, argument = found.groups()
             inside = []
             for _, inner in lines:
                 if inner.strip() == fence:
@@ -63,7 +67,9 @@ def blocks_of(page: str) -> list[Block]:
             else:
                 raise AssertionError(f"the block in line {number} is not closed")
             text = "\n".join(inside) + "\n"
-            if language.startswith("{"):  # a directive: what it holds
+            if language == SCRIPT and argument.startswith("examples/"):
+                blocks.append(Block(SCRIPT, argument, number, tab, not_run))
+            elif language.startswith("{"):  # a directive: what it holds
                 nested = blocks_of(text)
                 blocks += [block._replace(tab=block.tab or tab, line=block.line + number) for block in nested]
             else:
@@ -85,14 +91,19 @@ def run_blocks(page: Path) -> None:
     outside: dict[str, object] = {}
     inside: dict[str, dict[str, object]] = {}
     printed = ""
+    known = {RUN, PROMPTS, PRINTED, SCRIPT, SHELL, *NOT_CODE}
     for block in blocks_of(page.read_text()):
         namespace = inside.setdefault(block.tab, dict(outside)) if block.tab else outside
         where = f"{page.name}, line {block.line}"
-        assert block.language in {RUN, PROMPTS, PRINTED, SHELL, *NOT_CODE}, f"{where}: a block of {block.language!r}"
+        assert block.language in known, f"{where}: a block of {block.language!r}"
         if block.language == RUN and not block.not_run:
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 # as many lines before it as on the page, so that a traceback names the page's line
                 exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
+            printed = out.getvalue()
+        elif block.language == SCRIPT and not block.not_run:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                runpy.run_path(str(ROOT / "docs" / block.text), run_name="__main__")
             printed = out.getvalue()
         elif block.language == PROMPTS and not block.not_run:
             example = doctest.DocTestParser().get_doctest(block.text, namespace, page.name, str(page), block.line)
@@ -181,11 +192,14 @@ def test_published_bounds_are_those_tested() -> None:
 
 
 def test_documented_names_are_the_public_ones() -> None:
-    text = (ROOT / "docs" / "api.md").read_text()
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("api-*.md")))
+    overview = (ROOT / "docs" / "api.md").read_text()
     documented = re.findall(r"^\.\. auto(?:class|function|data):: (\S+)$", text, flags=re.MULTILINE)
     for package in (acprop_core, acprop_optax, acprop_torch, acprop_stepper):
         names = [f"{package.__name__}.{name}" for name in package.__all__]
         assert sorted(name for name in documented if name.rpartition(".")[0] == package.__name__) == sorted(names)
+        (row,) = re.findall(rf"^\| \[`{package.__name__}`\].*\| (.*) \|$", overview, flags=re.MULTILINE)
+        assert sorted(re.findall(r"`(\w+)`", row)) == sorted(package.__all__)
     rule = {
         f"acprop_core.rule.{name}"
         for name, x in vars(acprop_core.rule).items()
@@ -223,7 +237,44 @@ def test_whether_to_use_it_is_as_measured() -> None:
 
 
 def test_readme_keeps_its_length() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+    assert len((ROOT / "README.md").read_text().splitlines()) < 130
+
+
+README = [block for block in blocks_of((ROOT / "README.md").read_text()) if block.language == RUN]
+
+
+@pytest.mark.parametrize("block", README, ids=lambda block: f"line {block.line}")
+def test_a_snippet_of_the_readme_runs_alone_and_prints(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(README) == 4
+    exec(block.text, {})
+    assert capsys.readouterr().out
+
+
+def test_the_readme_names_the_options_with_their_defaults() -> None:
+    rows = re.findall(r"^\| \$.*?\$ \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    ours, theirs = (inspect.signature(x).parameters for x in (acprop_core.ACProp, acprop_torch.ACProp))
+    for core, torch, default in rows:
+        names = [name for name in re.findall("`(.*?)`", core) if name != "mask"]
+        assert re.split(" ?[;(]", default)[0] == ", ".join(str(ours[name].default) for name in names), core
+        for adapter in (acprop_stepper.Stepper, acprop_optax.acprop):
+            parameters = inspect.signature(adapter).parameters
+            defaults = [parameters[name].default for name in names]
+            assert all(
+                x == ours[name].default or x is inspect.Parameter.empty for x, name in zip(defaults, names, strict=True)
+            )
+        assert [theirs[name].default for name in re.findall("`(.*?)`", torch)] in (
+            [ours[name].default for name in names],
+            [tuple(ours[name].default for name in names)],
+        )
+    assert "`torch.optim.AdamW` has 0.01" in rows[3][2]
+    assert inspect.signature(AdamW).parameters["weight_decay"].default == 0.01
+
+
+def test_the_readme_links_to_pages_that_github_renders() -> None:
+    pages = {ROOT / path for path in re.findall(r"\]\((docs/[\w/.-]+\.md)", (ROOT / "README.md").read_text())}
+    assert len(pages) > 10
+    assert not [page.name for page in pages if re.search(r"\{include\}|\{eval-rst\}", page.read_text())]
 
 
 def test_the_language_model_trains(tmp_path: Path) -> None:
@@ -264,3 +315,48 @@ def test_the_16_bit_models_train(tmp_path: Path) -> None:
     losses = re.findall(r"^lr=.*, (bfloat16|float32)(, compensate=True)?: .* after 2 steps", printed, re.MULTILINE)
     assert len(losses) == 2 * len({*losses}) == 6
     assert (tmp_path / "sixteen_bit.png").stat().st_size > 10_000
+
+
+def test_figures_in_prose_are_those_of_the_results() -> None:
+    stepper, algorithm = (
+        " ".join((ROOT / "docs" / page).read_text().split()) for page in ("stepper.md", "algorithm.md")
+    )
+    threads = json.loads((ROOT / "docs" / "benchmarks" / "small_numpy_threads.json").read_text())["rows"]
+    ratios = {row["arrays"] * row["size"]: row["to peer"][1] for row in threads}
+    large = [ratio for size, ratio in ratios.items() if size >= 10**6]
+    said = f"Two threads on two cores take {min(large):.2f} to {max(large):.2f} of one thread's time from one million"
+    assert f"{said} parameters on, and {ratios[300_000]:.2f} of it at 300,000" in stepper
+
+    explosion = json.loads((ROOT / "docs" / "figures" / "explosion.json").read_text())
+    rosenbrock, digits = (of["ACProp, no clip"] for of in explosion.values())
+    said = "loss of Rosenbrock jumps from 1 to ten thousand at the third step, and the loss of the digits to a million"
+    assert said in algorithm
+    assert (round(rosenbrock["largest loss"], -4), rosenbrock["at step"]) == (10_000, 3)
+    assert round(digits["largest loss"], -6) == 1_000_000
+
+
+def test_the_whole_loop_in_torch_resumes_with_float16_too(tmp_path: Path) -> None:
+    before, after = "torch.bfloat16, False  # or torch.float16, True", "torch.float16, True"
+    source = (ROOT / "docs" / "examples" / "loop_torch.py").read_text()
+    assert before in source
+    (tmp_path / "loop.py").write_text(source.replace(before, after))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(tmp_path / "loop.py"), run_name="__main__")
+    assert "without a stop: True" in out.getvalue()
+
+
+@pytest.mark.parametrize("clip", [None, 0.25])
+def test_how_far_a_gradient_100_times_the_usual_moves_an_element(clip: float | None) -> None:
+    """The pages of whole loops say: ACProp 100 rates, with the clip t**0.25; Adam 3."""
+    rng = np.random.default_rng(0)
+    grads = rng.standard_normal((5000, 200))
+    grads[-1] = 100.0
+    moved = {}
+    for name, switches in {"Adam": {"asynchronous": False, "centering": "none"}, "ACProp": {}}.items():
+        optimizer = acprop_core.ACProp(1.0, clip_exponent=clip, **switches)
+        state = optimizer.init(grads[0])
+        for grad in grads:
+            update, state = optimizer.update(grad, state)
+        moved[name] = np.median(-update)
+    assert moved["Adam"] == pytest.approx(3.0, rel=0.05)
+    assert moved["ACProp"] == pytest.approx(100 / 0.9 if clip is None else 5000**clip, rel=0.03)

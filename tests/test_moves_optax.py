@@ -303,6 +303,12 @@ HYPER = ACProp(0.1, eps=1e-8, eps_root=0.0, asynchronous=False, centering="none"
 PARAMS = {"w": jnp.ones(3, jnp.float32), "v": jnp.ones(2, jnp.float32)}
 GRADS = {"w": jnp.ones(3, jnp.float32), "v": jnp.full(2, 0.5, jnp.float32)}
 TWO = {"w": "a", "v": "b"}
+ONLY_W = {"w": True, "v": False}
+
+
+def falling(count: Any) -> Any:
+    return 0.1 / (count + 1)
+
 
 # name, how the transformation is made, hyperparameters for it, the exception and a part of its message
 REFUSED: list[tuple[str, Callable[[], Any], ACProp, type[Exception], str]] = [
@@ -325,7 +331,24 @@ REFUSED: list[tuple[str, Callable[[], Any], ACProp, type[Exception], str]] = [
         "the hyperparameters have eps_root=0.25, but",
     ),
     ("a clip", lambda: optax.adam(0.1), replace(HYPER, clip_exponent=0.25), ValueError, "have clip_exponent=0.25,"),
-    ("compensation", lambda: optax.adam(0.1), replace(HYPER, compensate=True), ValueError, "optax state has no carry"),
+    ("compensation", lambda: optax.adam(0.1), replace(HYPER, compensate=True), ValueError, "made without compensate,"),
+    (
+        "a rate, no schedule",
+        lambda: optax.adam(falling),
+        HYPER,
+        ValueError,
+        "made with a schedule of learning_rate, the",
+    ),
+    ("a schedule, no rate", lambda: optax.adam(0.1), replace(HYPER, learning_rate=falling), ValueError, "are with it;"),
+    ("no mask", lambda: optax.adamw(0.1, mask=ONLY_W), HYPER, ValueError, "made with mask, the hyperparameters are wi"),
+    ("a mask", lambda: optax.adamw(0.1), replace(HYPER, mask=ONLY_W), ValueError, "made without mask, the hyperpar"),
+    (
+        "a decay, no schedule",
+        lambda: acprop_optax.acprop(0.1, weight_decay=falling),
+        replace(HYPER, weight_decay=0.1),
+        ValueError,
+        "made with a schedule of weight_decay, the hyperparameters are without it; pass the hyperparameters of the",
+    ),
     (
         "amsgrad",
         lambda: optax.amsgrad(0.1),

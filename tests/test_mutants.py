@@ -2,15 +2,17 @@
 
 import importlib
 import pathlib
+import random
 import shutil
 import sys
+from collections.abc import Sequence
 
 import pytest
 
 import acprop_core
 import hosts
 from agreement import violations
-from cases import CASES
+from cases import CASES, Case
 from hosts import BACKENDS, Backend
 
 CORE = pathlib.Path(acprop_core.__file__).parent
@@ -150,8 +152,12 @@ MUTANTS = {
 }
 
 
-def _broken(backend: Backend) -> bool:
-    cases = (case for case in CASES if not case.random and not backend.cannot_take(case))
+def _broken(backend: Backend, cases: Sequence[Case] = CASES) -> bool:
+    cases = [case for case in cases if not case.random and not backend.cannot_take(case)]
+    # In any order but theirs: a mutant of one corner, or of one option, is seen only by cases that stand together. The
+    # long ones come last.
+    random.Random(0).shuffle(cases)
+    cases.sort(key=lambda case: case.steps > 100)
     return any(violations(case, backend.run(case)) for case in cases)
 
 
@@ -177,4 +183,4 @@ def test_suite_catches(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 
 
 def test_suite_passes_what_is_right() -> None:
-    assert not _broken(BACKENDS["numpy"])
+    assert not _broken(BACKENDS["numpy"], CASES[:20])  # test_suite.py runs all of them

@@ -44,7 +44,7 @@ def guarded(optimizer: ACProp, grads: Any, state: Any, params: Any) -> Any:
 
 @pytest.mark.parametrize("backend", ["NumPy", "PyTorch", "JAX"])
 @pytest.mark.parametrize("bad", [*BAD, HUGE])
-def test_the_functional_core_with_a_guard_of_four_lines(backend: str, bad: float) -> None:
+def test_the_functional_core_with_the_guard_of_the_page(backend: str, bad: float) -> None:
     to: Any = {"NumPy": np.array, "PyTorch": torch.tensor, "JAX": jnp.asarray}[backend]
     optimizer = ACProp(**HYPER)
     params, twin = to(np.ones(3, np.float32)), to(np.ones(3, np.float32))

@@ -1,7 +1,9 @@
 """The wheel, the imports, and who may import whom."""
 
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -55,12 +57,31 @@ def test_import_of_an_adapter_imports_its_own_framework(package: str, framework:
     assert not others & loaded
 
 
-def test_a_torch_that_is_too_old_is_refused_at_import() -> None:
-    pytest.importorskip("torch")
-    lines = "import torch; torch.__version__ = '2.4.1+cpu'\ntry: import acprop_torch\nexcept ImportError as e: print(e)"
+@pytest.mark.parametrize(
+    ("package", "name", "version", "needed"),
+    [
+        ("acprop_torch", "torch", "2.5.0+cpu", "2.5.1"),
+        ("acprop_stepper", "numpy", "1.26.4", "2.0"),
+        ("acprop_optax", "jax", "0.5.3", "0.6.0"),
+        ("acprop_optax", "optax", "0.2.4.dev1", "0.2.5"),
+    ],
+)
+def test_a_framework_that_is_too_old_is_refused_at_import(package: str, name: str, version: str, needed: str) -> None:
+    pytest.importorskip(name)
+    lines = f"import {name}; {name}.__version__ = {version!r}\ntry: import {package}\nexcept ImportError as e: print(e)"
     assert python(lines).strip() == (
-        "acprop_torch needs torch 2.5 or newer, and torch 2.4.1+cpu is installed; upgrade torch"
+        f"{package} needs {name} {needed} or newer, and {name} {version} is installed: "
+        f"python -m pip install '{name}>={needed}'"
     )
+
+
+def test_the_oldest_frameworks_are_those_of_the_extras() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in (("acprop_torch", "torch"), ("acprop_stepper", "numpy"), ("acprop_optax", "optax")):
+        text = (ROOT / "adapters" / package / "_version.py").read_text()
+        checked = re.findall(r"check_version\(\"\w+\", (\w+), \(([\d, ]+)\)\)", text)
+        names = {"np": "numpy"}
+        assert {f"{names.get(x, x)}>={oldest.replace(', ', '.')}" for x, oldest in checked} == {*extras[extra]}
 
 
 def test_arrows_point_to_the_core() -> None:

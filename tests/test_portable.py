@@ -426,7 +426,7 @@ WRAPPED: dict[str, Callable[[], Any]] = {
     "parts": lambda: optax.chain(
         acprop_optax.scale_by_acprop(clip_exponent=0.25),
         optax.add_decayed_weights(0.1),
-        optax.scale_by_schedule(lambda count: -0.1 + 0.0 * count),
+        optax.scale_by_learning_rate(0.1),
     ),
     "finite": lambda: optax.apply_if_finite(acprop_optax.acprop(**HYPER), 3),
 }

@@ -112,8 +112,8 @@ def test_the_rule_alone_gives_the_same_bits(tmp_path: Path) -> None:
 
 
 def documented() -> Iterator[str]:
-    """Yield the full names of all objects on the page of the API, members after their class."""
-    page = (ROOT / "docs" / "api.md").read_text()
+    """Yield the full names of all objects on the pages of the API, members after their class."""
+    page = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("api-*.md")))
     for name, members in re.findall(
         r"^\.\. auto(?:class|function):: (\S+)\n(?:   :members: (.*)\n)?", page, re.MULTILINE
     ):

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import acprop_core
 from acprop_torch import export_state
+from hosts import torch_version
 from test_checkpoint import assert_same_bits
 from torch_ranks import (
     HALF,
@@ -51,6 +52,8 @@ from torch_ranks import (
 )
 
 TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(torch_version() < (2, 6), reason="torch before 2.6: FSDP2 needs CUDA")
 
 
 def each(check: Any, *args: Any) -> dict[str, Any]:

@@ -1056,3 +1056,9 @@ def test_one_program_serves_all_decays_and_scales() -> None:
 
 
 # threads, processes
+
+
+def test_a_stepper_is_shown_with_its_hyperparameters() -> None:
+    stepper = Stepper({"a": np.ones((2, 3)), "b": [None, np.ones(())]}, 0.5, clip_exponent=0.25)
+    stepper.step({"a": np.ones((2, 3)), "b": [None, np.ones(())]})
+    assert repr(stepper) == f"Stepper(arrays=2, elements=7, count=1, {ACProp(0.5, clip_exponent=0.25)!r})"

@@ -26,8 +26,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # urllib, http, asyncio, multiprocessing, tempfile ...) is not on the list.
 STANDARD = {
     "collections", "concurrent", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib", "importlib",
-    "itertools", "json", "math", "mmap", "numbers", "operator", "os", "pathlib", "queue", "stat", "sys", "threading",
-    "types", "typing", "warnings",
+    "itertools", "json", "math", "mmap", "numbers", "operator", "os", "pathlib", "queue", "re", "stat", "sys",
+    "threading", "types", "typing", "warnings",
 }  # fmt: skip
 FRAMEWORKS = {
     "acprop_core": {

@@ -97,7 +97,9 @@ def test_a_compiled_step_has_two_kernels_per_parameter(options: dict[str, Any]) 
         names = ("foreach", "maximize", "weight_decay")
         own = options if cls is ACProp else {name: options[name] for name in names if name in options}
         step = compiled(cls(models()[0].parameters(), **own))
-        with torch._inductor.config.patch("score_fusion_memory_threshold", 1), torch.no_grad():
+        small = "score_fusion_memory_threshold"  # torch 2.5 fuses them without being told
+        settings = {small: 1} if hasattr(torch._inductor.config, small) else {}
+        with torch._inductor.config.patch(settings), torch.no_grad():
             step()
         counts.append(torch._inductor.metrics.generated_kernel_count)
     assert counts == [8, 8]  # four parameters: one for the step count, one for all the rest
@@ -201,7 +203,8 @@ def test_a_number_for_a_rate_may_change_without_end() -> None:
                 optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
                 step()
         counts.append(backend.frame_count)
-    assert counts == [2, 2]
+    assert counts[0] == counts[1]
+    assert counts[0] == 2 or torch_version() < (2, 6)  # which makes a program for every number
 
 
 def test_no_combination_of_options_is_left_uncompiled() -> None:
@@ -225,9 +228,6 @@ def test_no_combination_of_options_is_left_uncompiled() -> None:
     assert counters["stats"]["unique_graphs"] == 18  # without decay, its form does not matter
 
 
-@pytest.mark.skipif(
-    torch_version() == (2, 11), reason="torch 2.11 loses an object whose constructor is not traced as a whole"
-)
 @pytest.mark.parametrize("flags", [{}, {"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_an_optimizer_may_be_made_inside_a_compiled_function(flags: dict[str, bool]) -> None:
     """Dynamo drops attributes that are set before those of the base class, and warns of caches (here an error)."""

@@ -218,6 +218,6 @@ def _extra_named() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error.name} is not installed, which checkpoints need: python -m pip install 'acprop-core[checkpoint]'",
+            f"{error.name} is not installed, which checkpoints need: python -m pip install {error.name}",
             name=error.name,
         ) from error

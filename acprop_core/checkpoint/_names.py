@@ -47,12 +47,14 @@ def match_names(saved: State, names: Sequence[str], like: State) -> list[tuple[A
     here = by_name(zip(names, zip(like.mu, like.nu, carries, strict=True), strict=True))
     known = {**saved.mu, **saved.nu}
     if missing := [name for name, own in here.items() if own[0] is not None and name not in known]:
-        raise ValueError(f"the saved state lacks {_list(missing)}; it has {_list(list(saved.mu))}. Use rename=")
+        raise ValueError(
+            f"the saved state lacks {_list(missing)}; it has {_list(list(saved.mu))}; use load(path, rename=...)"
+        )
     present = [name for name in known if saved.mu.get(name) is not None or saved.nu.get(name) is not None]
     if surplus := [name for name in present if name not in here]:
         raise ValueError(
-            f"the saved state has {_list(surplus)}, but there is no such parameter here; use rename=, where None "
-            "leaves it out"
+            f"the saved state has {_list(surplus)}, but there is no such parameter here; use load(path, rename=...), "
+            "where None leaves it out"
         )
     kept = {} if like.carry is None or saved.carry is None else saved.carry
     rows = [(saved.mu.get(name), saved.nu.get(name), kept.get(name)) for name in names]
@@ -75,11 +77,12 @@ def _check_match(what: str, name: str, x: Any, mine: Any, first: Any) -> None:
     if mine is None:
         raise ValueError(f"{leaf} is an array, but there is no parameter here; leave it out")
     if tuple(x.shape) != tuple(mine.shape):
-        raise ValueError(f"{leaf} has shape {tuple(x.shape)}, here it is {tuple(mine.shape)}; use transform=")
+        shapes = f"{tuple(x.shape)}, here it is {tuple(mine.shape)}"
+        raise ValueError(f"{leaf} has shape {shapes}; use load(path, transform=...)")
     if dtype_name(x.dtype) != dtype_name(mine.dtype):
         raise TypeError(
             f"{leaf} has dtype {x.dtype}, here it is {dtype_name(mine.dtype)}; "
-            f"{'' if what == 'carry' else 'set moment_dtype, or '}convert it by transform="
+            f"{'' if what == 'carry' else 'set moment_dtype, or '}convert it by load(path, transform=...)"
         )
 
 

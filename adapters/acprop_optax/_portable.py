@@ -14,7 +14,7 @@ import optax
 
 from acprop_core import ACProp, State, checkpoint
 from acprop_core.adapt import called, check_count, with_values
-from acprop_optax._transform import CarryState
+from acprop_optax._transform import CarryState, counts_decay
 from acprop_optax._trees import name_of
 
 
@@ -72,11 +72,11 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     Raises
     ------
     ValueError
-        If there is no such state or more than one, `compensate` differs between hyperparameters and state, the
-        hyperparameters of an ``optax.adam`` are not those of an Adam, schedules have counted other updates than ACProp,
-        or there is a state that a portable state cannot hold: of another transformation that keeps arrays, such as
-        ``optax.amsgrad``, of MultiSteps between two updates, or of ``apply_if_finite`` after an update that was not
-        finite.
+        If there is no such state or more than one, `compensate`, a mask or a schedule differs between hyperparameters
+        and state, the hyperparameters of an ``optax.adam`` are not those of an Adam, schedules have counted other
+        updates than ACProp, or there is a state that a portable state cannot hold: of another transformation that
+        keeps arrays, such as ``optax.amsgrad``, of MultiSteps between two updates, or of ``apply_if_finite`` after an
+        update that was not finite.
     TypeError
         If the arrays are traced or abstract, or the two moments of a parameter differ in dtype, as with `mu_dtype`.
 
@@ -298,11 +298,7 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if not isinstance(optimizer, ACProp):
         raise TypeError(f"the hyperparameters are a {type(optimizer).__name__}; pass an acprop_core.ACProp")
     moments = _only(state)
-    if optimizer.compensate != (_carry(state) is not None):
-        raise ValueError(
-            f"the hyperparameters have compensate={optimizer.compensate}, the optax state has "
-            f"{'no' if optimizer.compensate else 'a'} carry; pass the hyperparameters of the transformation"
-        )
+    _check_options(state, optimizer)
     values: dict[str, Any] = {}
     for x in _known(state):
         for name in _numbers_in(x):
@@ -324,6 +320,30 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
             "not 0 cannot move, because optax adds it at each use and ACProp to the second moment itself"
         )
     return portable
+
+
+def _check_options(state: Any, optimizer: ACProp) -> None:
+    """Refuse options that the state shows and the hyperparameters lack, or the reverse."""
+    chains = [x for x in jax.tree.leaves(state, is_leaf=_is_chain) if _is_chain(x)]
+    kinds = {type(x).__name__ for chain in chains for x in _known(chain)}
+    set_by_state = {name for x in _known(state) for name in getattr(x, "hyperparams", {})}
+    rows = [("compensate", _carry(state) is not None, optimizer.compensate)]
+    if chains:
+        rows.append(("mask", "MaskedState" in kinds, optimizer.mask is not None))
+    for name, kind in (("learning_rate", "ScaleByScheduleState"), ("weight_decay", "WeightDecaySchedule")):
+        if chains and name not in set_by_state and (name == "learning_rate" or counts_decay()):
+            rows.append((f"a schedule of {name}", kind in kinds, callable(getattr(optimizer, name))))
+    for what, given, wanted in rows:
+        if given != wanted:
+            have, want = ("with" if x else "without" for x in (given, wanted))
+            raise ValueError(
+                f"the optax state was made {have} {what}, the hyperparameters are {want} it; pass the hyperparameters "
+                "of the transformation"
+            )
+
+
+def _is_chain(x: Any) -> bool:
+    return type(x) in (tuple, list) and any(isinstance(part, _MOMENTS) for part in x)
 
 
 def _numbers_in(x: Any) -> list[str]:

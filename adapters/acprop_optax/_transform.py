@@ -178,7 +178,7 @@ def acprop(
         moments, decay_state, rate_state, *carry_state = state
         counters = {"learning_rate": rate_state, "weight_decay": getattr(decay_state, "inner_state", decay_state)}
         _check_origin("a mask", mask is not None, hasattr(decay_state, "inner_state"))
-        for name in counters if _counts_decay() else ("learning_rate",):
+        for name in counters if counts_decay() else ("learning_rate",):
             _check_origin(f"a schedule of {name}", name in schedules, _counts(counters[name]))
         rows, tree = side_by_side(grads, moments, params, compensate, *(x.carry for x in carry_state))
         values = {}
@@ -320,7 +320,7 @@ def _counts(state: Any) -> bool:
 
 
 @functools.cache
-def _counts_decay() -> bool:
+def counts_decay() -> bool:
     """Return whether optax keeps a count for schedules of weight decay; older versions do not, and ACProp's is used."""
     # not at import, because JAX must not be used before jax.distributed.initialize
     return _counts(jax.eval_shape(optax.add_decayed_weights(lambda count: count).init, None))

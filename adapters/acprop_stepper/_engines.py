@@ -23,7 +23,7 @@ def check_engine(engine: str | None, xp: Any) -> None:
         )
     if engine == "numba" and (reason := why_no_numba()) is not None:
         if reason == NOT_INSTALLED:
-            raise ModuleNotFoundError("engine is 'numba', which needs Numba: python -m pip install 'acprop-core[fast]'")
+            raise ModuleNotFoundError("engine is 'numba', which needs Numba: python -m pip install numba")
         raise RuntimeError(f"engine is 'numba', but {reason}; repair it, or use engine='tiles'")
 
 
@@ -84,7 +84,7 @@ def _kind_on_cuda(buffer: Buffer, engine: str | None) -> tuple[Any, ...] | None:
     capability = _capability_of(buffer.mu)
     reason = why_no_numba_cuda(capability)
     if engine == "cuda" and reason == NO_CUDA:
-        raise ModuleNotFoundError("engine is 'cuda', which needs numba-cuda: python -m pip install 'acprop-core[cuda]'")
+        raise ModuleNotFoundError("engine is 'cuda', which needs numba-cuda: python -m pip install 'numba-cuda[cu13]'")
     if engine == "cuda" and reason is not None:
         raise RuntimeError(f"engine is 'cuda', but {reason}; repair it, or use engine='tiles'")
     if reason is not None:

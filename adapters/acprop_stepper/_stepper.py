@@ -199,6 +199,10 @@ class Stepper:
         self._at_once = is_alone and all(x.calls_suffice(threads) for x in self._engines)
         self._tame = True  # whether no moment exceeds `safe_magnitude`
 
+    def __repr__(self) -> str:
+        sizes = [x.size for x in self._matching.leaves if x is not None]
+        return f"Stepper(arrays={len(sizes)}, elements={sum(sizes)}, count={self._count[0]}, {self.functional})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy steps copies of the parameters, which are pickled or deep-copied along with it
         return restored, (type(self), self.params, self.functional, self._options, self.state)

@@ -96,6 +96,7 @@ class ACProp(torch.optim.Optimizer):
     >>> optimizer.step()
     """
 
+    @private.untraced  # torch 2.11 loses an optimizer whose constructor is not traced as a whole
     def __init__(
         self,
         params: ParamsT,

@@ -202,10 +202,16 @@ def _options(optimizer: Optimizer, run: Run, saved: acprop_core.ACProp) -> Itera
                 f"some parameters of group {i} decay in the saved state and some do not; "
                 "put these into a group of their own"
             )
+        weight_decay = saved.weight_decay if any(decay) else 0.0
+        if weight_decay and "decoupled_weight_decay" not in group and not run.groups[i]["decoupled_weight_decay"]:
+            raise ValueError(
+                f"weight_decay={weight_decay} of the saved state is decoupled, which Adam of torch before 2.7 cannot "
+                "have; use AdamW, or prefer='own' to continue with the L2 form"
+            )
         options = {
             "lr": saved.learning_rate,
             "betas": (saved.b1, saved.b2),
-            "weight_decay": saved.weight_decay if any(decay) else 0.0,
+            "weight_decay": weight_decay,
             "decoupled_weight_decay": True,
             "maximize": False,
             **{key: getattr(saved, key) for key in OPTIONS},

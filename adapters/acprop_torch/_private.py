@@ -8,6 +8,8 @@ from torch import Tensor, _compile, _utils
 from torch._C._dynamo.guards import TensorGuards
 from torch.optim import optimizer as _optimizer
 
+from acprop_torch._version import VERSION
+
 # The helpers of torch's own optimizers, so that this one refuses, finds and chooses as AdamW does.
 # A step without gradients, or with them if differentiable; otherwise a decorator of a few lines.
 use_grad_for_differentiable = _optimizer._use_grad_for_differentiable
@@ -22,7 +24,14 @@ untraced = _compile._disable_dynamo
 
 # One tensor from several, and back, at C speed; otherwise `torch.cat` of `reshape(-1)`, and `split` with `view_as`.
 flatten_dense: Any = _utils._flatten_dense_tensors
-unflatten_dense: Any = _utils._unflatten_dense_tensors
+
+
+def _unflatten_dense(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Older versions of torch, 2.5 among them, lose the shapes of empty tensors."""
+    return [part.view_as(x) for part, x in zip(_utils._unflatten_dense_tensors(flat, tensors), tensors, strict=True)]
+
+
+unflatten_dense: Any = _utils._unflatten_dense_tensors if VERSION >= (2, 11) else _unflatten_dense
 
 # Operations on lists. Nothing public does this; otherwise a loop over the tensors.
 foreach_abs = torch._foreach_abs

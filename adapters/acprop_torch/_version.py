@@ -1,13 +1,7 @@
-"""Which torch is installed, and the oldest that works."""
+"""Which torch is installed; an older one than the oldest that works is refused."""
 
 import torch
 
-OLDEST = (2, 5)
+from acprop_core.adapt import check_version
 
-VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
-
-if VERSION < OLDEST:
-    raise ImportError(
-        f"acprop_torch needs torch {'.'.join(map(str, OLDEST))} or newer, and torch {torch.__version__} is installed; "
-        "upgrade torch"
-    )
+VERSION = check_version("acprop_torch", torch, (2, 5, 1))

@@ -378,12 +378,12 @@ STEPPER_OPTIONS: list[Bad] = [
         ("a count that is an array", {"count": jnp.int32(1)}, TypeError, COUNT, AN_INT),
         ("moments None", {"mu": None}, TypeError, "the saved moments are not dicts by name", THE_STATE),
         ("a missing name", From(lambda w: {"mu": {"w": w.grads["w"]}, "nu": {"w": w.grads["w"]}}), ValueError,
-         "the saved state lacks 'b'; it has 'w'. Use rename="),
+         "the saved state lacks 'b'; it has 'w'; use load(path, rename=...)"),
     ]),
     *table("import_state: ", "import_leaf", "w", [
         ("a string", "x", TypeError, f"first moment of 'w' is a str ('x'); {AN_ARRAY}"),
         ("one moment None", None, ValueError, "one moment of 'w' is None", BOTH),
-        ("a shape", np.ones(3), ValueError, "first moment of 'w' has shape (3,), here it is (2, 3); use transform="),
+        ("a shape", np.ones(3), ValueError, "first moment of 'w' has shape (3,), here it is (2, 3); use load("),
     ], field="mu"),
     *table("import_state: ", "import_leaf", "w", [
         ("a list", [1.0], TypeError, f"second moment of 'w' is a list ([1.0]); {AN_ARRAY}"),
@@ -391,5 +391,5 @@ STEPPER_OPTIONS: list[Bad] = [
          "second moment of 'w' has dtype float32, here it is float64", "transform="),
     ], field="nu"),
     bad("import_state: a surplus name", "import_leaf", {"field": "mu", "c": np.ones((2, 3))}, ValueError,
-        "the saved state has 'c'", "use rename="),
+        "the saved state has 'c'", "use load(path, rename=...)"),
 ]

@@ -99,8 +99,8 @@ def table(result: Row) -> str:
     return text
 
 
-def readme_table(result: Row) -> str:
-    """Return the table of the README: the first task, the digits by an MLP."""
+def digits_table(result: Row) -> str:
+    """Return the table of docs/should-i-use.md: the first task, the digits by an MLP."""
     task, about = next(iter(result["tasks"].items()))
     text = "| | median | lowest | highest | at rate 1e-3: median |\n|---|---|---|---|---|\n"
     for name, rows in of(result, task).items():

@@ -167,26 +167,61 @@ def page(results: dict[str, Result]) -> str:
     return "\n".join(f"### {heading}\n\n{text}" for heading, text in sections(results).items())
 
 
-def summary(results: dict[str, Result]) -> str:
-    """Return the sentences of README.md: large arrays, float32, on one core."""
-    rows = {
-        (name, row["contender"]): row
-        for name, result in results.items()
-        for row in result["rows"]
-        if (row["dtype"], row["arrays"], row["size"]) == ("float32", 1, 16 * 10**6)
-    }
+# Rows of the README's table: how it is said, the result file and names of the pair at 12 x 10,000, and at 1 x 16M.
+README = [
+    ("PyTorch, default options", "torch.optim.AdamW", "small_torch", "default flags", "small_torch_large"),
+    ("PyTorch, `fused=True`", "the same, `fused=True`", "small_torch", "fused", "small_torch_large"),
+    ("optax, jitted", "optax.adamw", "small_jax", "acprop_optax", "steps_jax"),
+    ("`Stepper`, compiled", "scikit-learn's Adam", "small_numpy", "Stepper, Numba", "steps_numpy"),
+    ("core on NumPy", "Adam in NumPy, a line an equation", "small_numpy", "functional core", ""),
+]
 
-    def times(name: str, contender: str, key: str) -> str:
-        return digits(rows[f"steps_{name}", contender][key][1])
 
+def readme_table(folder: Path) -> str:
+    """Return the table of README.md: our step in units of another optimizer's, a small model and a large array."""
+    found = load(folder)
+
+    def ratio(name: str, contender: str, arrays: int, size: int) -> float:
+        rows = [row for row in found[name]["rows"] if (row["arrays"], row["size"]) == (arrays, size)]
+        own = next(row for row in rows if contender in row["contender"] and row.get("dtype", "float32") == "float32")
+        if "to peer" in own:
+            return float(own["to peer"][1])
+        if found[name]["unit"] != "functional core":
+            return float(own["to unit"][1])
+        other = next(row for row in rows if row["contender"] == "scikit-learn Adam" and row["dtype"] == "float32")
+        return float(own["seconds"][1] / other["seconds"][1])
+
+    def lines() -> Iterator[list[str]]:
+        yield ["a step of ours", "the other", "12 arrays of 10,000", "one array of 16 million"]
+        for ours, other, small, contender, large in README:
+            at_large = digits(ratio(large, contender, 1, 16 * 10**6)) if large else ""
+            yield [ours, other, digits(ratio(small, contender, 12, 10_000)), at_large]
+
+    return markdown(lines())
+
+
+def costs(folder: Path) -> str:
+    """Return the list of docs/should-i-use.md: from the least to the most time of a step in units of the other's."""
+    found = load(folder)
+
+    def extent(contender: str, *keys: tuple[str, str]) -> str:
+        ratios = [
+            row[key][1]
+            for name, key in keys
+            for row in found[name]["rows"]
+            if row["contender"] == contender and row.get("dtype", "float32") == "float32"
+        ]
+        return f"{digits(min(ratios))} to {digits(max(ratios))}"
+
+    torch = ("small_torch", "to peer"), ("small_torch_large", "to peer")
+    optax = ("small_jax", "to peer"), ("steps_jax", "to unit")
+    numpy = [("small_numpy", "to peer")]
     return (
-        "At 16M float32 parameters on one core (`nox -s bench`) a `Stepper` step takes"
-        f" {times('numpy', 'Stepper, Numba', 'to limit')} times as long as moving its bytes with Numba,"
-        f" {times('numpy', 'Stepper, tiles', 'to limit')} without; scikit-learn's Adam"
-        f" {times('numpy', 'scikit-learn Adam', 'to limit')}. A fused step in [torch](docs/torch.md) takes"
-        f" {times('torch', 'ACProp, fused', 'to unit')} times as long as fused AdamW's, one in [optax](docs/optax.md)"
-        f" {times('jax', 'acprop_optax', 'to unit')} times as long as `optax.adamw`'s (`optax.contrib.acprop`:"
-        f" {times('jax', 'optax.contrib.acprop', 'to unit')})."
+        f"- **PyTorch with Numba**, default options: {extent('ACProp, default flags', *torch)} of AdamW.\n"
+        f"- **PyTorch with Numba**, `fused=True`: {extent('ACProp, fused', *torch)} of fused AdamW.\n"
+        f"- **optax, jitted**: {extent('acprop_optax', *optax)} of `optax.adamw`.\n"
+        f"- **`Stepper` with Numba**, small models: {extent('Stepper, Numba', *numpy)} of scikit-learn's Adam.\n"
+        f"- **The core on NumPy**, small models: {extent('functional core', *numpy)} of an Adam written for NumPy.\n"
     )
 
 
@@ -267,6 +302,7 @@ def main() -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\nIn README.md:\n\n{readme_table(folder)}\nIn docs/should-i-use.md:\n\n{costs(folder)}")
     print(f"All of it, with memory, growth and first steps: {folder / 'steps_table.md'}, and the pictures beside it")
 
 

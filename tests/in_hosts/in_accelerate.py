@@ -4,6 +4,7 @@ from pathlib import Path
 
 import accelerate
 import torch
+from torch.optim.lr_scheduler import LinearLR
 
 from acprop_torch import ACProp
 from runs import Run, check, torch_arrays, torch_data, torch_net
@@ -13,10 +14,13 @@ def train(steps: int, resume: Path | None, save: Path) -> Run:
     model, losses, done = torch_net(), [], 0
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*torch_data()), batch_size=16)
     # begin
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
-    optimizer = ACProp(model.parameters(), lr=3e-2, weight_decay=0.01, clip_exponent=0.25)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=40)
-    model, optimizer, schedule, batches = accelerator.prepare(model, optimizer, schedule, batches)
+    precision = {"mixed_precision": "bf16", "gradient_accumulation_steps": 2}
+    accelerator = accelerate.Accelerator(cpu=True, **precision)
+    options = {"lr": 3e-2, "weight_decay": 0.01, "clip_exponent": 0.25}
+    optimizer = ACProp(model.parameters(), **options)
+    schedule = LinearLR(optimizer, 1.0, 0.1, total_iters=40)
+    prepared = accelerator.prepare(model, optimizer, schedule, batches)
+    model, optimizer, schedule, batches = prepared
     # end
     if resume is not None:
         accelerator.load_state(str(resume))

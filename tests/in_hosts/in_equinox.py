@@ -26,7 +26,8 @@ def filtered() -> tuple[Any, Any]:
     @equinox.filter_jit
     def step(model: Any, state: Any) -> Any:
         loss, grads = equinox.filter_value_and_grad(loss_of)(model)
-        updates, state = transform.update(grads, state, equinox.filter(model, equinox.is_inexact_array))
+        params = equinox.filter(model, equinox.is_inexact_array)
+        updates, state = transform.update(grads, state, params)
         return equinox.apply_updates(model, updates), state, loss
 
     # end filtered
@@ -54,9 +55,11 @@ def partitioned() -> tuple[Any, Any]:
     @equinox.filter_jit
     def step(model: Any, state: Any) -> Any:
         params, static = equinox.partition(model, equinox.is_inexact_array)
-        loss, grads = jax.value_and_grad(lambda params: loss_of(equinox.combine(params, static)))(params)
+        grads_of = jax.value_and_grad(lambda p: loss_of(equinox.combine(p, static)))
+        loss, grads = grads_of(params)
         updates, state = transform.update(grads, state, params)
-        return equinox.combine(equinox.apply_updates(params, updates), static), state, loss
+        params = equinox.apply_updates(params, updates)
+        return equinox.combine(params, static), state, loss
 
     # end partitioned
     return transform, step

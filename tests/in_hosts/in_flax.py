@@ -7,6 +7,7 @@ import jax
 import optax
 from flax import linen, nnx
 from flax.training.train_state import TrainState
+from jax import Array
 
 from acprop_optax import acprop
 from runs import Run, check, data, jax_arrays, jax_loss, pickled, unpickled
@@ -16,13 +17,15 @@ def with_linen(steps: int, resume: Path | None, save: Path) -> Run:
     model = linen.Sequential([linen.Dense(16), linen.relu, linen.Dense(3)])
     x, _ = data()
     # begin linen
-    transform = acprop(optax.linear_schedule(3e-2, 1e-2, 40), weight_decay=1e-3, clip_exponent=0.25)
+    rate = optax.linear_schedule(3e-2, 1e-2, 40)
+    transform = acprop(rate, weight_decay=1e-3, clip_exponent=0.25)
     params = model.init(jax.random.key(0), x)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=transform)
 
     @jax.jit
-    def step(state: TrainState) -> tuple[TrainState, jax.Array]:
-        loss, grads = jax.value_and_grad(lambda p: jax_loss(state.apply_fn(p, x)))(state.params)
+    def step(state: TrainState) -> tuple[TrainState, Array]:
+        grads_of = jax.value_and_grad(lambda p: jax_loss(state.apply_fn(p, x)))
+        loss, grads = grads_of(state.params)
         return state.apply_gradients(grads=grads), loss
 
     # end linen
@@ -40,11 +43,12 @@ def with_nnx(steps: int, resume: Path | None, save: Path) -> Run:
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 3, rngs=rngs))
     # begin nnx
-    transform = acprop(optax.linear_schedule(3e-2, 1e-2, 40), weight_decay=1e-3, clip_exponent=0.25)
+    rate = optax.linear_schedule(3e-2, 1e-2, 40)
+    transform = acprop(rate, weight_decay=1e-3, clip_exponent=0.25)
     optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
 
     @nnx.jit
-    def step(model: nnx.Module, optimizer: nnx.Optimizer, x: jax.Array) -> jax.Array:
+    def step(model: nnx.Module, optimizer: nnx.Optimizer, x: Array) -> Array:
         loss, grads = nnx.value_and_grad(lambda model: jax_loss(model(x)))(model)
         optimizer.update(model, grads)
         return loss

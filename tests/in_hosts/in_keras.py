@@ -20,13 +20,14 @@ def train(steps: int, resume: Path | None, save: Path) -> Run:
     others = [variable.value for variable in model.non_trainable_variables]
     state = transform.init(params)
 
-    def loss_of(params: list[jax.Array], others: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    def loss_of(params: list, others: list) -> tuple[jax.Array, list]:
         logits, others = model.stateless_call(params, others, x, training=True)
         return jax_loss(logits), others
 
     @jax.jit
-    def step(params: list[jax.Array], others: list[jax.Array], state: optax.OptState) -> tuple:
-        (loss, others), grads = jax.value_and_grad(loss_of, has_aux=True)(params, others)
+    def step(params: list, others: list, state: optax.OptState) -> tuple:
+        grads_of = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, others), grads = grads_of(params, others)
         updates, state = transform.update(grads, state, params)
         return optax.apply_updates(params, updates), others, state, loss
 
@@ -39,7 +40,7 @@ def train(steps: int, resume: Path | None, save: Path) -> Run:
         losses.append(float(loss))
     # begin write
     for variable, value in zip(model.trainable_variables, params, strict=True):
-        variable.assign(value)  # so that model.predict and model.save see what was trained
+        variable.assign(value)  # so that model.predict and model.save see it
     # end write
     pickled(save, (params, others, state))
     return Run(losses, jax_arrays(params, state))

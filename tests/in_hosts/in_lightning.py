@@ -6,6 +6,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from torch.optim.lr_scheduler import LinearLR
 
 from acprop_torch import ACProp
 from runs import Run, check, torch_arrays, torch_data, torch_net
@@ -19,14 +20,17 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: Any) -> torch.Tensor:
         x, y = batch
-        loss = torch.nn.functional.cross_entropy(self.net(x.to(self.dtype)).float(), y)
+        logits = self.net(x.to(self.dtype)).float()
+        loss = torch.nn.functional.cross_entropy(logits, y)
         self.losses.append(loss.item())
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = ACProp(self.parameters(), lr=3e-2, weight_decay=0.01, clip_exponent=0.25, **self.options)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=40)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        options = {"weight_decay": 0.01, "clip_exponent": 0.25, **self.options}
+        optimizer = ACProp(self.parameters(), lr=3e-2, **options)
+        schedule = LinearLR(optimizer, 1.0, 0.1, total_iters=40)
+        every_step = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": every_step}
 
 
 # end

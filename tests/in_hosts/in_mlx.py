@@ -42,8 +42,10 @@ def train(steps: int, resume: Path | None, save: Path) -> tuple[list[float], lis
     if resume is not None:
         model.load_weights(str(resume / "model.safetensors"))
         # begin resume
-        _, state = acprop_core.load(resume / "state.safetensors", model.parameters())
-        state = state._replace(mu=tree_map(mx.array, state.mu), nu=tree_map(mx.array, state.nu))
+        file = resume / "state.safetensors"
+        _, state = acprop_core.load(file, model.parameters())
+        mu, nu = (tree_map(mx.array, x) for x in (state.mu, state.nu))
+        state = state._replace(mu=mu, nu=nu)
         # end resume
     while state.count < steps:
         state, loss = step(state)

@@ -21,7 +21,8 @@ def model(x: Any, y: Any) -> None:
 def train(steps: int, resume: Path | None, save: Path) -> Run:
     x, y = data()
     # begin
-    svi = SVI(model, AutoNormal(model), acprop(3e-2, clip_exponent=0.25), Trace_ELBO(num_particles=8))
+    transform = acprop(3e-2, clip_exponent=0.25)
+    svi = SVI(model, AutoNormal(model), transform, Trace_ELBO(num_particles=8))
     state = svi.init(jax.random.PRNGKey(0), x, y)
     step = jax.jit(svi.update)
     # end

@@ -18,7 +18,8 @@ def objective(weights: jax.Array, args: Any) -> jax.Array:
 
 def solver() -> optimistix.OptaxMinimiser:
     # begin
-    minimiser = optimistix.OptaxMinimiser(acprop(3e-2, clip_exponent=0.25), rtol=1e-6, atol=1e-6)
+    transform = acprop(3e-2, clip_exponent=0.25)
+    minimiser = optimistix.OptaxMinimiser(transform, rtol=1e-6, atol=1e-6)
     # end
     return minimiser
 
@@ -45,6 +46,10 @@ def test_optimistix(tmp_path: Path) -> None:
 
 def test_optimistix_finds_the_minimum() -> None:
     # begin minimise
-    found = optimistix.minimise(lambda y, _: ((y - 3.0) ** 2).sum(), solver(), jnp.zeros(4), max_steps=10_000)
+    def far(y: jax.Array, _: Any) -> jax.Array:
+        return ((y - 3.0) ** 2).sum()
+
+    start = jnp.zeros(4)
+    found = optimistix.minimise(far, solver(), start, max_steps=10_000)
     # end minimise
     assert abs(found.value - 3.0).max() < 1e-3

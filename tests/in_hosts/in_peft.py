@@ -15,8 +15,10 @@ def train(steps: int, resume: Path | None, save: Path) -> Run:
     batch = {name: torch.stack([row[name] for row in texts()]) for name in ("input_ids", "labels")}
     torch.manual_seed(0)
     # begin
-    net = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj", "lm_head"]))
-    optimizer = ACProp((p for p in net.parameters() if p.requires_grad), lr=3e-2, clip_exponent=0.25)
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj", "lm_head"])
+    net = peft.get_peft_model(net, config)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = ACProp(trained, lr=3e-2, clip_exponent=0.25)
     # end
     if resume is not None:
         peft.set_peft_model_state_dict(net, peft.load_peft_weights(str(resume)))

@@ -12,15 +12,18 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from acprop_core import ACProp
 from runs import REPORT, assert_same
 
-
 # begin
+USUAL = ACProp(1e-2, clip_exponent=0.25)
+
+
 class Softmax(ClassifierMixin, BaseEstimator):
-    def __init__(self, optimizer: ACProp = ACProp(1e-2, clip_exponent=0.25), epochs: int = 100) -> None:  # noqa: B008
+    def __init__(self, optimizer: ACProp = USUAL, epochs: int = 100) -> None:
         self.optimizer, self.epochs = optimizer, epochs
 
     def fit(self, x: np.ndarray, y: np.ndarray) -> "Softmax":
         self.classes_, labels = np.unique(y, return_inverse=True)
-        self.params_ = {"w": np.zeros((x.shape[1], len(self.classes_))), "b": np.zeros(len(self.classes_))}
+        k = len(self.classes_)
+        self.params_ = {"w": np.zeros((x.shape[1], k)), "b": np.zeros(k)}
         self.state_ = self.optimizer.init(self.params_)
         return self.more(x, labels, self.epochs)
 
@@ -29,7 +32,8 @@ class Softmax(ClassifierMixin, BaseEstimator):
             error = self.predict_proba(x)
             error[np.arange(len(x)), labels] -= 1.0
             grads = {"w": x.T @ error / len(x), "b": error.mean(0)}
-            updates, self.state_ = self.optimizer.update(grads, self.state_, self.params_)
+            found = self.optimizer.update(grads, self.state_, self.params_)
+            updates, self.state_ = found
             self.params_ = self.optimizer.apply(self.params_, updates)
         return self
 
@@ -54,7 +58,8 @@ def test_cross_validation() -> None:
     x, y = digits()
     # begin use
     ours = cross_val_score(Softmax(), x, y, cv=3)
-    search = GridSearchCV(Softmax(), {"optimizer": [ACProp(rate, clip_exponent=0.25) for rate in (1e-4, 1e-2)]}, cv=3)
+    optimizers = [ACProp(rate, clip_exponent=0.25) for rate in (1e-4, 1e-2)]
+    search = GridSearchCV(Softmax(), {"optimizer": optimizers}, cv=3)
     # end use
     parallel = cross_val_score(Softmax(), x, y, cv=3, n_jobs=2)
     theirs = cross_val_score(LogisticRegression(max_iter=1000), x, y, cv=3)

@@ -43,7 +43,8 @@ def test_skorch(tmp_path: Path) -> None:
 
 def test_skorch_in_a_search() -> None:
     # begin search
-    search = GridSearchCV(classifier(), {"lr": [1e-4, 3e-2], "optimizer__clip_exponent": [0.0, 0.25]}, cv=3)
+    grid = {"lr": [1e-4, 3e-2], "optimizer__clip_exponent": [0.0, 0.25]}
+    search = GridSearchCV(classifier(), grid, cv=3)
     search.fit(*data())
     # end search
     assert search.best_params_["lr"] == 3e-2

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import stable_baselines3
 import torch
+from stable_baselines3 import PPO
 
 from acprop_torch import ACProp
 from runs import REPORT, assert_same, torch_arrays, yardsticks
@@ -15,8 +16,10 @@ def agent(optimizer_class: type[torch.optim.Optimizer]) -> stable_baselines3.PPO
     def linear(remaining: float) -> float:
         return 3e-3 * remaining
 
-    options = {"optimizer_class": optimizer_class, "optimizer_kwargs": {"clip_exponent": 0.25}}
-    model = stable_baselines3.PPO("MlpPolicy", "CartPole-v1", learning_rate=linear, policy_kwargs=options, n_steps=512)
+    options = {"optimizer_class": optimizer_class}
+    options["optimizer_kwargs"] = {"clip_exponent": 0.25}
+    more = {"policy_kwargs": options, "n_steps": 512}
+    model = PPO("MlpPolicy", "CartPole-v1", learning_rate=linear, **more)
     # end
     model.set_random_seed(0)
     return model

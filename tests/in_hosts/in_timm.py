@@ -25,7 +25,8 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 def by_groups(net: torch.nn.Module) -> torch.optim.Optimizer:
     # begin groups
-    groups = timm.optim.param_groups_layer_decay(net, 0.05, net.no_weight_decay(), layer_decay=0.8)
+    decay = {"weight_decay": 0.05, "no_weight_decay_list": net.no_weight_decay()}
+    groups = timm.optim.param_groups_layer_decay(net, **decay, layer_decay=0.8)
     optimizer = ACProp(groups, lr=3e-3, clip_exponent=0.25)
     # end groups
     return optimizer
@@ -34,12 +35,14 @@ def by_groups(net: torch.nn.Module) -> torch.optim.Optimizer:
 def by_name(net: torch.nn.Module) -> torch.optim.Optimizer:
     # begin name
     from timm.optim import OptimInfo
-    from timm.optim._optim_factory import default_registry  # timm has no public name for it
 
-    default_registry.register(OptimInfo(name="acprop", opt_class=ACProp, has_betas=True, description="ACProp"))
-    optimizer = timm.optim.create_optimizer_v2(
-        net, opt="acprop", lr=3e-3, weight_decay=0.05, layer_decay=0.8, clip_exponent=0.25
-    )
+    # timm has no public name for its registry
+    from timm.optim._optim_factory import default_registry
+
+    info = OptimInfo("acprop", ACProp, "ACProp", has_betas=True)
+    default_registry.register(info)
+    options = {"weight_decay": 0.05, "layer_decay": 0.8, "clip_exponent": 0.25}
+    optimizer = timm.optim.create_optimizer_v2(net, "acprop", lr=3e-3, **options)
     # end name
     return optimizer
 
@@ -49,7 +52,8 @@ def train_by(way: Any) -> Any:
         net = model()
         optimizer = way(net)
         # begin schedule
-        schedule = timm.scheduler.CosineLRScheduler(optimizer, t_initial=40, warmup_t=4, t_in_epochs=False)
+        steps_of = {"t_initial": 40, "warmup_t": 4, "t_in_epochs": False}
+        schedule = timm.scheduler.CosineLRScheduler(optimizer, **steps_of)
         # end schedule
         done, losses = 0, []
         if resume is not None:

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.optim.lr_scheduler import LinearLR
 
 from acprop_torch import ACProp
 from runs import torch_data, torch_net
@@ -26,8 +27,9 @@ def graphs_of(steps: int, **options: Any) -> int:
 
 def compiled(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, **options: Any) -> tuple[Any, Any]:
     # begin
-    optimizer = ACProp(model.parameters(), lr=torch.tensor(3e-2), clip_exponent=0.25, **options)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=40)
+    options = {"lr": torch.tensor(3e-2), "clip_exponent": 0.25, **options}
+    optimizer = ACProp(model.parameters(), **options)
+    schedule = LinearLR(optimizer, 1.0, 0.1, total_iters=40)
 
     @torch.compile
     def step() -> None:
@@ -42,6 +44,10 @@ def compiled(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, **options
 
 def test_compiled_steps_are_not_compiled_again() -> None:
     assert graphs_of(3) == graphs_of(12)
+
+
+def test_a_rate_that_is_a_float_compiles_once_more_at_its_first_change() -> None:
+    assert [graphs_of(steps, lr=3e-2) - graphs_of(3) for steps in (3, 12)] == [1, 1]
 
 
 def test_foreach_refuses_a_rate_in_a_tensor() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import Trainer, get_constant_schedule_with_warmup
 
 from acprop_torch import ACProp
 from runs import HALF, STEPS, Run, check, torch_arrays
@@ -42,9 +43,11 @@ def arguments(folder: Path, steps: int) -> transformers.TrainingArguments:
 
 def by_optimizers(args: Any, net: Any, train_dataset: Any) -> transformers.Trainer:
     # begin optimizers
-    optimizer = ACProp(net.parameters(), lr=1e-2, weight_decay=0.01, clip_exponent=0.25)
-    schedule = transformers.get_constant_schedule_with_warmup(optimizer, num_warmup_steps=5)
-    trainer = transformers.Trainer(net, args, train_dataset=train_dataset, optimizers=(optimizer, schedule))
+    options = {"lr": 1e-2, "weight_decay": 0.01, "clip_exponent": 0.25}
+    optimizer = ACProp(net.parameters(), **options)
+    schedule = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=5)
+    both = {"optimizers": (optimizer, schedule)}
+    trainer = Trainer(net, args, train_dataset=train_dataset, **both)
     # end optimizers
     return trainer
 
@@ -52,7 +55,8 @@ def by_optimizers(args: Any, net: Any, train_dataset: Any) -> transformers.Train
 def by_class(args: Any, net: Any, train_dataset: Any) -> transformers.Trainer:
     # begin class
     options = {"lr": 1e-2, "clip_exponent": 0.25}
-    trainer = transformers.Trainer(net, args, train_dataset=train_dataset, optimizer_cls_and_kwargs=(ACProp, options))
+    kind = {"optimizer_cls_and_kwargs": (ACProp, options)}
+    trainer = Trainer(net, args, train_dataset=train_dataset, **kind)
     # end class
     return trainer
 
