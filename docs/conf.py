@@ -21,7 +21,12 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "benchmarks", "examples", "figures"]  # included by pages, but not pages
+exclude_patterns = [
+    "_build",
+    "benchmarks",
+    "examples",
+    "figures",
+]  # included by pages, but not pages
 nitpicky = True
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -39,8 +44,14 @@ html_logo = "_static/logo.svg"
 html_favicon = "_static/favicon.svg"
 html_math_renderer = "mathml"
 html_theme_options = {
-    "light_css_variables": {"color-brand-primary": "#a63d00", "color-brand-content": "#a63d00"},
-    "dark_css_variables": {"color-brand-primary": "#ff9d5c", "color-brand-content": "#ff9d5c"},
+    "light_css_variables": {
+        "color-brand-primary": "#a63d00",
+        "color-brand-content": "#a63d00",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#ff9d5c",
+        "color-brand-content": "#ff9d5c",
+    },
 }
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
@@ -48,17 +59,26 @@ pygments_dark_style = "monokai"
 _tex = math_core.LatexToMathML()
 
 
-def _mathml(translator: HTML5Translator, node: nodes.math | nodes.math_block, displaystyle: bool) -> None:
-    """Write a formula as MathML: browsers show it without a script, and without a network."""
+def _mathml(
+    translator: HTML5Translator,
+    node: nodes.math | nodes.math_block,
+    displaystyle: bool,
+) -> None:
+    """Write a formula as MathML, which needs neither a script nor a network."""
     tex = node.astext()
     if displaystyle and "\\\\" in tex and "\\begin" not in tex:
-        tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"  # as in the renderers of Sphinx
+        # as in the renderers of Sphinx
+        tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     try:
         mathml = _tex.convert_with_local_state(tex, displaystyle=displaystyle)
     except math_core.LatexError:
-        logging.getLogger(__name__).warning("no formula to math_core: %s", tex, location=node)
+        logging.getLogger(__name__).warning(
+            "no formula to math_core: %s", tex, location=node
+        )
         mathml = ""
-    translator.body.append(f'<div class="math">{mathml}</div>\n' if displaystyle else mathml)
+    translator.body.append(
+        f'<div class="math">{mathml}</div>\n' if displaystyle else mathml
+    )
     raise nodes.SkipNode
 
 
@@ -66,6 +86,12 @@ def setup(app: Sphinx) -> None:
     """Register the renderer of formulas."""
     app.add_html_math_renderer(
         "mathml",
-        (lambda translator, node: _mathml(translator, node, displaystyle=False), None),
-        (lambda translator, node: _mathml(translator, node, displaystyle=True), None),
+        (
+            lambda translator, node: _mathml(translator, node, displaystyle=False),
+            None,
+        ),
+        (
+            lambda translator, node: _mathml(translator, node, displaystyle=True),
+            None,
+        ),
     )

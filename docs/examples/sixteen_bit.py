@@ -55,17 +55,19 @@ def draw(curves: dict[float, dict[str, dict[int, float]]], file: pathlib.Path) -
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, len(curves), figsize=(9, 4), layout="constrained")
+    plt.rcParams.update({"font.size": 12, "legend.frameon": False})  # for the width of a phone
+    figure, panels = plt.subplots(len(curves), 1, figsize=(6, 7.4), layout="constrained", sharex=True)
     for axes, (rate, runs) in zip(panels, curves.items(), strict=True):
         for (name, losses), style in zip(runs.items(), ("-", "--", "-."), strict=True):
             axes.plot(list(losses), list(losses.values()), style, label=name)
-        axes.set(xlabel="step", title=f"learning rate {rate:g}, then a cosine to 0")
+        axes.set_title(f"learning rate {rate:g}, then a cosine to 0", fontsize=12)
+        axes.set_ylabel("loss on held-out text\n(nats a character)")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("loss on held-out text (nats a character)")
+    panels[-1].set_xlabel("step")
     panels[-1].legend()
-    figure.suptitle("A transformer with parameters stored in 16 bits or 32")
+    figure.suptitle("A transformer with parameters in 16 bits or 32", fontsize=12)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=160)
 
 
 def main() -> None:

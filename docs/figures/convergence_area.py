@@ -13,21 +13,21 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from counterexamples import DENSE, LAST, NO_FIRST_MOMENT, OPTIMIZERS, SPARSE, Grid, Optimizer, corner, solve
 from output import options, table, write
+from palette import WIDTH, pyplot
 
 NEAR = 0.01
 STEPS = 10_000
 PROBLEMS = {"first": DENSE, "sparse": SPARSE}
 DRAWN = 0.9  # beta1 of the figure
-CLASSES = (  # of the distance from the optimum; colours of Okabe and Ito
-    (0.0, "#0072B2", f"converges: within {NEAR}"),
+CLASSES = (  # of the distance from the optimum; none is an optimizer's colour
+    (0.0, "#3B3B3B", f"converges: within {NEAR}"),
     (NEAR, "#BBBBBB", "within 0.1"),
-    (0.1, "#D55E00", "further away"),
+    (0.1, "#F0C808", "further away"),
 )
 OTHER_FIRST_STEP = {
     "AdaShift, first step taken": corner("AdaShift"),
@@ -58,8 +58,8 @@ def draw(areas: Areas, grid: dict[str, Grid]) -> Figure:
     """Draw the best distance of each point in three classes, a row per optimizer."""
     colours = mpl.colors.ListedColormap([colour for _, colour, _ in CLASSES])
     bins = [edge for edge, _, _ in CLASSES[1:]]
-    figure, panels = plt.subplots(
-        len(OPTIMIZERS), len(PROBLEMS), figsize=(5.4, 10.6), sharex="col", layout="constrained"
+    figure, panels = pyplot().subplots(
+        len(OPTIMIZERS), len(PROBLEMS), figsize=(WIDTH, 12.0), sharex="col", layout="constrained"
     )
     for column, (problem, distances) in zip(panels.T, areas.items(), strict=True):
         axis = grid[problem]
@@ -69,8 +69,7 @@ def draw(areas: Areas, grid: dict[str, Grid]) -> Figure:
             axes.pcolormesh(axis.periods, 1.0 - axis.b2, np.digitize(best, bins), cmap=colours, vmin=0, vmax=2)
             axes.set_yscale("log")
             axes.set_yticks(10.0 ** np.arange(-4, 0))
-            axes.set_title(f"{name}: {_percent((best < NEAR).mean())} %", fontsize=10.5)
-            axes.grid(visible=False)
+            axes.set_title(f"{name}: {_percent((best < NEAR).mean())} %")
         axes.set_xlabel(f"period P\n{problem} problem:\n{PROBLEMS[problem].formula}")
     for axes in panels[:, 0]:
         axes.set_ylabel("1 - beta2")
@@ -79,7 +78,6 @@ def draw(areas: Areas, grid: dict[str, Grid]) -> Figure:
         handles=handles,
         loc="outside upper center",
         ncols=len(CLASSES),
-        frameon=False,
         columnspacing=1.0,
         handlelength=1.2,
     )

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from acprop_optax import acprop
 from output import options, table, write
+from palette import COLOURS, WIDTH, pyplot
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from digits import Digits
@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "Adam": optax.adam,
 }
 TITLES = {"rosenbrock": "Rosenbrock from (0, 0)", "digits": "digits, 64-64-10 network"}
-COLOURS = dict(zip(OPTIMIZERS, ("#D55E00", "#0072B2", "#555555"), strict=True))  # of Okabe and Ito
+COLOUR_OF = dict(zip(OPTIMIZERS, ("ACProp without the clip", "ACProp", "Adam"), strict=True))
 
 
 class Run(NamedTuple):
@@ -93,19 +93,21 @@ def run_all(data: Digits) -> dict[str, dict[str, Run]]:
 
 def draw(runs: dict[str, dict[str, Run]]) -> Figure:
     """Draw losses above and the largest element of each update below, a column per problem."""
-    figure, panels = plt.subplots(2, len(runs), figsize=(6.4, 6.8), sharex="col", layout="constrained")
+    figure, panels = pyplot().subplots(2, len(runs), figsize=(WIDTH, 7.2), sharex="col", layout="constrained")
     for (top, bottom), (problem, by_name) in zip(panels.T, runs.items(), strict=True):
         for name, run in by_name.items():
             t = np.arange(1, len(run.losses) + 1)
-            style = {"color": COLOURS[name], "linestyle": "--" if name == "Adam" else "-", "linewidth": 1.6}
+            style = {"color": COLOURS[COLOUR_OF[name]], "linestyle": "--" if name == "Adam" else "-", "linewidth": 1.6}
             top.loglog(t, run.losses, label=name, **style)
             bottom.loglog(t, run.largest, **style)
         bottom.loglog(t, RATES[problem] * t**CLIP, ":", color="black", label=f"bound of the clip, lr · t^{CLIP}")
-        top.set_title(f"{TITLES[problem]}\nlr = {RATES[problem]:g}", fontsize=11)
+        top.set_title(f"{TITLES[problem]}\nlr = {RATES[problem]:g}")
         bottom.set_xlabel("step t")
+        for axes in (top, bottom):
+            axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("loss")
     panels[1, 0].set_ylabel("largest step of any parameter")
-    figure.legend(*_all_labels(panels[:, 0]), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*_all_labels(panels[:, 0]), loc="outside lower center", ncols=1, handlelength=2.4)
     return figure
 
 

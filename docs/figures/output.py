@@ -6,10 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("agg")
-mpl.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "figure.dpi": 130})
+import palette
 
 
 class Options(NamedTuple):
@@ -37,7 +34,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write(out: pathlib.Path, name: str, figure: Any, numbers: Any = None, text: str = "") -> None:
     """Write the picture, and numbers, if there are any, as JSON and as the Markdown that the page includes."""
     out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / f"{name}.png")
+    palette.save(figure, out / f"{name}.png")
     if numbers is not None:
         (out / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
         (out / f"{name}.md").write_text(text.rstrip() + "\n")

@@ -10,12 +10,12 @@ from the optimum over the last 1,000 of 10,000 steps. `--quick` takes 5,000 step
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from counterexamples import DENSE, LAST, OPTIMIZERS, SPARSE, Grid, Problem, solve
 from output import options, table, write
+from palette import COLOURS, WIDTH, pyplot
 
 
 class Setting(NamedTuple):
@@ -29,13 +29,14 @@ class Setting(NamedTuple):
 
 SETTINGS = {"first": Setting(DENSE, 0.9, 0.5, 15), "sparse": Setting(SPARSE, 0.9, 0.5, 30)}
 RATE = 0.02
-LOOKS: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito
-    "RMSProp": {"color": "#E69F00", "linestyle": "-."},
-    "Adam": {"color": "#555555", "linestyle": "--"},
-    "AdaBelief": {"color": "#CC79A7", "linestyle": ":"},
-    "AdaShift": {"color": "#009E73", "linestyle": "-"},
-    "ACProp": {"color": "#0072B2", "linestyle": "-"},
-    "ACProp, clip 0.25": {"color": "#000000", "linestyle": (0, (1, 3))},
+# "ACProp" is here, as in the paper, without the clip
+LOOKS: dict[str, dict[str, Any]] = {
+    "RMSProp": {"color": COLOURS["RMSProp"], "linestyle": "-."},
+    "Adam": {"color": COLOURS["Adam"], "linestyle": "--"},
+    "AdaBelief": {"color": COLOURS["AdaBelief"], "linestyle": ":"},
+    "AdaShift": {"color": COLOURS["AdaShift"], "linestyle": "-"},
+    "ACProp": {"color": COLOURS["ACProp without the clip"], "linestyle": "-"},
+    "ACProp, clip 0.25": {"color": COLOURS["ACProp"], "linestyle": (0, (1, 3))},
 }
 
 
@@ -47,7 +48,7 @@ def trajectory(name: str, setting: Setting, steps: int) -> np.ndarray:
 
 def draw(found: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Draw x, a panel per problem."""
-    figure, panels = plt.subplots(len(found), 1, figsize=(5.6, 7.4), sharex=True, layout="constrained")
+    figure, panels = pyplot().subplots(len(found), 1, figsize=(WIDTH, 8.0), sharex=True, layout="constrained")
     for axes, (title, runs) in zip(panels, found.items(), strict=True):
         problem, b1, b2, period = SETTINGS[title]
         for name, x in runs.items():
@@ -59,12 +60,13 @@ def draw(found: dict[str, dict[str, np.ndarray]]) -> Figure:
             axes.plot(t, periods.mean(axis=1), linewidth=2.0, label=name, **LOOKS[name])
         low, high = problem.interval
         axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel="x")
-        axes.set_title(f"{title} problem: {problem.formula}\nP = {period}, beta1 = {b1}, beta2 = {b2}", fontsize=11)
+        axes.set_title(f"{title} problem: {problem.formula}\nP = {period}, beta1 = {b1}, beta2 = {b2}")
         axes.axhline(problem.optimum, color="black", linewidth=0.8)
+        axes.grid(alpha=0.3)
         on_line = {"xycoords": axes.get_yaxis_transform(), "xytext": (-4, 4), "textcoords": "offset points"}
-        axes.annotate("optimum", (1.0, problem.optimum), ha="right", fontsize=10, **on_line)
+        axes.annotate("optimum", (1.0, problem.optimum), ha="right", **on_line)
     panels[-1].set_xlabel("step t")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=2.4)
     return figure
 
 

@@ -13,13 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
 from acprop_optax import acprop
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "figures"))
 import convergence
 import convergence_report
+import palette
 import record
 from counterexamples import CORNERS
 from tasks import TASKS
@@ -87,12 +86,9 @@ def text(result: Row) -> str:
 
 def draw(result: Row, file: Path) -> None:
     """Draw the score over the learning rates: a row a task, with the clip on the left and without on the right."""
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    plt = palette.pyplot()
     rows = len(result["tasks"])
-    size = (6.2, 0.8 + 2.55 * rows)
+    size = (palette.WIDTH, 0.8 + 2.55 * rows)
     figure, panels = plt.subplots(rows, 2, figsize=size, sharex=True, sharey="row", squeeze=False, layout="constrained")
     for row, (task, about) in zip(panels, result["tasks"].items(), strict=True):
         grouped = convergence_report.of(result, task)
@@ -100,8 +96,9 @@ def draw(result: Row, file: Path) -> None:
         for ax, clipped in zip(row, (True, False), strict=True):
             for corner, marker in MARKERS.items():
                 name = named(corner, clipped)
+                look = {**LOOKS[corner], "color": palette.COLOURS[corner], "marker": marker}
                 x = [of_rate["rate"] for of_rate in grouped[name]]
-                convergence_report.line(ax, corner, {**LOOKS[corner], "marker": marker}, x, bands[name], top)
+                convergence_report.line(ax, corner, look, x, bands[name], top)
             ax.set(xscale="log", yscale="log", ylim=(least / 1.05, top))
             ax.set_title(f"{task[0].upper()}{task[1:]}\n{f'clip {CLIP}' if clipped else 'no clip'}", fontsize=11)
             ax.grid(alpha=0.25)
@@ -109,7 +106,6 @@ def draw(result: Row, file: Path) -> None:
     for ax in panels[-1]:
         ax.set_xlabel("learning rate")
     convergence_report.finish(figure, list(panels.flat), file)
-    plt.close(figure)
 
 
 def write(path: Path) -> str:

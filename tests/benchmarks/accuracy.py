@@ -11,6 +11,7 @@ shows the way there.
 """
 
 import functools
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import optax
 import torch
@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import acprop_optax
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "docs" / "figures")]
+import palette
 import record
 from agreement import Exact, in_epsilons, oracle
 from cases import Case
@@ -170,29 +171,28 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw the worst error so far over the steps, ours as one line: the worst of them."""
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
     from matplotlib import ticker
 
-    # Okabe and Ito's colours
-    looks = {
-        "optax.contrib.acprop": ("#D55E00", "--"),
-        "eager torch, textbook form": ("#CC79A7", "-."),
-        "optax.adamw": ("#009E73", ":"),
-        "torch.optim.AdamW": ("#111111", (0, (1, 3))),
+    dashes = {
+        "optax.contrib.acprop": "--",
+        "eager torch, textbook form": "-.",
+        "optax.adamw": ":",
+        "torch.optim.AdamW": (0, (1, 3)),
     }
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, grid = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey="row", layout="constrained")
-    figure.suptitle("Worst error so far, in machine epsilons of float32")
+    plt = palette.pyplot()
+    size = (palette.WIDTH, 7.2)
+    figure, grid = plt.subplots(2, 2, figsize=size, sharex=True, sharey="row", layout="constrained")
+    figure.suptitle("Worst error so far, in machine epsilons of float32", fontsize=12)
+    worst = "acprop-core, the worst of four ways"
     for axes, quantity in zip(grid, ("update", "nu"), strict=True):
         for ax, b2 in zip(axes, DECAY_RATES, strict=True):
             here = [row for row in rows if row["quantity"] == quantity and row["b2"] == b2]
             ours = np.max([row["epsilons so far"] for row in here if row["contender"].startswith(OURS)], axis=0)
-            ax.plot(here[0]["steps"], ours, color="#0072B2", linewidth=2.6, label="acprop-core, the worst of four ways")
+            ax.plot(here[0]["steps"], ours, color=palette.COLOURS["ACProp"], linewidth=2.6, label=worst)
             for row in here:
-                if row["contender"] in looks:
-                    color, dashes = looks[row["contender"]]
-                    ax.plot(row["steps"], row["epsilons so far"], color=color, linestyle=dashes, label=row["contender"])
+                if (name := row["contender"]) in dashes:
+                    style = {"color": palette.CONTENDERS[name], "linestyle": dashes[name], "linewidth": 2.0}
+                    ax.plot(row["steps"], row["epsilons so far"], label=name, **style)
             ax.set(xscale="log", yscale="log", title=f"{QUANTITIES[quantity]}, b2 = {b2}")
             ax.grid(alpha=0.25)
     for ax in grid.flat:
@@ -202,8 +202,16 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         ax.set_xlabel("step")
     for ax in grid[:, 0]:
         ax.set_ylabel("machine epsilons")
-    figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(file, dpi=110)
+    figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", handlelength=3.2)
+    palette.save(figure, file)
+
+
+def write(path: Path) -> str:
+    """Write table and picture beside the results at `path`; return the table."""
+    rows = json.loads(path.read_text())["rows"]
+    path.with_name("accuracy_table.md").write_text(table(rows))
+    draw(rows, path.with_name("accuracy.png"))
+    return table(rows)
 
 
 def main() -> None:
@@ -211,11 +219,8 @@ def main() -> None:
     given = record.arguments(__doc__)
     steps = QUICK_STEPS if given.quick else STEPS
     rows = list(compare(steps))
-    record.save("accuracy", rows, given, record.versions("jax", "optax", "torch", "numpy", "numba"), steps=steps)
-    text = table(rows)
-    (given.out / "accuracy_table.md").write_text(text)
-    draw(rows, given.out / "accuracy.png")
-    print(text)
+    used = record.versions("jax", "optax", "torch", "numpy", "numba")
+    print(write(record.save("accuracy", rows, given, used, steps=steps)))
 
 
 if __name__ == "__main__":

@@ -13,20 +13,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "figures"))
+import palette
 
 Row = dict[str, Any]
 
 CLOSE = 0.1  # a rate is good if its median score is within this of the best of all optimizers, relatively
 SUBS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)  # ticks of less than a decade
-# Okabe and Ito's colours, which the colour-blind tell apart; and a marker and a dash of its own for each
-LOOKS: dict[str, dict[str, Any]] = {
-    "ACProp": {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 5},
-    "AdamW": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    "AdaBelief": {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    "SGD with momentum": {"color": "#111111", "marker": "D", "linestyle": ":"},
-    "ACProp without the clip": {"color": "#CC79A7", "marker": "v", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5))},
+LOOKS: dict[str, dict[str, Any]] = {  # a marker and a dash of its own for each
+    "ACProp": {"marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 5},
+    "AdamW": {"marker": "s", "linestyle": "--"},
+    "AdaBelief": {"marker": "^", "linestyle": "-."},
+    "SGD with momentum": {"marker": "D", "linestyle": ":"},
+    "ACProp without the clip": {"marker": "v", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5))},
 }
 
 
@@ -112,14 +113,11 @@ def digits_table(result: Row) -> str:
 
 def panels(result: Row, title: str) -> Any:
     """Return a figure and its axes, one a task; all are logarithmic, and less is better in each."""
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    plt = palette.pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(palette.WIDTH, 6.8), layout="constrained")
+    figure.suptitle(title, fontsize=12)
     for ax, task in zip(axes.flat, result["tasks"], strict=True):
-        ax.set_title(f"{task[0].upper()}{task[1:]}", fontsize=12)
+        ax.set_title(f"{task[0].upper()}{task[1:]}", fontsize=11)
         ax.set(yscale="log")
         ax.grid(alpha=0.25, which="both", axis="y")
         ax.grid(alpha=0.25, which="major", axis="x")
@@ -127,6 +125,7 @@ def panels(result: Row, title: str) -> Any:
 
 
 def finish(figure: Any, axes: Any, file: Path) -> None:
+    """Set the ticks, write the legend and save."""
     from matplotlib import ticker
 
     for ax in axes:
@@ -135,14 +134,14 @@ def finish(figure: Any, axes: Any, file: Path) -> None:
         ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.2)
-    figure.savefig(file, dpi=110)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=3.2)
+    palette.save(figure, file)
 
 
 def line(ax: Any, name: str, look: Row, x: list[float], bands: Any, top: float, **options: Any) -> None:
     """Draw medians, and from the lowest to the highest a band; what is beyond the `top`, or infinite, just above it."""
     middle, low, high = np.minimum(np.asarray(list(bands)), 2.0 * top).T
-    look = {"linewidth": 1.7, "markersize": 5, **look, **options}
+    look = {"linewidth": 1.7, "markersize": 5, "color": palette.COLOURS[name], **look, **options}
     ax.fill_between(x, low, high, color=look["color"], alpha=0.06 if "without" in name else 0.14, linewidth=0)
     ax.plot(x, middle, label=name, **look)
 
@@ -151,7 +150,7 @@ def draw_rates(result: Row, file: Path) -> None:
     """Draw the score on the test data over the learning rates; of an accuracy what it lacks to 1."""
     seeds = len(result["rows"][0]["test"])
     figure, axes = panels(
-        result, f"Over the learning rate: median, lowest and highest of {seeds} seeds; lower is better"
+        result, f"Over the learning rate: median, lowest and highest\nof {seeds} seeds; lower is better"
     )
     for ax, (task, about) in zip(axes, result["tasks"].items(), strict=True):
         grouped = of(result, task)
@@ -185,7 +184,7 @@ def _lacking(score: float | None, more_is_better: bool) -> float | None:
 
 def draw_curves(result: Row, file: Path) -> None:
     """Draw the loss on the validation data over the steps, each optimizer at its best rate."""
-    figure, axes = panels(result, "Over the steps, each optimizer at its best rate: median, lowest and highest")
+    figure, axes = panels(result, "Over the steps, each optimizer at its best rate:\nmedian, lowest and highest")
     for ax, (task, about) in zip(axes, result["tasks"].items(), strict=True):
         grouped = of(result, task)
         top = 1.5 * max(rows[0]["start"] for rows in grouped.values())

@@ -3,9 +3,12 @@
     python tests/benchmarks/report.py [--out docs/benchmarks]
 
 Writes `steps_table.md` and `small_table.md`, which docs/benchmarks.md includes, and pictures; prints the times as one
-table.
+table. With `--out docs/benchmarks` it also writes the tables and pictures of convergence, ablation and accuracy. It
+measures nothing.
 """
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,13 @@ from record import arguments, load
 from small_report import digits, markdown, spread
 from steps import SIZES, Shape
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "figures"))
+import palette
+
 Result = dict[str, Any]
 Row = dict[str, Any]
 TITLES = {"steps_numpy": "NumPy", "steps_torch": "PyTorch", "steps_jax": "JAX"}
-WANTED = [
+TARGETS = [
     ("steps_numpy", "Stepper, Numba", "to limit", 1.15),
     ("steps_torch", "ACProp, fused", "to unit", 1.0),
     ("steps_jax", "acprop_optax", "to unit", 1.1),
@@ -58,10 +64,10 @@ def times(result: Result, dtype: str) -> dict[str, str]:
     return {heading: markdown(sized(rows, shapes, cell)) for heading, cell in cells.items()}
 
 
-def wanted(results: dict[str, Result]) -> Iterator[list[str]]:
-    """Yield what was asked of float32 steps beside what was reached."""
-    yield ["", "of", "wanted", *map(named, SIZES)]
-    for name, contender, key, most in WANTED:
+def targets(results: dict[str, Result]) -> Iterator[list[str]]:
+    """Yield the targets of float32 steps beside what was reached."""
+    yield ["", "time, in units of", "target", *map(named, SIZES)]
+    for name, contender, key, most in TARGETS:
         if name in results:
             unit = results[name]["unit"] if key == "to unit" else "the limit"
             rows = [row for row in results[name]["rows"] if (row["contender"], row["dtype"]) == (contender, "float32")]
@@ -141,7 +147,7 @@ def measured(result: Result) -> str:
 
 def sections(results: dict[str, Result]) -> dict[str, str]:
     """Return the tables by their headings."""
-    found = {"What was asked, float32": markdown(wanted(results))}
+    found = {"Targets, float32": markdown(targets(results))}
     for name, result in results.items():
         for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
             for heading, table in times(result, dtype).items():
@@ -226,54 +232,65 @@ def only_steps(folder: Path) -> dict[str, Result]:
 
 def draw_growth(results: dict[str, Result], file: Path) -> None:
     """Draw seconds over sizes, and over numbers of arrays, of each framework."""
-    import matplotlib.pyplot as plt
-
-    axes_of = {"size": "parameters in one array", "arrays": "arrays of 1,000 parameters"}
-    figure, axes = plt.subplots(len(results), 2, figsize=(10, 4.4 * len(results)), squeeze=False, layout="constrained")
-    for both, (name, result) in zip(axes, results.items(), strict=True):
-        for ax, (by, label) in zip(both, axes_of.items(), strict=True):
-            for i, (contender, line) in enumerate(grown(result, by).items()):
-                label_of_line = f"{contender} ({slope(*line):.2f})".replace(" (nan)", "")
-                ax.loglog(*line, marker="osv^Dx*P"[i % 8], ms=4, color=f"C{i}", lw=1.4, label=label_of_line)
-            ax.set(title=TITLES[name], xlabel=label, ylabel="seconds of a step")
+    plt = palette.pyplot()
+    axes_of = {"size": "parameters in one array", "arrays": "arrays of 1,000"}
+    figure = plt.figure(figsize=(palette.WIDTH, 5.2 * len(results)), layout="constrained")
+    parts = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
+    for part, (name, result) in zip(parts, results.items(), strict=True):
+        part.suptitle(TITLES[name], fontweight="bold")
+        axes = part.subplots(1, 2, sharey=True)
+        for ax, (by, label) in zip(axes, axes_of.items(), strict=True):
+            for contender, line in grown(result, by).items():
+                ax.loglog(*line, ms=5, lw=1.5, label=contender, **palette.look(contender))
+            ax.set(xlabel=label)
             ax.grid(alpha=0.25)
-            ax.legend(fontsize=7, title="slope at the upper end", title_fontsize=7, frameon=False)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+        axes[0].set_ylabel("seconds of a step")
+        part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    palette.save(figure, file)
 
 
 def draw_ratios(results: dict[str, Result], file: Path) -> None:
     """Draw the ratios to the limit at each size, with their quartiles."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(results), 1, figsize=(9, 5.2 * len(results)), squeeze=False, layout="constrained")
-    for ax, (name, result) in zip(axes[:, 0], results.items(), strict=True):
+    plt = palette.pyplot()
+    figure = plt.figure(figsize=(palette.WIDTH, 6.4 * len(results)), layout="constrained")
+    parts = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
+    for part, (name, result) in zip(parts, results.items(), strict=True):
         rows = [row for row in result["rows"] if row["dtype"] == "float32" and row["arrays"] * row["size"] >= 10**5]
         rows.sort(key=lambda row: (row["arrays"], row["size"]))
         shapes = list(dict.fromkeys(map(shape_of, rows)))
         names = list(dict.fromkeys(row["contender"] for row in rows))
+        ax = part.subplots()
         for i, contender in enumerate(names):
             own = [row for row in rows if row["contender"] == contender]
             low, middle, high = np.array([row["to limit"] for row in own]).T
             y = [shapes.index(shape_of(row)) + 0.8 * (i + 0.5) / len(names) - 0.4 for row in own]
-            bars = {"xerr": [middle - low, high - middle], "fmt": "osv^Dx*P"[i % 8], "ms": 4, "color": f"C{i}"}
+            bars = {"xerr": [middle - low, high - middle], "ls": "", "ms": 5, **palette.look(contender)}
             ax.errorbar(middle, y, **bars, label=contender)
         for edge in range(1, len(shapes)):
             ax.axhline(edge - 0.5, color="0.9", lw=1)
         ax.axvline(1.0, color="0.5", lw=1, ls="--")
-        ax.set(title=f"{TITLES[name]}, float32", xscale="log", xlabel="time of a step, times the limit")
+        ax.set(xscale="log", xlabel="time of a step, times the limit")
+        ax.set_title(f"{TITLES[name]}, float32", fontweight="bold")
         ax.set_yticks(range(len(shapes)), shapes)
         ax.invert_yaxis()
         ax.grid(axis="x", alpha=0.25)
-        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+        part.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    palette.save(figure, file)
+
+
+def redraw(folder: Path) -> None:
+    """Write tables and pictures of the other results that are in the folder, without measuring anything."""
+    for name in ("convergence_report", "ablation", "accuracy"):
+        path = folder / f"{name.removesuffix('_report')}.json"
+        if path.exists():
+            importlib.import_module(name).write(path)
 
 
 def main() -> None:
     """Write and print."""
     folder = arguments(__doc__ or "").out
     small_report.write(folder)
+    redraw(folder)
     results = only_steps(folder)
     if not results:
         print((folder / "small_table.md").read_text())

@@ -1,10 +1,16 @@
 """Tables and a picture of the results of small.py. report.py writes them, and docs/benchmarks.md includes them."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from record import load
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "figures"))
+import palette
 
 Result = dict[str, Any]
 PREFIX = "small_"
@@ -13,7 +19,7 @@ TITLES = {
     "small_torch_large": "PyTorch on one core, 16 million parameters",
     "small_torch_threads": "PyTorch with two threads on two cores",
     "small_numpy": "NumPy on one core",
-    "small_numpy_threads": "A stepper with two threads, beside the same with one",
+    "small_numpy_threads": "A stepper with two threads, compared with one",
     "small_jax": "optax: a call of the jitted step",
     "small_jax_compiling": "optax: tracing and compiling",
     "small_first": "The first step of a process",
@@ -81,42 +87,36 @@ def page(results: dict[str, Result]) -> str:
 
 def draw(results: dict[str, Result], file: Path) -> None:
     """Draw the ratios with their quartiles, a panel a result."""
-    import matplotlib.pyplot as plt
-    import numpy as np
-
+    plt = palette.pyplot()
     chosen = {name: result for name, result in results.items() if name != "small_first"}
-    panels = {}
-    for name, result in chosen.items():
-        panels[name] = list({shape_of(row): None for row in result["rows"]})
-    heights = [0.35 * len(shapes) + 0.9 for shapes in panels.values()]
-    figure, axes = plt.subplots(
-        len(chosen), 1, figsize=(8.5, sum(heights)), squeeze=False, layout="constrained", height_ratios=heights
-    )
-    for ax, (name, shapes) in zip(axes[:, 0], panels.items(), strict=True):
-        rows = chosen[name]["rows"]
-        pairs = list(dict.fromkeys((row["contender"], row["peer"]) for row in rows))
+    shapes_of = {name: list({shape_of(row): None for row in result["rows"]}) for name, result in chosen.items()}
+    pairs_of = {
+        name: list(dict.fromkeys((row["contender"], row["peer"]) for row in result["rows"]))
+        for name, result in chosen.items()
+    }
+    heights = [0.34 * len(shapes_of[name]) + 0.24 * len(pairs_of[name]) + 1.0 for name in chosen]
+    figure = plt.figure(figsize=(palette.WIDTH, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(chosen), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, name in zip(parts, chosen, strict=True):
+        shapes, pairs = shapes_of[name], pairs_of[name]
+        ax = part.subplots()
         for i, (contender, peer) in enumerate(pairs):
-            own = [row for row in rows if (row["contender"], row["peer"]) == (contender, peer)]
+            own = [row for row in chosen[name]["rows"] if (row["contender"], row["peer"]) == (contender, peer)]
             low, middle, high = np.array([row["to peer"] for row in own]).T
             y = [shapes.index(shape_of(row)) + 0.6 * (i + 0.5) / len(pairs) - 0.3 for row in own]
-            bars = {"xerr": [middle - low, high - middle], "fmt": "osv^D"[i % 5], "ms": 4, "color": f"C{i}"}
+            bars = {"xerr": [middle - low, high - middle], "ls": "", "ms": 5, **palette.look(contender)}
             ax.errorbar(middle, y, **bars, label=f"{contender} / {peer}")
         ax.axvline(1.0, color="0.5", lw=1, ls="--")
-        ax.set(
-            xscale="log",
-            xlim=(0.1, 4.0),
-            xticks=[0.1, 0.2, 0.5, 1.0, 2.0, 4.0],
-            xticklabels=["0.1", "0.2", "0.5", "1", "2", "4"],
-        )
+        ticks = [0.1, 0.2, 0.5, 1.0, 2.0, 4.0]
+        ax.set(xscale="log", xlim=(0.1, 4.0), xticks=ticks, xticklabels=[f"{x:g}" for x in ticks])
         ax.minorticks_off()
-        ax.set_title(TITLES[name], fontsize=9)
-        ax.set_yticks(range(len(shapes)), shapes, fontsize=8)
+        ax.set_title(TITLES[name], fontweight="bold")
+        ax.set_yticks(range(len(shapes)), shapes)
         ax.set_ylim(len(shapes) - 0.5, -0.5)
         ax.grid(axis="x", alpha=0.25)
-        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    axes[-1, 0].set_xlabel("time of our step over the other's; left of the line ours is faster")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+        part.legend(*ax.get_legend_handles_labels(), loc="outside lower left")
+    figure.supxlabel("time of our step over the other's;\nleft of the line ours is faster")
+    palette.save(figure, file)
 
 
 def write(folder: Path) -> None:
