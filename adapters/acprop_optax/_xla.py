@@ -120,21 +120,28 @@ def step_in_xla(step: Step, optimizer: ACProp, count: Any) -> Callable[[Row, boo
     zero = lax.expm1(lax.mul(lax.convert_element_type(count, float), -0.0))
     never = count < 0
 
+    program = _program(floats, step.flags)
+
     def compiled(row: Row, decays: bool) -> Result:
         if row.grad is None:
             return None, row.mu, row.nu, row.carry
-        return _program(row, arrays, zero, never, floats=floats, flags=step.flags, decays=decays)
+        return program(row, arrays, zero, never, decays=decays)
 
     return compiled
 
 
-@functools.partial(jax.jit, static_argnames=("floats", "flags", "decays"))
-def _program(row: Row, arrays: Any, zero: Any, never: Any, *, floats: Any, flags: Flags, decays: bool) -> Result:
-    """Return the step of one row, for numbers that are in part known.
+@functools.lru_cache(maxsize=32)
+def _program(floats: Any, flags: Flags) -> Callable[..., Result]:
+    """Return the step of one row as a program of its own, for numbers that are in part known.
 
-    A program of its own, which JAX traces once for all parameters of one shape and dtype: tracing 100 of them takes
-    less than half of the time. XLA puts its operations into the caller's program.
+    JAX traces it once for all parameters of one shape and dtype: tracing 100 of them takes less than half of the time.
+    XLA puts its operations into the caller's program. JAX keeps what it has traced for as long as the function exists,
+    about 40 kB for a shape. So there is one function for each learning rate, and the oldest are dropped.
     """
+    return jax.jit(functools.partial(_row_step, floats=floats, flags=flags), static_argnames="decays")
+
+
+def _row_step(row: Row, arrays: Any, zero: Any, never: Any, *, floats: Any, flags: Flags, decays: bool) -> Result:
     numbers = Numbers(*(x if known is None else known for x, known in zip(arrays, floats, strict=True)))
     step, given = Step(numbers, flags, namespace), widened(row)
     if any(jnp.iscomplexobj(x) for x in row if x is not None):
