@@ -240,9 +240,7 @@ def test_the_numbers_of_the_first_steps_are_those_of_the_host(width: Width, b2: 
         assert steps == 0, name
 
 
-@pytest.mark.parametrize(
-    ("b2", "of_scale", "units_of_scale"), [(0.999, 0, 0), (0.9999, 1_600, 1), (0.99999, 8_200, 5)]
-)
+@pytest.mark.parametrize(("b2", "of_scale", "units_of_scale"), [(0.999, 0, 0), (0.9999, 1_600, 1), (0.99999, 8_200, 5)])
 @widths("float32")
 def test_the_numbers_of_later_steps_are_next_to_those_of_the_host(
     width: Width, b2: float, of_scale: int, units_of_scale: int
