@@ -22,7 +22,9 @@ from acprop_torch import export_state
 from hosts import torch_version
 from test_checkpoint import assert_same_bits
 from torch_ranks import (
+    ALL,
     HALF,
+    HYPER,
     OF_16_BITS,
     WAYS,
     Model,
@@ -74,6 +76,30 @@ def wrong(found: dict[str, list[Results]], expected: Results, *names: str) -> li
     return different
 
 
+class OfNumPy:
+    """The functional core on NumPy as an optimizer of torch parameters, for `train`."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._named = dict(model.named_parameters())
+        mask = {name: name.endswith("weight") for name in self._named}
+        options = {name: x for name, x in HYPER.items() if name != "lr"}
+        self._core = acprop_core.ACProp(HYPER["lr"], mask=mask, **options)
+        self.params = {name: p.detach().numpy().copy() for name, p in self._named.items()}
+        self.state = self._core.init(self.params)
+
+    def zero_grad(self) -> None:
+        for p in self._named.values():
+            p.grad = None
+
+    def step(self) -> None:
+        grads = {name: p.grad.numpy() for name, p in self._named.items()}
+        updates, self.state = self._core.update(grads, self.state, self.params)
+        self.params = self._core.apply(self.params, updates)
+        with torch.no_grad():
+            for name, p in self._named.items():
+                p.copy_(torch.from_numpy(self.params[name]))
+
+
 def assert_same_file(path: Path, model: torch.nn.Module, **options: Any) -> None:
     """Assert that a file holds, to the bit, what one process would save after the same steps."""
     optimizer = optimizer_of(model, **options)
@@ -95,6 +121,18 @@ def assert_only_the_first_has_content(ranks: list[Results]) -> None:
                 "moment of 'layers.0.weight' is a meta tensor, without content; pass the state that export_state"
                 in refusal
             )
+
+
+def test_one_process_has_the_bits_of_numpy() -> None:
+    """So shards have them, too: the tests below compare them with one process."""
+    model = Model()
+    core = OfNumPy(model)
+    train(model, core, range(ALL))
+    of_numpy = {name: torch.from_numpy(x) for name, x in core.params.items()}
+    for key, moments in (("exp_avg", core.state.mu), ("exp_avg_var", core.state.nu)):
+        of_numpy |= {f"{key}/{name}": torch.from_numpy(x) for name, x in moments.items()}
+    for way, options in WAYS.items():
+        assert not wrong({way: [alone(Model(), **options)]}, of_numpy, way)
 
 
 def test_two_processes(tmp_path: Path) -> None:
