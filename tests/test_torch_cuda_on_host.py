@@ -133,15 +133,6 @@ def test_a_part_passes_addresses_on_the_current_stream(pinned: list[torch.Tensor
     assert unscaled[-2:] == (0, 0)
 
 
-def test_the_check_of_a_part_reads_no_count() -> None:
-    part = _cuda.Part(Recorder(), CPU, table_of([5, 0]), np.zeros((1, 9)))
-    assert part.check()
-    part.table[1, 1] = 0
-    assert part.check()
-    part.table[1, 0] = 0
-    assert not part.check()
-
-
 def batch_of(sizes: list[int], dtype: torch.dtype = torch.float32, device: str = "meta", **options: Any) -> Batch:
     def column(dtype: torch.dtype = dtype) -> list[torch.Tensor]:
         return [torch.zeros(n, dtype=dtype, device=device) for n in sizes]

@@ -63,10 +63,8 @@ class Part:
         self._addresses, self._options = OnDevice(addresses, device), OnDevice(options, device)
 
     def check(self) -> bool:
-        """Return whether all elements have memory; step counts are not read."""
-        from acprop_core.kernels import element
-
-        return bool(((self.table[: element.COUNT] != 0) | (self.table[element.SIZE] == 0)).all())
+        """Return True: step counts on a device are not read."""
+        return True
 
     def run(self, tensors: dict[tuple[int, int], Tensor], scaling: Scaling) -> None:
         """Step the rows, and count the step of each; `tensors` are options on devices, by their place in `options`."""
@@ -113,8 +111,10 @@ class OnDevice:
 
         array, size = self._array, 1 << self._array.nbytes.bit_length()
         if self._spare is None:
-            spares = _spares.get(size)
-            self._spare = spares.pop() if spares else _pinned(size)
+            try:
+                self._spare = _spares[size].pop()
+            except (KeyError, IndexError):  # none, or another thread has taken the last one
+                self._spare = _pinned(size)
         is_current = self._tensor is not None and stream == self._stream and not is_captured
         if is_current and np.array_equal(array, self._copied):
             return self._tensor
