@@ -2,8 +2,8 @@
 
 It is used again as long as tensors and options are the same, which a few calls find out. All that the checks of a step
 depend on is compared: for each tensor its type, device, dtype, layout, shape and strides, and of all but the gradients
-the address; the options; the counts, by the kernel. No tensor is kept, not even weakly: a parameter that was removed
-must be freed, and torch.utils.swap_tensors refuses tensors with weak references. So the tensors are looked up anew.
+the address; the options; the counts, by the kernel. No parameter, gradient or state is kept, not even weakly: what was
+removed must be freed, and torch.utils.swap_tensors refuses tensors with weak references. So all are looked up anew.
 """
 
 from collections.abc import Sequence
