@@ -82,6 +82,9 @@ def test_a_graph_copies_from_memory_that_stays(pinned: list[torch.Tensor]) -> No
     assert captured.tolist() == array.tolist()
     assert len(pinned) == made  # nothing is pinned while a graph is captured
     assert [x.data_ptr() for x in _cuda._of_graphs] == [captured.data_ptr()]
+    assert sent.bring(1, True).tolist() == array.tolist()  # the graph's next step
+    assert len(pinned) == made
+    assert len(_cuda._of_graphs) == 1
     array[2] = 2
     assert sent.bring(1, False) is before  # a step outside has its own
     assert captured[2] == 7
@@ -103,6 +106,15 @@ def test_a_step_that_is_prepared_in_a_capture_takes_memory_of_earlier_ones(pinne
     assert _cuda._spares == {64: []}
     _cuda.OnDevice(np.arange(4), CPU).bring(1, False)
     assert len(pinned) == made + 2
+    assert len(_cuda._spares[64]) == 1
+
+
+def test_the_end_of_python_may_take_names_first(pinned: list[torch.Tensor]) -> None:
+    sent = _cuda.OnDevice(np.arange(6), CPU)
+    sent.bring(1, False)
+    with mock.patch.object(_cuda, "_spares", None):
+        sent.__del__()
+    del sent
     assert len(_cuda._spares[64]) == 1
 
 
@@ -131,15 +143,6 @@ def test_a_part_passes_addresses_on_the_current_stream(pinned: list[torch.Tensor
     assert not second.any()  # those on the host again: none of the tensors' is left
     assert program.scaling == [(8.0, 1.0), (8.0, 1.0), (None, None)]
     assert unscaled[-2:] == (0, 0)
-
-
-def test_the_check_of_a_part_reads_no_count() -> None:
-    part = _cuda.Part(Recorder(), CPU, table_of([5, 0]), np.zeros((1, 9)))
-    assert part.check()
-    part.table[1, 1] = 0
-    assert part.check()
-    part.table[1, 0] = 0
-    assert not part.check()
 
 
 def batch_of(sizes: list[int], dtype: torch.dtype = torch.float32, device: str = "meta", **options: Any) -> Batch:

@@ -235,6 +235,22 @@ def test_a_tensor_without_enough_memory_is_refused(whose: str, size: int) -> Non
     optimizer.step()
 
 
+@pytest.mark.parametrize("offset", [4, 2**20])
+def test_a_gradient_that_is_a_view_of_freed_memory_is_refused(offset: int) -> None:
+    """Its address is then its offset, as in a buffer of all gradients."""
+    buffer = torch.ones(offset + 3)
+    x = torch.ones(3, requires_grad=True)
+    x.grad = buffer[offset:]
+    optimizer = ACProp([x], fused=True)
+    optimizer.step()
+    before = x.detach().clone()
+    buffer.untyped_storage().resize_(0)
+    assert x.grad.data_ptr() == 4 * offset
+    with pytest.raises(RuntimeError, match="because its storage was resized; resize it back before the step"):
+        optimizer.step()
+    assert torch.equal(x, before)
+
+
 def test_lists_that_change_in_place_are_seen() -> None:
     a, b = begun(), begun()
     betas = [0.5, 0.9]

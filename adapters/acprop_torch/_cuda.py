@@ -63,10 +63,8 @@ class Part:
         self._addresses, self._options = OnDevice(addresses, device), OnDevice(options, device)
 
     def check(self) -> bool:
-        """Return whether all elements have memory; step counts are not read."""
-        from acprop_core.kernels import element
-
-        return bool(((self.table[: element.COUNT] != 0) | (self.table[element.SIZE] == 0)).all())
+        """Return True: step counts on a device are not read."""
+        return True
 
     def run(self, tensors: dict[tuple[int, int], Tensor], scaling: Scaling) -> None:
         """Step the rows, and count the step of each; `tensors` are options on devices, by their place in `options`."""
@@ -102,9 +100,11 @@ class OnDevice:
         self._stream: int | None = None
         self._tensor: Any = None
         self._spare: Tensor | None = None  # for a capture
+        self._captured: Any = None  # of the last one; it never changes
 
     def __del__(self) -> None:
-        if self._spare is not None:  # the next step may be prepared while it is captured
+        # the next step may be prepared while it is captured; at the end of Python `_spares` may already be None
+        if self._spare is not None and _spares is not None:
             _spares.setdefault(len(self._spare), []).append(self._spare)
 
     def bring(self, stream: int, is_captured: bool) -> Tensor:
@@ -112,9 +112,13 @@ class OnDevice:
         import numpy as np
 
         array, size = self._array, 1 << self._array.nbytes.bit_length()
+        if is_captured and self._captured is not None and np.array_equal(array, self._captured.numpy()):
+            return self._captured.to(self._device, non_blocking=True)  # one graph may have several steps
         if self._spare is None:
-            spares = _spares.get(size)
-            self._spare = spares.pop() if spares else _pinned(size)
+            try:
+                self._spare = _spares[size].pop()
+            except (KeyError, IndexError):  # none, or another thread has taken the last one
+                self._spare = _pinned(size)
         is_current = self._tensor is not None and stream == self._stream and not is_captured
         if is_current and np.array_equal(array, self._copied):
             return self._tensor
@@ -124,7 +128,7 @@ class OnDevice:
         tensor = host.to(self._device, non_blocking=True)
         if is_captured:
             _of_graphs.append(host)
-            self._spare = None
+            self._captured, self._spare = host, None
         else:
             self._copied, self._stream, self._tensor = array.copy(), stream, tensor
         return tensor

@@ -2,8 +2,8 @@
 
 It is used again as long as tensors and options are the same, which a few calls find out. All that the checks of a step
 depend on is compared: for each tensor its type, device, dtype, layout, shape and strides, and of all but the gradients
-the address; the options; the counts, by the kernel. No tensor is kept, not even weakly: a parameter that was removed
-must be freed, and torch.utils.swap_tensors refuses tensors with weak references. So the tensors are looked up anew.
+the address; the options; the counts, by the kernel. No parameter, gradient or state is kept, not even weakly: what was
+removed must be freed, and torch.utils.swap_tensors refuses tensors with weak references. So all are looked up anew.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from acprop_core.adapt import Row
 from acprop_torch._cuda import Scaling
-from acprop_torch._numba import Compiled
+from acprop_torch._numba import Compiled, has_memory
 from acprop_torch._options import check_options, hyperparameters_of
 from acprop_torch._private import likeness_of
 from acprop_torch._rows import Batch, local_columns
@@ -27,6 +27,8 @@ _OTHERS = (
     *("centering", "asynchronous", "moment_dtype", "compensate"),
 )
 _options_of = itemgetter(*_NUMBERS, *_OTHERS)
+# A view of freed memory has its offset as its address. Memory is seldom at so low an address, and is looked at then.
+_LOW = 2**32
 _CONSTANT = frozenset({float, int, bool, type(None), str, torch.dtype})
 
 
@@ -113,7 +115,10 @@ class Kept:
                 return False
         except (KeyError, TypeError, AttributeError, RuntimeError):  # of something that `step` refuses by name
             return False
-        if not self._compiled.set_gradients(list(map(Tensor.data_ptr, grads))):
+        addresses = list(map(Tensor.data_ptr, grads))
+        if min(addresses) < _LOW and not all(map(has_memory, grads)):
+            return False
+        if not self._compiled.set_gradients(addresses):
             return False
         self._compiled.run(params, scaling)
         return True

@@ -159,7 +159,7 @@ class Compiled:
         return True
 
     def set_gradients(self, addresses: list[int]) -> bool:
-        """Set the addresses of all gradients; return False if a count on the host is bad, or one has no memory."""
+        """Set the addresses of all gradients; return False if a count on the host is bad."""
         for members, part in zip(self._members, self._parts, strict=True):
             part.table[1] = addresses if len(members) == len(addresses) else [addresses[i] for i in members]
         return all(part.check() for part in self._parts)
@@ -200,16 +200,19 @@ def _any_carry(row: Row) -> Tensor:
     return row.param if row.carry is None else row.carry  # without carries the address is not read
 
 
+def has_memory(x: Tensor) -> bool:
+    """Return whether the storage of a contiguous tensor is as large as the tensor needs."""
+    return not x.numel() or x.untyped_storage().nbytes() >= (x.storage_offset() + x.numel()) * x.element_size()
+
+
 def _check_storages(row: Row) -> None:
     for x in row:
-        if x is not None and x.numel():
-            needed = x.storage_offset() + x.numel()
-            if x.untyped_storage().nbytes() < needed * x.element_size():
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(x.shape)} among a parameter, its gradient and its state has only "
-                    f"{x.untyped_storage().nbytes()} bytes of memory, because its storage was resized; resize it back "
-                    "before the step"
-                )
+        if x is not None and not has_memory(x):
+            raise RuntimeError(
+                f"a tensor of shape {tuple(x.shape)} among a parameter, its gradient and its state has only "
+                f"{x.untyped_storage().nbytes()} bytes of memory, because its storage was resized; resize it back "
+                "before the step"
+            )
 
 
 class _Part:
