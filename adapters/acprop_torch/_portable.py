@@ -141,7 +141,7 @@ def import_state(
     >>> from acprop_torch import ACProp
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = ACProp(model.parameters(), lr=1e-3, clip_exponent=0.25)
-    >>> zeros = {name: np.zeros(p.shape, "float32") for name, p in model.named_parameters()}
+    >>> zeros = {"weight": np.zeros((1, 2), "float32"), "bias": np.zeros(1, "float32")}
     >>> saved = acprop_core.ACProp(1e-3, clip_exponent=0.25), State(7, zeros, zeros)
     >>> import_state(optimizer, model, *saved)
     >>> optimizer.state[model.bias]["step"]
