@@ -83,7 +83,8 @@ class Step:
     >>> from acprop_core.adapt import Row
     >>> hyper = rule.Hyperparameters(learning_rate=0.5)
     >>> step = Step(rule.numbers_of(hyper, 0, np), rule.flags_of(hyper), np)
-    >>> step(Row(np.ones(2, np.float16), np.ones(2, np.float16), np.zeros(2, np.float32), np.zeros(2, np.float32)))[0]
+    >>> one, zero = np.ones(2, np.float16), np.zeros(2, np.float32)
+    >>> step(Row(one, one, zero, zero))[0]
     array([-0.5, -0.5], dtype=float16)
     """
 

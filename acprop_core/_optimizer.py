@@ -281,8 +281,8 @@ class ACProp:
         --------
         >>> import numpy as np
         >>> optimizer = ACProp(learning_rate=1e-3, clip_exponent=0.25)
-        >>> params = np.ones(2)
-        >>> updates, state = optimizer.update(np.array([0.5, 0.0]), optimizer.init(params), params)
+        >>> params, grads = np.ones(2), np.array([0.5, 0.0])
+        >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
         >>> updates, state.count
         (array([-0.0005, -0.    ]), 1)
         """
@@ -322,7 +322,8 @@ class ACProp:
         Examples
         --------
         >>> import numpy as np
-        >>> ACProp().apply({"w": np.ones(2, dtype=np.float32)}, {"w": np.array([-0.5, 0.0], dtype=np.float32)})
+        >>> params, updates = np.ones(2, np.float32), np.array([-0.5, 0.0], np.float32)
+        >>> ACProp().apply({"w": params}, {"w": updates})
         {'w': array([0.5, 1. ], dtype=float32)}
         """
         leaves, new = (align(tree, params, "the container of updates") for tree in (params, updates))

@@ -220,8 +220,8 @@ def step_at(optimizer: Any, count: Any, xp: Any) -> Step:
     --------
     >>> import numpy as np
     >>> from acprop_core import ACProp
-    >>> step = step_at(ACProp(0.5), 0, np)
-    >>> update, mu, nu, carry = step(Row(np.ones(1), np.ones(1), np.zeros(1), np.zeros(1)))
+    >>> step, one, zero = step_at(ACProp(0.5), 0, np), np.ones(1), np.zeros(1)
+    >>> update, mu, nu, carry = step(Row(one, one, zero, zero))
     >>> update
     array([-0.5])
     """

@@ -211,9 +211,9 @@ def step(
     --------
     >>> import numpy as np
     >>> hyper = Hyperparameters(learning_rate=1e-3, clip_exponent=0.25)
-    >>> numbers, flags = cast(numbers_of(hyper, 0, np), np.float64, 2.0**-1022, np), flags_of(hyper)
-    >>> param, mu, nu = np.array([1.0, 1.0]), np.zeros(2), np.zeros(2)
-    >>> update, mu, nu, _ = step(param, np.array([0.5, -2.0]), mu, nu, None, numbers, flags, np)
+    >>> numbers = cast(numbers_of(hyper, 0, np), np.float64, 2.0**-1022, np)
+    >>> param, grad, zero = np.array([1.0, 1.0]), np.array([0.5, -2.0]), np.zeros(2)
+    >>> update, *_ = step(param, grad, zero, zero, None, numbers, flags_of(hyper), np)
     >>> update
     array([-0.0005,  0.001 ])
     """

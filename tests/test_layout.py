@@ -87,3 +87,21 @@ def test_each_optimizer_has_one_hue_in_all_figures() -> None:
     ours = (*(ROOT / "docs" / "figures").glob("*.py"), *(ROOT / "tests" / "benchmarks").glob("*.py"))
     named = [path.name for path in ours if re.search(r"\"(#[0-9A-Fa-f]{6}|C\d)\"", path.read_text())]
     assert sorted(named) == ["convergence_area.py", "palette.py"]  # the former's grey is of no optimizer
+
+
+SOURCES = [path for folder in ("acprop_core", "adapters") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_examples_of_docstrings_fit_the_page() -> None:
+    # a page shows a docstring in a narrower column than its other code
+    lines = [(path.name, line.strip()) for path in SOURCES for line in path.read_text().splitlines()]
+    examples = [(name, line) for name, line in lines if line.startswith((">>> ", "... "))]
+    assert len(examples) > 100
+    assert [(name, line) for name, line in examples if len(line) > WIDEST] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_power_is_not_drawn_as_bold(page: Path) -> None:
+    # two powers in one paragraph, such as 2 ** 63 without spaces, are the borders of what Markdown draws bold
+    prose = re.sub(r"^( *)(`{3,}).*?^\1\2|`[^`]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"[\w.]+\*\*-?\d+", prose) == []

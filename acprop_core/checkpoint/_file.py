@@ -152,7 +152,8 @@ def load(
     >>> import os, tempfile
     >>> import numpy as np
     >>> params = {"weight": np.ones((2, 3)), "bias": np.zeros(3)}
-    >>> optimizer = ACProp(learning_rate=1e-3, mask={"weight": True, "bias": False}, clip_exponent=0.25)
+    >>> mask = {"weight": True, "bias": False}
+    >>> optimizer = ACProp(learning_rate=1e-3, mask=mask, clip_exponent=0.25)
     >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
     >>> save(path, optimizer, optimizer.init(params))
     >>> same, state = load(path, params)

@@ -119,7 +119,8 @@ def to_portable(optimizer: ACProp, like: Container) -> ACProp:
 
     Examples
     --------
-    >>> to_portable(ACProp(mask={"layer": True}), {"layer": {"weight": 0, "bias": 0}}).mask
+    >>> params = {"layer": {"weight": 0, "bias": 0}}
+    >>> to_portable(ACProp(mask={"layer": True}), params).mask
     {'layer.weight': True, 'layer.bias': True}
     """
     values = {name: getattr(optimizer, name) for name in HYPERPARAMETERS}

@@ -100,8 +100,8 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     Examples
     --------
     >>> from acprop_optax import acprop
-    >>> transform = acprop(1e-3, clip_exponent=0.25)
-    >>> hyper, state = export_state(transform.init({"w": jnp.ones(2)}), ACProp(1e-3, clip_exponent=0.25))
+    >>> opt_state = acprop(1e-3, clip_exponent=0.25).init({"w": jnp.ones(2)})
+    >>> hyper, state = export_state(opt_state, ACProp(1e-3, clip_exponent=0.25))
     >>> state.count, state.mu
     (0, {'w': array([0., 0.], dtype=float32)})
     """
@@ -160,10 +160,10 @@ def import_state(
     Examples
     --------
     >>> from acprop_optax import acprop
-    >>> params, hyper = {"w": jnp.ones(2)}, ACProp(1e-3, clip_exponent=0.25)
-    >>> zeros = {"w": np.zeros(2, np.float32)}
-    >>> transform = acprop(1e-3, clip_exponent=0.25)
-    >>> opt_state = import_state(transform.init(params), hyper, hyper, State(7, zeros, zeros))
+    >>> hyper, zeros = ACProp(1e-3, clip_exponent=0.25), {"w": np.zeros(2, np.float32)}
+    >>> opt_state = acprop(1e-3, clip_exponent=0.25).init({"w": jnp.ones(2)})
+    >>> saved = State(7, zeros, zeros)
+    >>> opt_state = import_state(opt_state, hyper, hyper, saved)
     >>> opt_state[0].count
     Array(7, dtype=int32)
     """

@@ -28,7 +28,8 @@ class CarryState(NamedTuple):
     Examples
     --------
     >>> from acprop_optax import acprop
-    >>> acprop(1e-3, compensate=True).init({"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)})[3]
+    >>> params = {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)}
+    >>> acprop(1e-3, compensate=True).init(params)[3]
     CarryState(carry={'b': None, 'w': Array([0, 0], dtype=bfloat16)})
     """
 
@@ -128,10 +129,10 @@ def acprop(
     Examples
     --------
     >>> import optax
-    >>> params = {"w": jnp.ones(3)}
+    >>> params, grads = {"w": jnp.ones(3)}, {"w": jnp.array([0.5, 0.0, -1.0])}
     >>> optimizer = acprop(1e-3, clip_exponent=0.25)
     >>> state = optimizer.init(params)
-    >>> updates, state = optimizer.update({"w": jnp.array([0.5, 0.0, -1.0])}, state, params)
+    >>> updates, state = optimizer.update(grads, state, params)
     >>> optax.apply_updates(params, updates)["w"]
     Array([0.9995, 1.    , 1.001 ], dtype=float32)
     """
@@ -251,9 +252,10 @@ def scale_by_acprop(
     Examples
     --------
     >>> import optax
-    >>> optimizer = optax.chain(scale_by_acprop(clip_exponent=0.25), optax.scale_by_learning_rate(1e-3))
-    >>> params = jnp.ones(2)
-    >>> updates, state = optimizer.update(jnp.array([0.5, -2.0]), optimizer.init(params), params)
+    >>> rate = optax.scale_by_learning_rate(1e-3)
+    >>> optimizer = optax.chain(scale_by_acprop(clip_exponent=0.25), rate)
+    >>> params, grads = jnp.ones(2), jnp.array([0.5, -2.0])
+    >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
     >>> updates
     Array([-0.0005,  0.001 ], dtype=float32)
     """

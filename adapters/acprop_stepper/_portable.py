@@ -31,7 +31,8 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
     Examples
     --------
     >>> import numpy as np
-    >>> hyper, state = export_state(Stepper({"layer": [np.ones(2)]}, 1e-3, clip_exponent=0.25))
+    >>> stepper = Stepper({"layer": [np.ones(2)]}, 1e-3, clip_exponent=0.25)
+    >>> hyper, state = export_state(stepper)
     >>> hyper.learning_rate, state.mu
     (0.001, {'layer.0': array([0., 0.])})
     """
@@ -73,7 +74,8 @@ def import_state(stepper: Stepper, saved: ACProp, state: State, *, prefer: str |
     >>> import numpy as np
     >>> stepper = Stepper({"w": np.ones(2)}, 1e-3, clip_exponent=0.25)
     >>> zeros = {"w": np.zeros(2)}
-    >>> import_state(stepper, ACProp(1e-3, clip_exponent=0.25), State(7, zeros, zeros))
+    >>> hyper = ACProp(1e-3, clip_exponent=0.25)
+    >>> import_state(stepper, hyper, State(7, zeros, zeros))
     >>> stepper.state.count
     7
     """

@@ -335,7 +335,7 @@ class Stepper:
         Examples
         --------
         >>> params = np.array([1.0, 1.0])
-        >>> stepper = Stepper(params, learning_rate=1e-3, nonfinite="skip", clip_exponent=0.25)
+        >>> stepper = Stepper(params, 1e-3, nonfinite="skip", clip_exponent=0.25)
         >>> stepper.step(np.array([0.5, np.nan]))
         StepRecord(count=0, learning_rate=0.001, grad_norm=None, skipped=True)
         >>> stepper.step(np.array([0.5, 0.0]))

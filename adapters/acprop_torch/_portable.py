@@ -141,8 +141,9 @@ def import_state(
     >>> from acprop_torch import ACProp
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = ACProp(model.parameters(), lr=1e-3, clip_exponent=0.25)
-    >>> zeros = {"weight": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}
-    >>> import_state(optimizer, model, acprop_core.ACProp(1e-3, clip_exponent=0.25), State(7, zeros, zeros))
+    >>> zeros = {"weight": np.zeros((1, 2), "float32"), "bias": np.zeros(1, "float32")}
+    >>> saved = acprop_core.ACProp(1e-3, clip_exponent=0.25), State(7, zeros, zeros)
+    >>> import_state(optimizer, model, *saved)
     >>> optimizer.state[model.bias]["step"]
     tensor(7.)
     """

@@ -291,7 +291,7 @@ def main() -> int:
         print(f"{run.name:24}{loss:12.5f}{run.accuracy:15.4f}{difference:>20}{run.seconds:9.1f}")
     print(f"\nRounding alone allows a difference of {allowed:.1e} after {data.steps} steps.")
     if given:
-        print("In float32, with NumPy's gradients, the largest difference of any parameter over the whole run:")
+        print("In float32, with NumPy's gradients, the largest difference of any parameter in the run:")
     for name, differences in given.items():
         equal = sum(difference == 0.0 for difference in differences)
         print(f"{name:24}{max(differences):.1e} (none after {equal} of {data.steps} steps)")

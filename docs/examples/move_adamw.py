@@ -229,7 +229,9 @@ def draw(stayed: list[float], moved: list[float], borders: tuple[int, int], file
             axes.axvline(border, color="0.4", linestyle=":")
         axes.grid(alpha=0.3)
     for border, name in zip(borders, ("optax.adamw", "torch.optim.AdamW"), strict=True):
-        above.annotate(f"  {name}", (border, 0.97), xycoords=("data", "axes fraction"), va="top", color="0.3")
+        above.annotate(
+            f"  {name}", (border, 0.97), xycoords=("data", "axes fraction"), va="top", color="0.3", fontsize=10
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=160)
 
