@@ -139,10 +139,10 @@ def test_a_damaged_file(core: Path) -> None:
     run(core, CHECK)
     for kind, content in itertools.product(("*.nbi", "*.nbc"), (b"", b"damaged")):
         (file,) = (core / "acprop_core" / "kernels").rglob(kind)
-        whole = file.read_bytes()
         file.write_bytes(content)
         assert run(core, CHECK)[:2] == ["0", "True"], (kind, content)
-        file.write_bytes(whole)
+        assert run(core, CHECK)[:2] == ["0", "True"], (kind, content)
+        assert file.read_bytes() != content  # written anew
     assert run(core, CHECK)[:2] == ["1", "True"]
 
 

@@ -302,6 +302,7 @@ def test_fifty_steps_there_and_fifty_here_are_a_hundred_here(
 HYPER = ACProp(0.1, eps=1e-8, eps_root=0.0, asynchronous=False, centering="none")
 PARAMS = {"w": jnp.ones(3, jnp.float32), "v": jnp.ones(2, jnp.float32)}
 GRADS = {"w": jnp.ones(3, jnp.float32), "v": jnp.full(2, 0.5, jnp.float32)}
+DECAYS = replace(HYPER, weight_decay=0.1)
 TWO = {"w": "a", "v": "b"}
 ONLY_W = {"w": True, "v": False}
 
@@ -340,8 +341,22 @@ REFUSED: list[tuple[str, Callable[[], Any], ACProp, type[Exception], str]] = [
         "made with a schedule of learning_rate, the",
     ),
     ("a schedule, no rate", lambda: optax.adam(0.1), replace(HYPER, learning_rate=falling), ValueError, "are with it;"),
-    ("no mask", lambda: optax.adamw(0.1, mask=ONLY_W), HYPER, ValueError, "made with mask, the hyperparameters are wi"),
-    ("a mask", lambda: optax.adamw(0.1), replace(HYPER, mask=ONLY_W), ValueError, "made without mask, the hyperpar"),
+    ("no mask", lambda: optax.adamw(0.1, mask=ONLY_W), DECAYS, ValueError, "made with mask, the hyperparameters are w"),
+    ("a mask", lambda: optax.adamw(0.1), replace(DECAYS, mask=ONLY_W), ValueError, "made without mask, the hyperpar"),
+    (
+        "no mask, injected",
+        lambda: optax.inject_hyperparams(optax.adamw, ["mask"])(0.1, mask=ONLY_W),
+        HYPER,
+        ValueError,
+        "made with mask, the hyperparameters are without it",
+    ),
+    (
+        "no mask, compensated",
+        lambda: acprop_optax.acprop(0.1, weight_decay=0.1, mask=ONLY_W, compensate=True),
+        ACProp(0.1, weight_decay=0.1, compensate=True),
+        ValueError,
+        "made with mask, the hyperparameters are without it",
+    ),
     (
         "a decay, no schedule",
         lambda: acprop_optax.acprop(0.1, weight_decay=falling),
@@ -393,6 +408,60 @@ def test_what_cannot_move_is_refused_and_changes_nothing(
             call()
         assert message in str(caught.value)
     jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+def by_rate(rate: Any) -> Any:
+    return acprop_optax.acprop(rate)
+
+
+# Of these transformations, a state does not tell which of the hyperparameters are true, so that all must be taken
+OURS_ALONE = acprop_optax.scale_by_acprop()
+IN_PARTS: dict[str, tuple[Callable[[], Any], ACProp]] = {
+    "something else is masked": (
+        lambda: optax.chain(OURS_ALONE, optax.masked(optax.clip(1.0), ONLY_W), optax.scale_by_schedule(falling)),
+        ACProp(falling),
+    ),
+    "so is what comes later": (
+        lambda: optax.chain(OURS_ALONE, optax.scale(-0.1), optax.masked(optax.clip(1.0), ONLY_W)),
+        ACProp(0.1, weight_decay=0.1),
+    ),
+    "decay before": (
+        lambda: optax.chain(optax.add_decayed_weights(falling), OURS_ALONE, optax.scale_by_learning_rate(0.1)),
+        ACProp(0.1),
+    ),
+    "a mask of one's own": (
+        lambda: optax.chain(OURS_ALONE, optax.scale(1.0), optax.add_decayed_weights(0.1, ONLY_W), optax.scale(-0.1)),
+        ACProp(0.1, weight_decay=0.1, mask=ONLY_W),
+    ),
+    "a warm-up": (
+        lambda: optax.chain(OURS_ALONE, optax.scale_by_schedule(falling), optax.scale(-0.1)),
+        ACProp(0.1),
+    ),
+    "a schedule outside": (
+        lambda: optax.chain(optax.chain(OURS_ALONE, optax.clip(1.0)), optax.scale_by_schedule(falling)),
+        ACProp(falling),
+    ),
+    "an injected schedule": (lambda: optax.inject_hyperparams(by_rate)(rate=falling), ACProp(falling)),
+    "an injected rate": (lambda: optax.inject_hyperparams(acprop_optax.acprop)(falling), ACProp(falling)),
+    "a part": (
+        lambda: optax.partition({"a": acprop_optax.acprop(0.1), "b": optax.sgd(falling)}, TWO),
+        ACProp(0.1),
+    ),
+    "a scheduled part": (
+        lambda: optax.partition({"a": acprop_optax.acprop(falling), "b": optax.sgd(0.1)}, TWO),
+        ACProp(falling),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_options_that_a_state_may_have_are_not_refused(name: str) -> None:
+    make, hyper = IN_PARTS[name]
+    transform = make()
+    _, state = transform.update(GRADS, transform.init(PARAMS), PARAMS)
+    saved = acprop_optax.export_state(state, hyper)
+    again = acprop_optax.import_state(transform.init(PARAMS), hyper, *saved)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
 # name, what is saved (hyperparameters, and how the moments are changed), `prefer`, the exception and its message

@@ -6,10 +6,12 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import acprop_core
+from acprop_core.adapt import check_version
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("acprop_core", "acprop_optax", "acprop_torch", "acprop_stepper")
@@ -73,6 +75,12 @@ def test_a_framework_that_is_too_old_is_refused_at_import(package: str, name: st
         f"{package} needs {name} {needed} or newer, and {name} {version} is installed: "
         f"python -m pip install '{name}>={needed}'"
     )
+
+
+@pytest.mark.parametrize("version", ["2.5.1", "2.5.1+cpu", "2.5.2", "2.10.0a0+git1", "3.0.0"])
+def test_the_oldest_framework_and_newer_ones_are_taken(version: str) -> None:
+    framework = SimpleNamespace(__name__="torch", __version__=version)
+    assert check_version("acprop_torch", framework, (2, 5, 1)) == tuple(map(int, re.findall(r"\d+", version)))[:3]
 
 
 def test_the_oldest_frameworks_are_those_of_the_extras() -> None:

@@ -4,6 +4,7 @@ They are in Numba's cache: `__pycache__` next to cpu.py, or a folder of the user
 NUMBA_CACHE_DIR names another. ACPROP_CACHE=0 in the environment switches it off.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -16,6 +17,7 @@ import llvmlite
 import numba
 from llvmlite import binding
 from numba.core.bytecode import FunctionIdentity
+from numba.core.caching import FunctionCache
 
 from acprop_core import rule
 
@@ -95,5 +97,13 @@ def compiled(
             try:
                 return compile_function(signature, cache=True, **options)(function)
             except Exception:  # no folder can be written, the disk is full, or a file is damaged
-                pass
+                _remove(function)
         return compile_function(signature, **options)(function)
+
+
+def _remove(function: Callable[..., Any]) -> None:
+    """Remove the files of a function, because Numba never replaces a damaged one; the next process writes them anew."""
+    with contextlib.suppress(Exception):  # there may be no folder, or no right to remove
+        folder = Path(FunctionCache(function).cache_path)  # type: ignore[no-untyped-call]
+        for file in folder.glob(f"*{function.__qualname__}*.nb[ci]"):
+            file.unlink()

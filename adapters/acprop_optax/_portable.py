@@ -4,8 +4,7 @@ The moments may be anywhere in the state of a whole optimizer: a chain, MultiSte
 other counts of the same updates next to them, a schedule's for example; they are set with the moments.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +13,20 @@ import optax
 
 from acprop_core import ACProp, State, checkpoint
 from acprop_core.adapt import called, check_count, with_values
-from acprop_optax._transform import CarryState, counts_decay
+from acprop_optax._states import (
+    KINDS,
+    MOMENTS,
+    carry_of,
+    check_options,
+    counts_in,
+    known_in,
+    moments_in,
+    rewritten,
+    value_of,
+)
+from acprop_optax._transform import CarryState
 from acprop_optax._trees import name_of
 
-
-class _Kind(NamedTuple):
-    """What a portable state knows of a class of states: which field counts updates, and which need not be kept.
-
-    The other fields hold more states.
-    """
-
-    counter: str | None = None
-    unused: tuple[str, ...] = ()
-
-
-# By name, because optax does not export all of them.
-_KINDS = {
-    "ScaleByBeliefState": _Kind("count", ("mu", "nu")),
-    "ScaleByAdamState": _Kind("count", ("mu", "nu")),
-    "CarryState": _Kind(None, ("carry",)),
-    "ScaleByScheduleState": _Kind("count"),
-    "WeightDecaySchedule": _Kind("count"),
-    "WrappedScheduleState": _Kind("count"),
-    "InjectHyperparamsState": _Kind("count", ("hyperparams",)),
-    "InjectStatefulHyperparamsState": _Kind("count", ("hyperparams",)),
-    "MultiStepsState": _Kind("gradient_step", ("mini_step", "acc_grads", "skip_state")),  # 0 and zeros after an update
-    "MaskedState": _Kind(),
-    "PartitionState": _Kind(),
-    # reports of the last update; `_check` refuses if they have an effect on the next one
-    "ApplyIfFiniteState": _Kind(None, ("notfinite_count", "last_finite", "total_notfinite")),
-    "ZeroNansState": _Kind(None, ("found_nan",)),
-}
-_MOMENTS = (optax.ScaleByBeliefState, optax.ScaleByAdamState)
 # What a ScaleByAdamState says of the hyperparameters. `acprop` keeps a ScaleByBeliefState, in every corner.
 _ADAM = {"asynchronous": False, "centering": "none", "eps_root": 0.0, "clip_exponent": None}
 
@@ -72,11 +53,11 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     Raises
     ------
     ValueError
-        If there is no such state or more than one, `compensate`, a mask or a schedule differs between hyperparameters
-        and state, the hyperparameters of an ``optax.adam`` are not those of an Adam, schedules have counted other
-        updates than ACProp, or there is a state that a portable state cannot hold: of another transformation that
-        keeps arrays, such as ``optax.amsgrad``, of MultiSteps between two updates, or of ``apply_if_finite`` after an
-        update that was not finite.
+        If there is no such state or more than one, `compensate` differs between hyperparameters and state, or a mask or
+        schedule, where the state is that of `acprop` or of one below, the hyperparameters of an ``optax.adam`` are not
+        those of an Adam, schedules have counted other updates than ACProp, or there is a state that a portable state
+        cannot hold: of another transformation that keeps arrays, such as ``optax.amsgrad``, of MultiSteps between two
+        updates, or of ``apply_if_finite`` after an update that was not finite.
     TypeError
         If the arrays are traced or abstract, or the two moments of a parameter differ in dtype, as with `mu_dtype`.
 
@@ -105,9 +86,9 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
     >>> state.count, state.mu
     (0, {'w': array([0., 0.], dtype=float32)})
     """
-    moments = _only(state)
-    count = check_count(checkpoint.to_numpy("step count", "", _value(moments.count)))
-    for name, other in _counts(state):
+    moments = moments_in(state)
+    count = check_count(checkpoint.to_numpy("step count", "", value_of(moments.count)))
+    for name, other in counts_in(state):
         if other != min(count, 2**31 - 1):
             raise ValueError(f"{name} has counted {other} updates, ACProp {count}; a portable state has one count")
     _check_dtypes(moments)
@@ -116,7 +97,7 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
         for tree in (moments.mu, moments.nu)
     )
     nu = {name: x.real for name, x in nu.items()}  # optax's own are complex where the parameter is; the rule's are real
-    hyperparameters, carry = _hyperparameters(state, optimizer), _carry(state)
+    hyperparameters, carry = _hyperparameters(state, optimizer), carry_of(state)
     if carry is not None:
         carry = {name: checkpoint.to_numpy("carry", name, x) for name, x in _named(carry).items() if name in mu}
     return hyperparameters, State(count, mu, nu, carry)
@@ -168,72 +149,31 @@ def import_state(
     Array(7, dtype=int32)
     """
     saved = checkpoint.check_portable(saved, saved_state)
-    moments = _only(state)
+    moments = moments_in(state)
     _check_dtypes(moments)
-    _counts(state)
+    counts_in(state)
     own = _hyperparameters(state, optimizer)
     if checkpoint.choose(own, saved, prefer) is saved:
-        state = _rewritten(state, lambda x: _injected(x, saved))
+        state = rewritten(state, lambda x: _injected(x, saved))
         if lines := checkpoint.differences(_hyperparameters(state, optimizer), saved):
             raise ValueError(
                 f"{'; '.join(lines)}. The transformation keeps its own; make it from the saved ones, "
                 "or pass prefer='own'"
             )
-    trees = [tree for tree in (moments.mu, moments.nu, _carry(state)) if tree is not None]
+    trees = [tree for tree in (moments.mu, moments.nu, carry_of(state)) if tree is not None]
     names, leaves = list(_named(moments.mu)), State(0, *(list(_named(tree).values()) for tree in trees))
     rows = checkpoint.match_names(saved_state, names, leaves._replace(nu=_real(leaves.nu)))
     mu, nu, *carry = (_filled(tree, [row[i] for row in rows]) for i, tree in enumerate(trees))
 
     def continued(x: Any) -> Any:
-        if isinstance(x, _MOMENTS):
+        if isinstance(x, MOMENTS):
             return type(x)(_counted(x.count, saved_state.count), mu, nu)
         if isinstance(x, CarryState):
             return CarryState(*carry)
-        field = _KINDS[type(x).__name__].counter
+        field = KINDS[type(x).__name__].counter
         return x if field is None else x._replace(**{field: _counted(getattr(x, field), saved_state.count)})
 
-    return _rewritten(state, continued)
-
-
-def _is_known(x: Any) -> bool:
-    return type(x).__name__ in _KINDS and hasattr(x, "_fields")
-
-
-def _rewritten(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """Return `tree` with `change` applied to every state of a known class, also within others."""
-
-    def visit(x: Any) -> Any:
-        if not _is_known(x):
-            return x
-        unused = _KINDS[type(x).__name__].unused
-        x = change(x)
-        return x._replace(**{name: _rewritten(getattr(x, name), change) for name in x._fields if name not in unused})
-
-    return jax.tree.map(visit, tree, is_leaf=_is_known)
-
-
-def _known(tree: Any) -> list[Any]:
-    found: list[Any] = []
-
-    def note(x: Any) -> Any:
-        found.append(x)
-        return x
-
-    _rewritten(tree, note)
-    return found
-
-
-def _only(tree: Any) -> Any:
-    """Return the state that holds the moments."""
-    _check(tree)
-    found = [x for x in _known(tree) if isinstance(x, _MOMENTS)]
-    if len(found) != 1:
-        raise ValueError(
-            f"the optax state holds {len(found)} states with moments of ACProp; pass a state with one, from init of "
-            "acprop, scale_by_acprop, optax.adam, adamw, adabelief or contrib.acprop, or of an optimizer that contains "
-            "one of them"
-        )
-    return found[0]
+    return rewritten(state, continued)
 
 
 def _check_dtypes(moments: Any) -> None:
@@ -251,58 +191,14 @@ def _real(tree: Any) -> Any:
     return jax.eval_shape(lambda arrays: jax.tree.map(jnp.real, arrays), tree)
 
 
-def _carry(tree: Any) -> Any:
-    return next((x.carry for x in _known(tree) if isinstance(x, CarryState)), None)
-
-
-def _counts(tree: Any) -> list[tuple[str, int]]:
-    """Return how many updates each state next to ACProp's has counted; refuse what a portable state cannot hold."""
-    counts = []
-    for x in _known(tree):
-        name = type(x).__name__
-        field = _KINDS[name].counter
-        if name == "MultiStepsState" and (mini_step := int(_value(x.mini_step))):
-            raise ValueError(
-                f"MultiSteps has accumulated the gradients of {mini_step} mini-steps, which a portable state cannot "
-                "hold; call this after an update"
-            )
-        if name == "ApplyIfFiniteState" and (n := int(_value(x.notfinite_count))):
-            raise ValueError(
-                f"apply_if_finite has skipped the last {n} updates, which a portable state cannot hold; call this "
-                "after an update that was finite"
-            )
-        if field is not None and not isinstance(x, _MOMENTS):
-            counts.append((name, int(_value(getattr(x, field)))))
-    return counts
-
-
-def _check(tree: Any) -> None:
-    """Refuse states of other classes if they hold arrays, because these would begin again."""
-    for x in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "_fields")):
-        if _is_known(x):
-            counter, unused = _KINDS[type(x).__name__]
-            _check([getattr(x, name) for name in x._fields if name != counter and name not in unused])
-        elif type(x).__name__ == "ScaleByAmsgradState":
-            raise ValueError(
-                "the optax state is of optax.amsgrad, which divides by the root of the largest second moment so far; a "
-                "portable state cannot hold that, and no other host could continue it. Continue with optax.amsgrad"
-            )
-        elif jax.tree.leaves(x):
-            raise ValueError(
-                f"the optax state holds {type(x).__name__}, which a portable state cannot hold: its transformation "
-                "would begin again. Pass the part of the state that is acprop's, and save the rest yourself"
-            )
-
-
 def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     if not isinstance(optimizer, ACProp):
         raise TypeError(f"the hyperparameters are a {type(optimizer).__name__}; pass an acprop_core.ACProp")
-    moments = _only(state)
-    _check_options(state, optimizer)
+    moments = moments_in(state)
     values: dict[str, Any] = {}
-    for x in _known(state):
+    for x in known_in(state):
         for name in _numbers_in(x):
-            given, now = getattr(optimizer, name), _value(x.hyperparams[name])
+            given, now = getattr(optimizer, name), value_of(x.hyperparams[name])
             # inject_hyperparams rounds to its own dtype; the number that was passed is then the one that is meant
             if callable(given) or given is None or jnp.asarray(given, now.dtype) != now:
                 values[name] = float(now)
@@ -311,6 +207,7 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
         marks = jax.tree.map(lambda mark, tree: [mark] * len(jax.tree.leaves(tree)), optimizer.mask, moments.mu)
         values["mask"] = dict(zip(present, jax.tree.leaves(marks), strict=True))
     portable = checkpoint.to_portable(with_values(optimizer, **values), present)
+    check_options(state, portable)
     has = {name: getattr(portable, name) for name in _ADAM}
     if isinstance(moments, optax.ScaleByAdamState) and has != _ADAM:
         wrong = ", ".join(f"{name}={value!r}" for name, value in has.items() if value != _ADAM[name])
@@ -322,34 +219,10 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
     return portable
 
 
-def _check_options(state: Any, optimizer: ACProp) -> None:
-    """Refuse options that the state shows and the hyperparameters lack, or the reverse."""
-    chains = [x for x in jax.tree.leaves(state, is_leaf=_is_chain) if _is_chain(x)]
-    kinds = {type(x).__name__ for chain in chains for x in _known(chain)}
-    set_by_state = {name for x in _known(state) for name in getattr(x, "hyperparams", {})}
-    rows = [("compensate", _carry(state) is not None, optimizer.compensate)]
-    if chains:
-        rows.append(("mask", "MaskedState" in kinds, optimizer.mask is not None))
-    for name, kind in (("learning_rate", "ScaleByScheduleState"), ("weight_decay", "WeightDecaySchedule")):
-        if chains and name not in set_by_state and (name == "learning_rate" or counts_decay()):
-            rows.append((f"a schedule of {name}", kind in kinds, callable(getattr(optimizer, name))))
-    for what, given, wanted in rows:
-        if given != wanted:
-            have, want = ("with" if x else "without" for x in (given, wanted))
-            raise ValueError(
-                f"the optax state was made {have} {what}, the hyperparameters are {want} it; pass the hyperparameters "
-                "of the transformation"
-            )
-
-
-def _is_chain(x: Any) -> bool:
-    return type(x) in (tuple, list) and any(isinstance(part, _MOMENTS) for part in x)
-
-
 def _numbers_in(x: Any) -> list[str]:
     """Return the names of ACProp's numbers that inject_hyperparams keeps in this state, except scheduled ones."""
     if not type(x).__name__.startswith("Inject") or not any(
-        isinstance(inner, _MOMENTS) for inner in _known(x.inner_state)
+        isinstance(inner, MOMENTS) for inner in known_in(x.inner_state)
     ):
         return []
     scheduled = getattr(x, "hyperparams_states", {})
@@ -374,13 +247,9 @@ def _is_leaf(x: Any) -> bool:
 def _named(tree: Any) -> dict[str, Any]:
     """Return the leaves by name; None for integers, bools and keys, which are not optimized and have no moments."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    leaves = [_value(x) for _, x in pairs]
+    leaves = [value_of(x) for _, x in pairs]
     floats = [x if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None for x in leaves]
     return checkpoint.by_name((name_of(path), x) for (path, _), x in zip(pairs, floats, strict=True))
-
-
-def _value(x: Any) -> Any:
-    return None if x is None else jax.tree.leaves(x)[0]
 
 
 def _filled(tree: Any, arrays: list[Any]) -> Any:
