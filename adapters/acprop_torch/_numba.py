@@ -130,7 +130,7 @@ class Compiled:
                     self._members.append([members[i] for i in chosen])
                     own = np.ascontiguousarray(part[:, chosen])
                     self._parts.append(_cuda.Part(_program(kind), kind.device, own, self._options))
-        self._on_cpu = {i for i, batch in enumerate(batches) if any(map(attrgetter("is_cpu"), batch.columns.param))}
+        self._on_cpu = {i for i, batch in enumerate(batches) if _reads_options(batch)}
         self.reads_options = bool(self._on_cpu)  # those on a device, for rows on a CPU
         self._tensors: dict[tuple[int, int], Tensor] = {}  # options that are not read, by their place
         for group, batch in enumerate(batches):
@@ -169,6 +169,10 @@ class Compiled:
         torch.autograd.graph.increment_version(params)  # because autograd does not see the step
         for part in self._parts:
             part.run(self._tensors, scaling)
+
+
+def _reads_options(batch: Batch) -> bool:
+    return any(map(attrgetter("is_cpu"), batch.columns.param))
 
 
 class _Kind(NamedTuple):
