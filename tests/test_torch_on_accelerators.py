@@ -47,15 +47,22 @@ def in_one_buffer(sizes: Sequence[int], generator: torch.Generator) -> list[torc
     return list(torch.randn(sum(sizes), generator=generator).split(list(sizes)))
 
 
-def trained(sizes: Sequence[int], steps: int = 2, late: int = 0) -> list[torch.Tensor]:
-    """Return parameters and state after some steps, of which the first `late` parameters miss one."""
+def trained(
+    sizes: Sequence[int], steps: int = 2, late: int = 0, fused: bool = True, scaled: tuple[float, float] | None = None
+) -> list[torch.Tensor]:
+    """Return parameters and state after some steps, of which the first `late` parameters miss one.
+
+    `scaled` are the values of `grad_scale` and `found_inf`.
+    """
     generator = torch.Generator().manual_seed(0)
     xs = [x.requires_grad_() for x in in_one_buffer(sizes, generator)]
-    optimizer = ACProp(xs, fused=True, lr=0.1, clip_exponent=0.25, weight_decay=0.1)
+    optimizer = ACProp(xs, fused=fused, lr=0.1, clip_exponent=0.25, weight_decay=0.1)
+    if scaled is not None:
+        optimizer.grad_scale, optimizer.found_inf = map(torch.tensor, scaled)
     for step in range(steps):
         grads = in_one_buffer(sizes, generator)
         for i, (x, g) in enumerate(zip(xs, grads, strict=True)):
-            x.grad = None if step == 0 and i < late else g
+            x.grad = None if step == 0 and i < late else g * (1.0 if scaled is None else scaled[0])
         optimizer.step()
     return [y.detach() for x in xs for y in (x, *optimizer.state[x].values())]
 
@@ -78,6 +85,7 @@ def test_many_tensors_are_few_calls_of_one_program(calls: list[int], monkeypatch
         assert calls == [8] * 61 + [1] * 4 + [8] * 64
         calls.clear()
     assert counters["stats"]["unique_graphs"] == 2  # for eight tensors, and for one of the last four
+    assert all(same_bits(x, trained(y, late=late, fused=False)) for x, y in zip(results, (mixed, alone), strict=True))
     monkeypatch.setattr(_inductor, "_TOGETHER", N + 1)
     for sizes, together in zip((mixed, alone), results, strict=True):
         assert same_bits(trained(sizes, late=late), together)
@@ -89,6 +97,15 @@ def test_tensors_that_are_left_are_called_alone(calls: list[int]) -> None:
     """Too few for another call; and those of 0 elements or 1, for which torch has other programs."""
     trained([5, 1, 4, 0, *range(2, 9), 8, 1], steps=1)
     assert sorted(calls) == [1] * 5 + [8]
+
+
+def test_a_scale_and_an_infinity_hold_for_all_tensors_of_a_call(calls: list[int]) -> None:
+    sizes = range(2, 14)
+    assert same_bits(trained(sizes, scaled=(8.0, 0.0)), trained(sizes, fused=False))
+    skipped = trained(sizes, scaled=(8.0, 2.0))
+    assert calls == [8, 1, 1, 1, 1] * 4
+    assert same_bits(skipped[::4], in_one_buffer(sizes, torch.Generator().manual_seed(0)))
+    assert not any(x.any() for i in (1, 2, 3) for x in skipped[i::4])
 
 
 def test_tensors_that_share_memory_get_both_updates(calls: list[int]) -> None:
