@@ -90,7 +90,7 @@ def minimums(session: nox.Session) -> None:
 @nox.parametrize("torch", TORCHES)
 def torch_versions(session: nox.Session, torch: str) -> None:
     """Run the part of the suite that needs torch on each of its versions (3 GB and an hour of a core a version)."""
-    install(session, "suite", "jax", "fast")
+    install(session, "suite", "jax", "fast", "optax_hosts")
     # a constraints file of the system may hold torch back; what is asked for here is exact
     session.install(f"torch=={torch}", env={"PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""})
     options = [*PARALLEL, "-m", "not gpu"]
