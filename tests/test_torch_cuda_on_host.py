@@ -271,7 +271,7 @@ def test_a_step_with_options_on_the_device_is_kept(parts: list[tuple[Any, ...]])
 def test_a_scaled_step_is_kept_and_its_table_sent_once(
     pinned: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU stands in for the device. The scaler brings new tensors at each step."""
+    """A CPU is used in place of the device. The scaler brings new tensors at each step."""
     program = Recorder()
     monkeypatch.setattr(
         _numba, "_Part", lambda kind, table, options, _: _cuda.Part(program, kind.device, table, options)

@@ -72,7 +72,7 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_many_tensors_are_few_calls_of_one_program(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever sizes are equal, in whatever places, also to the number of tensors; with the numbers of own counts."""
+    """Any sizes may be equal, in any places, also to the number of tensors; each has the numbers of its own count."""
     forget_compiled_torch_step()
     counters.clear()
     late = 20
