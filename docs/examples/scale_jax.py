@@ -72,6 +72,8 @@ class Run:
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         batch = jax.device_put((x.astype("float32"), y), self._rows)
         self.params, self.state = self._step(self.params, self.state, *batch)
+        # Virtual devices share a few threads: programs of two meshes at once would wait for each other for ever.
+        jax.block_until_ready(self.params)
 
     def save(self, path: pathlib.Path) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
