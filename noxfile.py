@@ -17,9 +17,9 @@ nox.options.reuse_venv = "yes"
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 TORCHES = ["2.5.1", "2.6.0", "2.8.0", "2.11.0", "2.13.0", "2.14.1", "2.15.0"]  # the oldest is the extra's lower bound
-# Tests of torch have it in their name, or in that of their file, or are in a file of these names; those of the project's
-# texts and of other optimizers need no second torch.
-TORCH_TESTS = "(torch or portable or compensate or nonfinite or sixteen_bits) and not (docs or layout or supply or peers)"
+# Tests of torch have it in their names or in their file's, or are in a file of these names. Those of the texts and of
+# other optimizers need no second torch.
+TORCH_TESTS = "(torch or portable or compensate or nonfinite or sixteen) and not (docs or layout or supply or peers)"
 # A process a core, each on a stretch of the suite as it stands, so that what one test has compiled or drawn serves the
 # next; a process that is done early takes tests from another.
 PARALLEL = ["-n", "auto", "--dist", "worksteal"]
