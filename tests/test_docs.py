@@ -276,6 +276,13 @@ def test_symbols_have_their_options_and_defaults(page: str, count: int) -> None:
     assert inspect.signature(AdamW).parameters["weight_decay"].default == 0.01
 
 
+def test_examples_of_checkpoints_save_the_parameters_too() -> None:
+    blocks = [block.text for block in blocks_of((ROOT / "docs" / "checkpoint.md").read_text()) if block.language == RUN]
+    saving = [text for text in blocks if re.search(r"^save\(", text, flags=re.MULTILINE)]
+    assert len(saving) == 5
+    assert all("np.savez(" in text or "torch.save(" in text for text in saving)
+
+
 @pytest.mark.parametrize(
     ("page", "function"), [("torch.md", acprop_torch.ACProp), ("stepper.md", acprop_stepper.Stepper)]
 )
