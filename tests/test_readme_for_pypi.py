@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from absolute_links import absolute
+from readme_for_pypi import WORDS, for_pypi
 
 ROOT = Path(__file__).parents[1]
 SITE, BLOB, RAW = (
@@ -25,7 +25,7 @@ def links(text: str) -> list[str]:
 
 
 def rewritten(text: str) -> str:
-    return absolute(text, "Someone/Some.where", "v1.2.3")
+    return for_pypi(text, "Someone/Some.where", "v1.2.3")
 
 
 def test_every_link_of_the_readme_is_absolute_and_leads_somewhere() -> None:
@@ -51,6 +51,16 @@ def test_every_link_of_the_readme_is_absolute_and_leads_somewhere() -> None:
             assert new == RAW + url
         else:
             assert new == BLOB + (f"README.md{url}" if url.startswith("#") else url)
+
+
+def test_it_installs_from_pypi() -> None:
+    before = (ROOT / "README.md").read_text()
+    assert all(words in before for words in WORDS)
+    (table,) = re.findall(r"^Python .* From PyPI:\n\n((?:\|.*\n)+)", rewritten(before), re.MULTILINE)
+    commands = re.findall(r"`(pip install .*?)`", table)
+    assert len(commands) == table.count("pip install") == 5
+    assert all(re.fullmatch(r'pip install (acprop-core|"acprop-core\[[a-z,]+\]")', command) for command in commands)
+    assert '".' not in table
 
 
 def test_code_and_absolute_links_stay() -> None:
@@ -85,7 +95,7 @@ def test_a_relative_link_of_another_form_is_refused(link: str) -> None:
 def test_a_release_rewrites_the_readme_after_the_tests_and_before_it_builds() -> None:
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]["build"]["steps"]
     runs = [step.get("run", "") for step in steps]
-    rewrites = runs.index('python tests/absolute_links.py "$REPOSITORY" "$TAG"')
+    rewrites = runs.index('python tests/readme_for_pypi.py "$REPOSITORY" "$TAG"')
     assert runs.index("python -m nox -s lint typecheck tests wheel") < rewrites
     assert rewrites < runs.index("python -m hatchling build")
     assert steps[rewrites]["env"] == {"REPOSITORY": "${{ github.repository }}", "TAG": "${{ github.ref_name }}"}
@@ -93,8 +103,8 @@ def test_a_release_rewrites_the_readme_after_the_tests_and_before_it_builds() ->
 
 def test_the_script_writes_the_file(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
-    script = tmp_path / "tests" / "absolute_links.py"
-    script.write_text((ROOT / "tests" / "absolute_links.py").read_text())
+    script = tmp_path / "tests" / "readme_for_pypi.py"
+    script.write_text((ROOT / "tests" / "readme_for_pypi.py").read_text())
     (tmp_path / "README.md").write_text("[a](docs/b.md)\n")
     subprocess.run([sys.executable, script, "Someone/Some.where", "v1.2.3"], check=True)
     assert (tmp_path / "README.md").read_text() == f"[a]({SITE}b.html)\n"
