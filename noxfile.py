@@ -92,8 +92,9 @@ def minimums(session: nox.Session) -> None:
 def torch_versions(session: nox.Session, torch: str) -> None:
     """Run the part of the suite that needs torch on each of its versions (3 GB and a quarter of an hour a version)."""
     install(session, "suite", "jax", "fast", "optax_hosts")
-    # a constraints file of the system may hold torch back; what is asked for here is exact
-    session.install(f"torch=={torch}", env={"PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""})
+    # A constraints file of the system may hold torch back; what is asked for here is exact. Inductor of 2.5 imports
+    # setuptools, which not every tool puts into an environment.
+    session.install(f"torch=={torch}", "setuptools", env={"PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""})
     session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu", "-k", TORCH_TESTS, *session.posargs)
 
 
