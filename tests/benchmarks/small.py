@@ -75,7 +75,6 @@ def on_numpy() -> Iterator[Case]:
             "functional core": functional(grads, "float32").step,
             "eager NumPy Adam": eager_adam(grads),
         }
-        first = shape == ARRAYS[0]
         pairs = [
             Pair("Stepper, Numba", "scikit-learn Adam"),
             Pair("Stepper, tiles", "scikit-learn Adam"),
