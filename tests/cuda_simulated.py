@@ -75,8 +75,8 @@ MEMORY = cuda.Memory(
 )
 
 
-class Program:
-    """As `cuda.Program`, in the simulator."""
+class Launcher:
+    """As `cuda.Launcher`, in the simulator."""
 
     launches = 0
 
@@ -87,12 +87,12 @@ class Program:
         self._make_numbers, self._step = 0, 1
 
     def _launch(self, device: int, stream: int, kernel: int, blocks: int, threads: int, arguments: Any) -> None:
-        Program.launches += 1
+        Launcher.launches += 1
         if kernel == self._make_numbers:
             blocks = -(-arguments[1] // THREADS)  # as many as there are arrays
         self.kernels[kernel][blocks, THREADS](*arguments)
 
-    run = cuda.Program.run
+    run = cuda.Launcher.run
 
 
 def run_in_turn(manager: Any, grid_point: Any, *args: Any) -> None:
@@ -116,7 +116,7 @@ simulator.BlockManager.run = run_in_turn
 
 def part_of(kind: Any, table: Any, options: Any, has_overlap: bool) -> Any:
     names = _numba._name(kind.param), _numba._name(kind.moments)
-    return _cuda.Part(Program(kind.flags, *names), kind.device, table, options)
+    return _cuda.Part(Launcher(kind.flags, *names), kind.device, table, options)
 
 
 @contextlib.contextmanager
@@ -137,10 +137,10 @@ def run_suite(pick: Any) -> int:
     chosen = [case for case in CASES if pick(case) and not backend.cannot_take(case)]
     for case in chosen:
         expected = backend.run(case)
-        before = Program.launches
+        before = Launcher.launches
         with on_imitated_device():
             got = backend.run(case)
-        if Program.launches < before + 2 * case.steps:
+        if Launcher.launches < before + 2 * case.steps:
             print(f"{case}: the kernel was not used")
         for finding in violations(case, got, backend.complex_as_real):
             print(f"{case}: {finding}")
@@ -195,7 +195,7 @@ def model(flags: rule.Flags, dtype: Any, own_shift: int, shift: int) -> Model:
 
 def on_device(model: Model, found: float) -> list[bytes]:
     scaling = torch.tensor([8.0]), torch.tensor([found])
-    _cuda.Part(Program(model.flags, *model.dtypes), torch.device("cpu"), model.table(), OPTIONS).run({}, scaling)
+    _cuda.Part(Launcher(model.flags, *model.dtypes), torch.device("cpu"), model.table(), OPTIONS).run({}, scaling)
     return model.content()
 
 
@@ -227,4 +227,4 @@ if __name__ == "__main__":
         with on_imitated_device():
             run_models()
         done = run_suite(is_chosen)
-    print(f"{done} cases, {Program.launches} launches", file=sys.stderr)
+    print(f"{done} cases, {Launcher.launches} launches", file=sys.stderr)

@@ -18,7 +18,7 @@ from acprop_core.kernels import cuda
 from acprop_stepper import Stepper, _cuda, _engines, _stepper
 from agreement import violations
 from cases import CASES
-from cuda_simulated import CHUNK, Program
+from cuda_simulated import CHUNK, Launcher
 from hosts import BACKENDS, engines_of
 
 # few, because the simulator is slow, and runs more of them for torch: the kernel is the same
@@ -29,9 +29,9 @@ CHOSEN = (
 
 
 @functools.cache
-def program_of(flags: Any, param_dtype: str, moment_dtype: str, capability: tuple[int, int]) -> Any:
+def launcher_of(flags: Any, param_dtype: str, moment_dtype: str, capability: tuple[int, int]) -> Any:
     assert capability == (9, 0)
-    return Program(flags, param_dtype, moment_dtype)
+    return Launcher(flags, param_dtype, moment_dtype)
 
 
 def engines(buffers: Any, engine: Any, xp: Any, threads: int) -> Any:
@@ -47,7 +47,7 @@ def on_imitated_device() -> Any:
         mock.patch.object(_engines, "why_no_numba_cuda", return_value=None),
         mock.patch.object(_cuda, "address", lambda x: x.ctypes.data),
         mock.patch.object(_cuda, "stream", return_value=(0, 7)),
-        mock.patch.object(cuda, "program_of", program_of),
+        mock.patch.object(cuda, "launcher_of", launcher_of),
         mock.patch.object(cuda, "CHUNK", CHUNK),
     ):
         yield
@@ -60,12 +60,12 @@ def run_suite() -> int:
     assert len(chosen) == len(CHOSEN)
     for case in chosen:
         expected = backend.run(case)
-        before = Program.launches
+        before = Launcher.launches
         with on_imitated_device():
             got = backend.run(case)
         kinds = len({x for x in case.dtypes if not x.startswith("complex")})
-        if Program.launches != before + kinds * case.steps:
-            print(f"{case}: {Program.launches - before} launches in {case.steps} steps of {kinds} dtypes")
+        if Launcher.launches != before + kinds * case.steps:
+            print(f"{case}: {Launcher.launches - before} launches in {case.steps} steps of {kinds} dtypes")
         for finding in violations(case, got, backend.complex_as_real):
             print(f"{case}: {finding}")
         for a, b in zip(got, expected, strict=True):
@@ -112,4 +112,4 @@ if __name__ == "__main__":
         with on_imitated_device():
             if results(None, *kind) != expected:
                 print(f"{kind}: other bits than the CPU")
-    print(f"{run_suite()} cases, {Program.launches} launches", file=sys.stderr)
+    print(f"{run_suite()} cases, {Launcher.launches} launches", file=sys.stderr)

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -929,6 +929,11 @@ def torch_version() -> tuple[int, int]:
 
     major, minor, *_ = torch.__version__.split(".")
     return int(major), int(minor)
+
+
+def named(pairs: Iterable[tuple[str, Any]]) -> list[Any]:
+    """Return named parameters as this torch takes them, which before 2.6 is without their names."""
+    return [pair if torch_version() >= (2, 6) else pair[1] for pair in pairs]
 
 
 def torch_operation(patch: "pytest.MonkeyPatch", name: str, function: Any) -> None:

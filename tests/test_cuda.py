@@ -47,11 +47,11 @@ def test_chunks_are_every_element_once(sizes: list[int]) -> None:
     assert chunks[:, 0].tolist() == sorted(chunks[:, 0].tolist())
 
 
-def test_a_program_launches_its_two_kernels_in_order() -> None:
-    program = object.__new__(cuda.Program)
+def test_a_launcher_launches_its_two_kernels_in_order() -> None:
+    launcher = object.__new__(cuda.Launcher)
     launches: list[Any] = []
-    program._make_numbers, program._step, program._launch = 1, 2, lambda *args: launches.append(args)
-    program.run(3, 4, 100, 257, 200, 1000, 300, 400, grad_scale=500, found_inf=600)
+    launcher._make_numbers, launcher._step, launcher._launch = 1, 2, lambda *args: launches.append(args)
+    launcher.run(3, 4, 100, 257, 200, 1000, 300, 400, grad_scale=500, found_inf=600)
     assert launches == [
         (3, 4, 1, 2, 256, (100, 257, 300, 400, 500)),
         (3, 4, 2, 1000, 256, (100, 257, 200, 400, 600)),

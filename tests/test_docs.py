@@ -17,9 +17,11 @@ import sys
 import textwrap
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import optax
 from torch.optim import AdamW
 
 import acprop_core
@@ -30,6 +32,8 @@ import acprop_stepper
 import acprop_torch
 from agreement import BOUNDS, CONSTANT_BOUNDS, NOISE_BOUNDS, RANDOM_BOUNDS, UNCENTRED_BOUNDS
 from cases import CASES
+from soak import DRIFT, GROWTH, HOSTS
+from test_bad_input import ROWS, WORLDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -250,9 +254,10 @@ def test_a_snippet_of_the_readme_runs_alone_and_prints(block: Block, capsys: pyt
     assert capsys.readouterr().out
 
 
-def test_the_readme_names_the_options_with_their_defaults() -> None:
-    rows = re.findall(r"^\| \$.*?\$ \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(rows) == 5
+@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("docs/algorithm.md", 7)])
+def test_symbols_have_their_options_and_defaults(page: str, count: int) -> None:
+    rows = re.findall(r"^\| \$.*?\$ \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / page).read_text(), re.MULTILINE)
+    assert len(rows) == count
     ours, theirs = (inspect.signature(x).parameters for x in (acprop_core.ACProp, acprop_torch.ACProp))
     for core, torch, default in rows:
         names = [name for name in re.findall("`(.*?)`", core) if name != "mask"]
@@ -271,10 +276,41 @@ def test_the_readme_names_the_options_with_their_defaults() -> None:
     assert inspect.signature(AdamW).parameters["weight_decay"].default == 0.01
 
 
+def test_examples_of_checkpoints_save_the_parameters_too() -> None:
+    blocks = [block.text for block in blocks_of((ROOT / "docs" / "checkpoint.md").read_text()) if block.language == RUN]
+    saving = [text for text in blocks if re.search(r"^save\(", text, flags=re.MULTILINE)]
+    assert len(saving) == 5
+    assert all("np.savez(" in text or "torch.save(" in text for text in saving)
+
+
+@pytest.mark.parametrize(
+    ("page", "function"), [("torch.md", acprop_torch.ACProp), ("stepper.md", acprop_stepper.Stepper)]
+)
+def test_the_table_of_options_is_complete_and_has_the_defaults(page: str, function: type) -> None:
+    table = (ROOT / "docs" / page).read_text().partition("\n## Options\n")[2].partition("\n## ")[0]
+    told = {}
+    for names, cell, _ in re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", table, flags=re.MULTILINE):
+        names = re.findall("`(.*?)`", names)
+        defaults = eval(re.sub(r" \(AdamW: .*\)|`", "", cell))
+        told |= {names[0]: defaults} if len(names) == 1 else dict(zip(names, defaults, strict=True))
+    options = inspect.signature(function).parameters.values()
+    assert told == {option.name: option.default for option in options if option.name != "params"}
+
+
+def test_the_start_page_names_the_oldest_versions() -> None:
+    page = " ".join((ROOT / "docs" / "index.md").read_text().split())
+    versions = page.partition("**Versions.**")[2].partition(" pip keeps")[0].lower()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for needed in {x for extra in extras.values() for x in extra if ">=" in x}:
+        name, _, oldest = needed.partition(">=")
+        assert f"{name.split('[')[0].removesuffix('-cuda13x')} {oldest}" in versions, needed
+
+
 def test_the_readme_links_to_pages_that_github_renders() -> None:
     pages = {ROOT / path for path in re.findall(r"\]\((docs/[\w/.-]+\.md)", (ROOT / "README.md").read_text())}
     assert len(pages) > 10
-    assert not [page.name for page in pages if re.search(r"\{include\}|\{eval-rst\}", page.read_text())]
+    directive, role = r"^\s*(?:`{3,}|:{3,})\s*\{", r"\{[a-z:]+\}`"  # of MyST: GitHub shows their source
+    assert not [page.name for page in pages if re.search(f"{directive}|{role}", page.read_text(), re.MULTILINE)]
 
 
 def test_the_language_model_trains(tmp_path: Path) -> None:
@@ -328,12 +364,66 @@ def test_figures_in_prose_are_those_of_the_results() -> None:
     said = f"Two threads on two cores take {min(large):.2f} to {max(large):.2f} of one thread's time from one million"
     assert f"{said} parameters on, and {ratios[300_000]:.2f} of it at 300,000" in stepper
 
+    epyc = json.loads((ROOT / "docs" / "benchmarks" / "steps_numpy.json").read_text())
+    assert "EPYC" in epyc["machine"]["cpu"]
+    assert f"On an EPYC two were only [{epyc['threads']['ratio'][1]:.2f} times as fast]" in stepper
+    assert (epyc["threads"]["size"], "as one at 16 million parameters" in stepper) == (16_000_000, True)
+
+    # the bias correction in float32, as 1 - b2**t, at the first step
+    wrong = [abs((1 - np.float32(b2)) / (1 - b2) - 1) for b2 in (0.999, 0.99999)]
+    small, large = (f"{x:.1e}".replace("e-0", "e-") for x in wrong)
+    assert f"in float32 is wrong by {large} at $\\beta_2 = 0.99999$" in algorithm
+    assert f"wrong by {small} at $\\beta_2 = 0.999$, by {large} at 0.99999" in (ROOT / "docs" / "optax.md").read_text()
+
     explosion = json.loads((ROOT / "docs" / "figures" / "explosion.json").read_text())
     rosenbrock, digits = (of["ACProp, no clip"] for of in explosion.values())
     said = "loss of Rosenbrock jumps from 1 to ten thousand at the third step, and the loss of the digits to a million"
     assert said in algorithm
     assert (round(rosenbrock["largest loss"], -4), rosenbrock["at step"]) == (10_000, 3)
     assert round(digits["largest loss"], -6) == 1_000_000
+
+
+def test_figures_of_the_page_on_reliability() -> None:
+    page = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
+    rows = {(WORLDS[backend][0].__name__, row.name) for backend, row in ROWS}
+    said = re.search(
+        r"about ([\d,]+) in all \(functional core (\d+), PyTorch (\d+), stepper and files (\d+), optax (\d+)\)", page
+    )
+    assert said
+    counts = [sum(host == world for host, _ in rows) for world in ("Core", "Torch", "Files", "Optax")]
+    assert [int(x.replace(",", "")) for x in said.groups()] == pytest.approx([len(rows), *counts], rel=0.05)
+
+    soaked = re.findall(
+        r"\| ([^|]+) \| (1,?0+,000) \| ([+-][\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page.replace("| |", "|\n|")
+    )
+    assert [name for name, *_ in soaked] == list(HOSTS)
+    for name, _, growth, *errors in soaked:
+        assert float(growth) < GROWTH, name
+        assert all(float(x) <= bound for x, bound in zip(errors, DRIFT.values(), strict=True)), name
+
+
+@pytest.mark.parametrize(
+    ("transform", "largest", "last"),
+    [(optax.contrib.acprop(1e-4), 7967, None), (acprop_optax.acprop(1e-4, clip_exponent=0.25), 1, 0.30)],
+)
+def test_rosenbrock_is_as_on_the_page_of_optax(transform: Any, largest: float, last: float | None) -> None:
+    def loss(p: jax.Array) -> jax.Array:
+        return (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
+
+    def step(run: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], jax.Array]:
+        updates, state = transform.update(jax.grad(loss)(run[0]), run[1], run[0])
+        params = optax.apply_updates(run[0], updates)
+        return (params, state), loss(params)
+
+    page = (ROOT / "docs" / "optax.md").read_text()
+    start = jax.numpy.zeros(2)
+    _, losses = jax.lax.scan(step, (start, transform.init(start)), length=1000)
+    assert round(max(float(losses.max()), float(loss(start)))) == largest
+    if last is None:
+        assert f"Rosenbrock from zeros, rate 1e-4: climbs from 1 to {largest:,}" in page
+    else:
+        assert round(float(losses[-1]), 2) == last
+        assert f"with `clip_exponent=0.25` never above {largest}, {last:.2f} after 1,000 steps" in page
 
 
 def test_the_whole_loop_in_torch_resumes_with_float16_too(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ pytest.importorskip("torch")
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from acprop_stepper import Stepper
 from acprop_stepper import export_state as export_stepper
 from acprop_stepper import import_state as import_stepper
 from acprop_torch import ACProp, export_state, import_state
-from hosts import torch_version
+from hosts import named, torch_version
 from test_checkpoint import assert_same_bits, without
 
 Leaves = dict[str, np.ndarray]
@@ -39,11 +39,6 @@ FLAX = {
 HAS_NAMES = torch_version() >= (2, 6)
 HAS_FORM = torch_version() >= (2, 7)
 needs_form = pytest.mark.skipif(not HAS_FORM, reason="torch before 2.7: no decoupled_weight_decay in groups of Adam")
-
-
-def named(pairs: Iterable[tuple[str, torch.Tensor]]) -> list[Any]:
-    """Return named parameters as this torch takes them, which before 2.6 is without their names."""
-    return [pair if HAS_NAMES else pair[1] for pair in pairs]
 
 
 def recorded(shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: Any = np.float64, steps: int = ALL) -> list[Leaves]:

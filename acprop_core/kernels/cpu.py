@@ -30,7 +30,7 @@ from acprop_core.kernels.element import (
     SIZE,
     WIDE,
     element_of,
-    numbers_of,
+    maker_of,
 )
 from acprop_core.kernels.scalars import MAKERS, NAMESPACE
 from acprop_core.kernels.sixteen_bits import access_to
@@ -113,7 +113,7 @@ class _Parts(NamedTuple):
 def _kernel_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Callable[..., None]:
     widths = [access.dtype.itemsize for access in access_to(param_dtype, moment_dtype)]
     real = "float64" if moment_dtype == "float64" else "float32"
-    numbers_at = _numbers_of(flags.asynchronous, flags.format is not None, real)
+    numbers_at = _maker_of(flags.asynchronous, flags.format is not None, real)
 
     def make(names: Any) -> Callable[..., None]:
         def kernel(table: Any, options: Any, record: Any, leads: bool) -> None:
@@ -240,9 +240,9 @@ def _loop_of(flags: rule.Flags, param_dtype: str, moment_dtype: str) -> Any:
 
 
 @functools.cache
-def _numbers_of(asynchronous: bool, compensates: bool, dtype: str) -> Any:
-    """Return the compiled function of `numbers_of`."""
-    return numba.njit(nogil=True, error_model="numpy")(numbers_of(asynchronous, compensates, dtype, MAKERS))
+def _maker_of(asynchronous: bool, compensates: bool, dtype: str) -> Any:
+    """Return the compiled function of `maker_of`."""
+    return numba.njit(nogil=True, error_model="numpy")(maker_of(asynchronous, compensates, dtype, MAKERS))
 
 
 def _pointer_to(dtype: Any) -> Any:

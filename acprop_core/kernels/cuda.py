@@ -29,7 +29,7 @@ from acprop_core.kernels.element import (
     WIDE,
     Access,
     element_of,
-    numbers_of,
+    maker_of,
 )
 
 CHUNK = 2**14
@@ -90,9 +90,9 @@ def chunks_of(sizes: Any) -> Any:
 def numbers_kernel_of(
     flags: rule.Flags, param_dtype: str, moment_dtype: str, memory: Memory, threads: int
 ) -> Callable[..., None]:
-    """Return the kernel that makes the numbers of a step, one thread an array; see `Program.run` for its arguments."""
+    """Return the kernel that makes the numbers of a step, one thread an array; see `Launcher.run` for its arguments."""
     real = np.dtype("float64" if moment_dtype == "float64" else "float32")
-    numbers_at = memory.compiled(numbers_of(flags.asynchronous, flags.format is not None, real.name, memory.makers))
+    numbers_at = memory.compiled(maker_of(flags.asynchronous, flags.format is not None, real.name, memory.makers))
     read_int, read_wide, read_narrow, write = (
         memory.reader(np.dtype("int64"), 1),
         memory.reader(np.dtype("float64"), 1),
@@ -127,7 +127,7 @@ def numbers_kernel_of(
 def step_kernel_of(
     flags: rule.Flags, param_dtype: str, moment_dtype: str, memory: Memory, threads: int
 ) -> Callable[..., None]:
-    """Return the kernel that steps all elements, one block a chunk; see `Program.run` for its arguments."""
+    """Return the kernel that steps all elements, one block a chunk; see `Launcher.run` for its arguments."""
     own, moments = memory.access[param_dtype], memory.access[moment_dtype]
     real = np.dtype("float64" if moment_dtype == "float64" else "float32")
     element = memory.compiled(element_of(flags, own, moments, memory.functions))
@@ -195,7 +195,7 @@ def step_kernel_of(
     return step
 
 
-class Program:
+class Launcher:
     """The two kernels of one combination of flags and dtypes, in the machine code of one kind of device.
 
     Parameters
@@ -270,5 +270,5 @@ class Program:
         self._launch(device, stream, self._step, blocks, THREADS, (table, columns, chunks, numbers, found_inf))
 
 
-program_of = functools.cache(Program)
-"""`Program`, kept."""
+launcher_of = functools.cache(Launcher)
+"""`Launcher`, kept."""

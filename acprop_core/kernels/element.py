@@ -82,7 +82,7 @@ def element_of(flags: rule.Flags, own: Access, moments: Access, functions: Mappi
     return element
 
 
-def numbers_of(asynchronous: bool, compensates: bool, dtype: str, makers: Any) -> Callable[..., Any]:
+def maker_of(asynchronous: bool, compensates: bool, dtype: str, makers: Any) -> Callable[..., Any]:
     """Return a function that makes the numbers of a step.
 
     Parameters

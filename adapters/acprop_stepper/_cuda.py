@@ -57,7 +57,7 @@ class Cuda:
             first.mu.dtype, first.params[0].dtype, has_carry=first.carry is not None
         )
         # compiled before anything is written; whether an array decays is in the table
-        program = cuda.program_of(flags._replace(decay=rule.Decay.NONE, scaled=True), *self._kind)
+        launcher = cuda.launcher_of(flags._replace(decay=rule.Decay.NONE, scaled=True), *self._kind)
         plain = [i for i, g in enumerate(grads) if g is not None and is_plain(g)]
         table = self._table.take(plain, axis=1)  # row by row in memory, which indexing does not promise
         table[element.GRAD] = [address(grads[i]) for i in plain]
@@ -67,10 +67,10 @@ class Cuda:
         others = dict(zip(self.leaves, grads, strict=True)) | dict.fromkeys(self.leaves[i] for i in plain)
         tasks = [task for tiles in self._tiles for task in tiles.tasks([others[i] for i in tiles.leaves], now)]
         # the kernel has only the addresses of the gradients, so the task holds them
-        launch = functools.partial(self._launch, program, table, values, grads, first.place(), xp)
+        launch = functools.partial(self._launch, launcher, table, values, grads, first.place(), xp)
         return [launch, *tasks] if plain else tasks
 
-    def _launch(self, program: Any, table: Any, values: Any, grads: Any, place: Any, xp: Any) -> None:
+    def _launch(self, launcher: Any, table: Any, values: Any, grads: Any, place: Any, xp: Any) -> None:
         with place():
             queue = stream(xp)
             if self._sent is None or self._sent[1] != queue or not np.array_equal(self._sent[0], table):
@@ -78,7 +78,7 @@ class Cuda:
             *_, on_device, chunks = self._sent
             numbers = xp.asarray(values)
             where = address(on_device), table.shape[1], address(chunks), len(chunks)
-            program.run(*queue, *where, options=0, numbers=address(numbers))
+            launcher.run(*queue, *where, options=0, numbers=address(numbers))
 
 
 def address(x: Array) -> int:

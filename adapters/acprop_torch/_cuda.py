@@ -42,20 +42,20 @@ class Part:
 
     Parameters
     ----------
-    program : Program
+    launcher : Launcher
         Of these rows.
     device : torch.device
         Where they are.
     table, options : array
-        As `acprop_core.kernels.cuda.Program.run` takes them, of these rows. Both may be changed between two steps.
+        As `acprop_core.kernels.cuda.Launcher.run` takes them, of these rows. Both may be changed between two steps.
     """
 
-    def __init__(self, program: Any, device: torch.device, table: Any, options: Any) -> None:
+    def __init__(self, launcher: Any, device: torch.device, table: Any, options: Any) -> None:
         import numpy as np
 
         from acprop_core.kernels import cuda, element
 
-        self._program, self._device = program, device
+        self._launcher, self._device = launcher, device
         chunks = cuda.chunks_of(table[element.SIZE])
         self._blocks = len(chunks)
         addresses = np.concatenate([table.reshape(-1), chunks.reshape(-1)])
@@ -81,7 +81,7 @@ class Part:
             numbers = torch.empty((columns, cuda.NUMBERS), dtype=torch.float64, device=self._device)
             scales = [None if x is None else x.to(self._device, torch.float32, non_blocking=True) for x in scaling]
             addresses = [0 if x is None else x.data_ptr() for x in scales]
-            self._program.run(
+            self._launcher.run(
                 *(self._device.index or 0, stream, table.data_ptr(), columns, table[self.table.size :].data_ptr()),
                 *(self._blocks, options.data_ptr(), numbers.data_ptr(), *addresses),
             )

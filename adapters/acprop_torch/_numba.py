@@ -129,7 +129,7 @@ class Compiled:
                 for chosen in [[i] for i in range(len(members))] if has_overlap else [range(len(members))]:
                     self._members.append([members[i] for i in chosen])
                     own = np.ascontiguousarray(part[:, chosen])
-                    self._parts.append(_cuda.Part(_program(kind), kind.device, own, self._options))
+                    self._parts.append(_cuda.Part(_launcher(kind), kind.device, own, self._options))
         self._on_cpu = {i for i, batch in enumerate(batches) if _reads_options(batch)}
         self.reads_options = bool(self._on_cpu)  # those on a device, for rows on a CPU
         self._tensors: dict[tuple[int, int], Tensor] = {}  # options that are not read, by their place
@@ -253,11 +253,11 @@ class _Part:
         self._kernel(*self._arguments, True)
 
 
-def _program(kind: _Kind) -> Any:
+def _launcher(kind: _Kind) -> Any:
     from acprop_core.kernels import cuda
 
     capability = torch.cuda.get_device_capability(kind.device)
-    return cuda.program_of(kind.flags, _name(kind.param), _name(kind.moments), capability)
+    return cuda.launcher_of(kind.flags, _name(kind.param), _name(kind.moments), capability)
 
 
 def _overlap(table: Any, kind: _Kind) -> bool:

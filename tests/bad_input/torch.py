@@ -33,6 +33,7 @@ from bad_input.rows import (
     leaves,
     table,
 )
+from hosts import named, torch_version
 
 FLAGS: dict[str, dict[str, bool]] = {
     "torch_optimizer": {},
@@ -52,7 +53,7 @@ class Torch:
         start = {"a": torch.linspace(-1.0, 1.0, 4), "b": torch.linspace(2.0, 3.0, 6).reshape(2, 3)}
         self.model = torch.nn.ParameterDict(start)
         self.a, self.b = self.model["a"], self.model["b"]
-        groups = [{"params": [("a", self.a)]}, {"params": [("b", self.b)]}]
+        groups = [{"params": named([pair])} for pair in self.model.items()]
         self.optimizer = acprop_torch.ACProp(groups, lr=0.1, **FLAGS[backend])
         self.grads = torch.linspace(0.1, 0.4, 4), -torch.linspace(0.1, 0.6, 6).reshape(2, 3)
         self.data = self.a.data, self.b.data
@@ -91,7 +92,7 @@ class Torch:
 
     def add_parameter(self, name: str, **options: Any) -> None:
         """Add a group with one more parameter and these options."""
-        self.add_group({"params": [(name, ones())], **options})
+        self.add_group({"params": named([(name, ones())]), **options})
 
     def group_option(self, **options: Any) -> None:
         """Take a step after someone, or a scheduler, has put these options into a group."""
@@ -302,11 +303,12 @@ TORCH_PARAMETERS: list[Bad] = [
         ("a None", [None], TypeError, ONLY_TENSORS, "NoneType"),
         ("a dict of them", {"w": ones()}, TypeError, ONLY_TENSORS, "is str"),
         ("no leaf", From(lambda w: [ones() * 2]), ValueError, "can't optimize a non-leaf Tensor"),
-        ("named and not", [("a", ones()), ones()], ValueError, "names are missing"),
         ("a group's set", [{"params": {ones()}}], TypeError, "ordered collections"),
         ("a group whose lr is negative", From(lambda w: [{"params": [ones()], "lr": -1.0}]), ValueError,
          "Invalid learning rate: -1.0"),
     ]),
+    *([] if torch_version() < (2, 6) else [bad("parameters: named and not", "parameters",
+        {"params": [("a", ones()), ones()]}, ValueError, "names are missing")]),
     *table("parameters: ", "first_step", "param", [
         ("int", From(lambda w: torch.ones(2, dtype=torch.int32)), TypeError,
          "parameter 0 of its group has dtype torch.int32", USABLE),
@@ -329,7 +331,7 @@ TORCH_PARAMETERS: list[Bad] = [
         ("a list", [ones()], TypeError, "param_group must be a dict"),
         ("None", None, TypeError, "param_group must be a dict"),
         ("without parameters", From(lambda w: {}), KeyError, "params"),
-        ("a parameter of another", From(lambda w: {"params": [("a", w.a)]}), ValueError,
+        ("a parameter of another", From(lambda w: {"params": named([("a", w.a)])}), ValueError,
          "some parameters appear in more than one parameter group"),
     ]),
     *(bad(f"group: {kind}", "add_parameter", {"name": "c", name: x}, error, words) for kind, name, x, error, words in (
