@@ -28,6 +28,7 @@ ONE_THREAD = {
     **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")},
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
 }
+BY_DOCS = [f"--ignore=tests/{name}.py" for name in ("test_docs", "test_reference_docs")]  # the session docs runs these
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -68,23 +69,30 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run the whole suite on every CPU backend."""
+    """Run the suite on every CPU backend: all but what `tests_slow` and `docs` run."""
     python = shared(session, "tests")
-    session.run(python, "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
+    session.run(python, "-m", "pytest", *PARALLEL, *BY_DOCS, "-m", "not gpu and not slow", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def tests_slow(session: nox.Session) -> None:
+    """Run the rest of the suite: long runs, and what takes minutes for one test."""
+    python = shared(session, "tests")
+    session.run(python, "-m", "pytest", *PARALLEL, *BY_DOCS, "-m", "not gpu and slow", *session.posargs)
 
 
 @nox.session(python=PYTHONS)
 def tests_python(session: nox.Session) -> None:
     """Run the suite without torch on each Python: NumPy, Numba, array-api-strict, Dask and JAX."""
     install(session, "suite", "jax", "fast")
-    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu and not slow", *session.posargs)
 
 
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
     """Run the suite without torch on the oldest versions that pyproject.toml promises."""
     install(session, "suite", oldest=True)
-    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu", *session.posargs)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "not gpu and not slow", *session.posargs)
 
 
 @nox.session(python="3.11")

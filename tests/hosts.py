@@ -642,6 +642,10 @@ class Backend:
         lacking = case.dtypes & set(self.lacks)
         return f"{self} has no {', '.join(sorted(lacking))}" if lacking else None
 
+    def is_slow(self, case: Case) -> bool:
+        """Return whether this case takes long here, and is like others or like those of faster backends."""
+        return (self.slow_start and (case.random or case.steps > 15)) or (case.steps >= 10_000 and self.name != "numpy")
+
 
 def _is_scheduled(case: Case) -> bool:
     return any(callable(case.hyper.get(name)) for name in ("learning_rate", "weight_decay"))
@@ -689,8 +693,9 @@ def _rows() -> Iterator[Backend]:
     complexes = ("complex64", "complex128")  # AdamW does not fuse these either
     yield of_torch(name="torch_optimizer", begin=part(TorchOptimizer, foreach=False))
     yield of_torch(name="torch_foreach", begin=part(TorchOptimizer, foreach=True))
-    yield of_torch(name="torch_fused", begin=fused, needs=("torch", "numba"), lacks=complexes)
-    yield of_torch(name="torch_fused_by_inductor", begin=fused, around=lambda _: without_numba(), lacks=complexes)
+    yield of_torch(name="torch_fused", begin=fused, needs=("torch", "numba"), slow_start=True, lacks=complexes)
+    by_inductor = part(of_torch, around=lambda _: without_numba(), slow_start=True)
+    yield by_inductor(name="torch_fused_by_inductor", begin=fused, lacks=complexes)
     yield of_torch(name="torch_differentiable", begin=part(TorchOptimizer, differentiable=True), slow_steps=True)
     for name, foreach in (("torch_capturable", False), ("torch_capturable_foreach", True)):
         begin = part(TorchOptimizer, capturable=True, foreach=foreach)
@@ -717,11 +722,13 @@ def _rows() -> Iterator[Backend]:
 BACKENDS = {backend.name: backend for backend in _rows()}
 
 
-def marks_of(backend: Backend) -> list[Any]:
+def marks_of(backend: Backend, case: Case | None = None) -> list[Any]:
     """Return the marks of a test of this backend; if it cannot run here, one skips the test with the reason."""
     import pytest
 
     marks = [pytest.mark.gpu] if backend.needs_gpu else []
+    if case is not None and backend.is_slow(case):
+        marks.append(pytest.mark.slow)
     reason = backend.cannot_run()
     return marks if reason is None else [*marks, pytest.mark.skip(reason=reason)]
 

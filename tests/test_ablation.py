@@ -24,6 +24,7 @@ PAGE = ROOT / "docs" / "four-corners.md"
 CORNERS = ("Adam", "AdaBelief", "AdaShift", "ACProp")
 
 
+@pytest.mark.slow
 def test_quick(tmp_path: Path) -> None:
     script = ROOT / "tests" / "benchmarks" / "ablation.py"
     subprocess.run([sys.executable, script, "quick", "--out", tmp_path], check=True)

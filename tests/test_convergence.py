@@ -22,6 +22,7 @@ import tasks
 RESULTS = ROOT / "docs" / "benchmarks" / "convergence.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tasks.mlp, tasks.gan])
 def test_the_runs_of_a_sweep_are_those_of_single_runs(make):
     task = make()._replace(steps=convergence.POINTS)

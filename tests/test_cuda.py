@@ -19,6 +19,7 @@ from acprop_core.kernels import cuda_device as device
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_the_simulated_kernels_pass_the_suite_with_the_bits_of_a_cpu() -> None:
     pytest.importorskip("torch")
     pytest.importorskip("ml_dtypes")

@@ -146,6 +146,7 @@ def machine_code(tmp_path: Path, make: Any, kernel: Any, capability: tuple[int, 
     return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["float32 float32", "float64 float64", "bfloat16 float32 compensated"])
 def test_the_machine_code_of_a_step(name: str, capability: tuple[int, int], tmp_path: Path) -> None:
@@ -166,6 +167,7 @@ def test_the_machine_code_of_a_step(name: str, capability: tuple[int, int], tmp_
     assert used["STG.E.128"] >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_machine_code_of_the_numbers(capability: tuple[int, int], tmp_path: Path) -> None:
     used = machine_code(tmp_path, cuda.numbers_kernel_of, (NUMBERS[-1], "float32", "float32"), capability)

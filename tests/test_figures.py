@@ -40,6 +40,7 @@ def quick(name: str, folder: Path) -> dict:
     return json.loads((folder / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_convergence_area(tmp_path: Path) -> None:
     found = quick("convergence_area", tmp_path)
     for b1 in ("0.5", "0.9"):
@@ -65,6 +66,7 @@ def test_a_larger_exponent_gives_back_what_the_clip_takes(problem: str) -> None:
         assert convergence_area.converged(distances).all() == everywhere
 
 
+@pytest.mark.slow
 def test_trajectories(tmp_path: Path) -> None:
     first, sparse = quick("trajectories", tmp_path).values()
     assert max(first["AdaShift"], first["ACProp"], sparse["ACProp"]) < 0.01
@@ -72,6 +74,7 @@ def test_trajectories(tmp_path: Path) -> None:
     assert min(sparse["AdaShift"], sparse["RMSProp"]) > 0.9
 
 
+@pytest.mark.slow
 def test_explosion(tmp_path: Path) -> None:
     for problem, rate in quick("explosion", tmp_path).items():
         (_, plain), (_, clipped), _ = found = rate.items()

@@ -86,6 +86,7 @@ def files(core: Path) -> list[Path]:
     return sorted((core / "acprop_core" / "kernels").rglob("*.nb?"))
 
 
+@pytest.mark.slow
 def test_processes_at_once_and_the_next_ones(core: Path) -> None:
     at_once = [begin(core, STEP, which) for which in "aabb"]
     a, again, b, _ = map(ended, at_once)
@@ -95,6 +96,7 @@ def test_processes_at_once_and_the_next_ones(core: Path) -> None:
     assert run(core, STEP, "b") == ["1", *b[1:]]
 
 
+@pytest.mark.slow
 def test_one_character_of_a_source_compiles_anew(core: Path) -> None:
     run(core, CHECK)
     for file in ("rule.py", "kernels/cpu.py", "kernels/element.py", "kernels/scalars.py", "kernels/sixteen_bits.py"):
@@ -153,6 +155,7 @@ def test_a_disk_that_is_full(core: Path) -> None:
     assert files(core) == []
 
 
+@pytest.mark.slow
 def test_programs_of_several_processes_do_not_mix(core: Path) -> None:
     """Numba names functions by a number that is unique within a process only."""
     names = ["CURRENT", "PREVIOUS", "NONE"]

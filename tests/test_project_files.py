@@ -61,7 +61,7 @@ def test_workflows_run_the_sessions_of_the_noxfile() -> None:
                 r"nox -s ([\w ]+)$", "\n".join(step.get("run", "") for step in job["steps"]), re.MULTILINE
             )
             called |= {*matrix, *(name for line in lines for name in line.split())}
-    pythons = {f"tests_python-3.{minor}" for minor in (11, 12, 13)}
+    pythons = {f"tests_python-3.{minor}" for minor in (11, 12, 13, 14)}
     assert pythons <= called
     assert called - pythons <= SESSIONS
     # what .ci/run asks for is asked for there too

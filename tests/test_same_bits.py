@@ -243,8 +243,9 @@ def _check(way: Way, name: str) -> None:
 
 def _parameters() -> Iterator[Any]:
     for way in WAYS.values():
-        for name in way.cases:
-            yield pytest.param(way, name, id=f"{way.backend}-{name}", marks=marks_of(way.backend))
+        for i, name in enumerate(way.cases):
+            slow = [pytest.mark.slow] if i >= 2 else []
+            yield pytest.param(way, name, id=f"{way.backend}-{name}", marks=[*marks_of(way.backend), *slow])
 
 
 @pytest.mark.parametrize(("way", "name"), list(_parameters()))

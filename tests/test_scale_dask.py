@@ -102,6 +102,7 @@ def test_an_update_is_elementwise_chunk_by_chunk(dtype: str) -> None:
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
 
 
+@pytest.mark.slow
 def test_more_state_than_one_worker_may_hold(client: Any) -> None:
     size, chunk, steps = 200 * MIB // 4, MIB, 3
     started = client.run(os.getpid)
@@ -127,6 +128,7 @@ def test_more_state_than_one_worker_may_hold(client: Any) -> None:
         assert not wrong.any().compute()
 
 
+@pytest.mark.slow
 def test_parameters_larger_than_the_memory_of_a_worker(tmp_path: Path) -> None:
     """The state is three times the parameters, more than two such workers hold: the rest goes to their disks."""
     size, chunk, steps = LIMIT // 4 + 2**21, 2**21, 2
@@ -185,6 +187,7 @@ def _known(dask_scheduler: Any) -> int:
     return len(dask_scheduler.tasks)
 
 
+@pytest.mark.slow
 def test_the_example_resumes_to_the_same_bits() -> None:
     pytest.importorskip("sklearn")
     script = Path(__file__).parents[1] / "docs" / "examples" / "scale_dask.py"

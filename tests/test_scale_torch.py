@@ -180,6 +180,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert "'layers.0.weight' has shape (200, 300), here it is (401, 300)" in first["shapes"]
 
 
+@pytest.mark.slow
 def test_four_processes_and_then_two(tmp_path: Path) -> None:
     """On four: shards that are empty on some, meshes of two dimensions; saved by four, continued by two."""
     checkpoint = tmp_path / "checkpoint"
@@ -238,6 +239,7 @@ def end_of(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
     return tensors, acprop_core.load(folder / "acprop.safetensors")
 
 
+@pytest.mark.slow
 def test_the_example_survives_killed_workers_to_the_bit(tmp_path: Path) -> None:
     undisturbed = torchrun(TESTS.parent / "docs" / "examples" / "scale_torch.py", tmp_path / "undisturbed", 0)
     assert "resumed" not in undisturbed

@@ -8,6 +8,7 @@ from soak import DRIFT, HOSTS, soak
 STEPS = 5_000  # of each of a dozen hosts
 
 
+@pytest.mark.slow
 @pytest.mark.promise("soak")
 @pytest.mark.parametrize("backend", HOSTS)
 def test_neither_memory_nor_error_grows(backend: str) -> None:

@@ -12,13 +12,12 @@ from hosts import BACKENDS, Backend, marks_of
 
 def _runs() -> Iterator[Any]:
     for backend in BACKENDS.values():
-        marks = marks_of(backend)
         if backend.cannot_run():
-            yield pytest.param(backend, None, id=str(backend), marks=marks)
+            yield pytest.param(backend, None, id=str(backend), marks=marks_of(backend))
             continue
         for case in CASES:
             skip = [pytest.mark.skip(reason=reason)] if (reason := backend.cannot_take(case)) else []
-            yield pytest.param(backend, case, id=f"{backend}-{case}", marks=[*marks, *skip])
+            yield pytest.param(backend, case, id=f"{backend}-{case}", marks=[*marks_of(backend, case), *skip])
 
 
 @pytest.mark.parametrize(("backend", "case"), list(_runs()))

@@ -417,6 +417,7 @@ def test_unusable_numba_is_warned_of_once_and_replaced_by_torch_compile() -> Non
     assert torch.equal(y.detach(), torch.full((3,), 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", [None, "/nonexistent"])
 def test_a_process_whose_numba_is_switched_off(compiler: str | None) -> None:
     program = """
