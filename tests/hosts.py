@@ -943,6 +943,11 @@ def named(pairs: Iterable[tuple[str, Any]]) -> list[Any]:
     return [pair if torch_version() >= (2, 6) else pair[1] for pair in pairs]
 
 
+def called(name: str, place: int) -> str:
+    """Return what an error calls a parameter that was `named`, the one in this place of its group."""
+    return f"parameter {name!r}" if torch_version() >= (2, 6) else f"parameter {place} of its group"
+
+
 def torch_operation(patch: "pytest.MonkeyPatch", name: str, function: Any) -> None:
     """Replace an operation of the program that steps tiles."""
     from acprop_torch import _tiles

@@ -158,7 +158,9 @@ def test_elements_do_not_know_their_places(backend: Backend) -> None:
 @pytest.mark.promise("split")
 @every_backend
 def test_the_parts_of_an_array_step_as_the_whole(backend: Backend) -> None:
-    @holds(backend, grads=gradients(backend), hyper=hypers(backend), where=st.floats(0.0, 1.0))
+    places = st.floats(0.0, 1.0, allow_subnormal=False)  # what Inductor of torch 2.5 links flushes them in the process
+
+    @holds(backend, grads=gradients(backend), hyper=hypers(backend), where=places)
     def _(grads: np.ndarray, hyper: Hyper, where: float) -> None:
         cut = round(where * grads.shape[1])
         whole = steps_of(backend, hyper, {"w": grads})["w"]

@@ -17,10 +17,12 @@ import torch
 
 from acprop_torch import ACProp
 from hosts import (
+    called,
     capturable_on_cpu,
     fused_as_on_an_accelerator,
     interrupted_kernel,
     lists_on_a_cpu,
+    named,
     numba_not_found,
     torch_threads,
     torch_tile,
@@ -572,7 +574,7 @@ BAD_STEPS: dict[str, tuple[Any, type[Exception], str]] = {
 def two_groups(names: tuple[str, ...], **options: Any) -> tuple[ACProp, list[torch.Tensor]]:
     """Return an optimizer that has taken two steps: a parameter in its first group, two in its second."""
     xs = [x.requires_grad_() for x in tensors((3,), (2, 2), (4,))]
-    params: list[Any] = list(zip(names, xs, strict=True)) if names else xs
+    params: list[Any] = named(zip(names, xs, strict=True)) if names else xs
     optimizer = ACProp([{"params": params[:1]}, {"params": params[1:]}], **OPTIONS, weight_decay=0.1, **options)
     for x in xs:
         x.grad = torch.ones_like(x)
@@ -601,26 +603,28 @@ def assert_refused(optimizer: ACProp, xs: list[torch.Tensor], error: type[Except
 
 
 @pytest.mark.parametrize("name", BAD_STEPS)
-@pytest.mark.parametrize(("names", "called"), [((), "parameter 1 of its group"), (("a", "b", "c"), "parameter 'c'")])
+@pytest.mark.parametrize("names", [(), ("a", "b", "c")])
 @ways
 def test_a_bad_step_count_is_refused_before_any_group_has_stepped(
-    way: dict[str, bool], name: str, names: tuple[str, ...], called: str
+    way: dict[str, bool], name: str, names: tuple[str, ...]
 ) -> None:
     bad, error, words = BAD_STEPS[name]
     optimizer, xs = two_groups(names, **way)
     optimizer.state[xs[2]]["step"] = bad
-    assert_refused(optimizer, xs, error, f"the step count in the state of {called} ", words)
+    who = called("c", 1) if names else "parameter 1 of its group"
+    assert_refused(optimizer, xs, error, f"the step count in the state of {who} ", words)
 
 
 @pytest.mark.parametrize("bad", [2, None, torch.tensor(math.nan)], ids=str)
 def test_a_bad_step_count_is_refused_in_differentiable_mode_too(bad: Any) -> None:
     x, y = tensors((3,), (3,))
-    optimizer = ACProp([{"params": [("x", x)]}, {"params": [("y", y)]}], **OPTIONS, differentiable=True)
+    groups = [{"params": named([pair])} for pair in (("x", x), ("y", y))]
+    optimizer = ACProp(groups, **OPTIONS, differentiable=True)
     x.grad, y.grad = tensors((3,), (3,))
     optimizer.step()
     optimizer.state[y]["step"] = bad
     before = x.clone()
-    with pytest.raises((TypeError, ValueError), match="the step count in the state of parameter 'y' is"):
+    with pytest.raises((TypeError, ValueError), match=f"the step count in the state of {called('y', 0)} is"):
         optimizer.step()
     assert torch.equal(x, before)
 
@@ -649,7 +653,7 @@ def test_capturable_where_no_graph_is_captured_is_refused_before_any_group_has_s
     optimizer.param_groups[1].update(capturable=True, foreach=False, fused=False)
     optimizer.state[xs[2]]["step"] = optimizer.state[xs[2]]["step"].to("meta")
     words = "If capturable=True, params and state_steps must be on supported devices: ['cpu']. "
-    assert_refused(optimizer, xs, AssertionError, words, "parameter 'c' is on cpu, its step count on meta")
+    assert_refused(optimizer, xs, AssertionError, words, f"{called('c', 1)} is on cpu, its step count on meta")
 
 
 @pytest.mark.parametrize("flags", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
@@ -658,7 +662,7 @@ def test_capturable_on_a_cpu_is_refused_before_any_group_has_stepped(flags: dict
     optimizer, xs = two_groups(("a", "b", "c"), **flags)
     optimizer.param_groups[1].update(capturable=True, foreach=foreach, fused=False)
     words = "If capturable=True, params and state_steps must be on supported devices: "
-    assert_refused(optimizer, xs, AssertionError, words, "parameter 'b' is on cpu, its step count on cpu")
+    assert_refused(optimizer, xs, AssertionError, words, f"{called('b', 0)} is on cpu, its step count on cpu")
 
 
 @pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
