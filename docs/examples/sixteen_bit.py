@@ -58,8 +58,9 @@ def draw(curves: dict[float, dict[str, dict[int, float]]], file: pathlib.Path) -
     plt.rcParams.update({"font.size": 12, "legend.frameon": False})  # for the width of a phone
     figure, panels = plt.subplots(len(curves), 1, figsize=(6, 7.4), layout="constrained", sharex=True)
     for axes, (rate, runs) in zip(panels, curves.items(), strict=True):
-        for (name, losses), style in zip(runs.items(), ("-", "--", "-."), strict=True):
-            axes.plot(list(losses), list(losses.values()), style, label=name)
+        looks = ("#0072B2", "-"), ("#56B4E9", "--"), ("#1B2A6B", "-.")
+        for (name, losses), (colour, style) in zip(runs.items(), looks, strict=True):
+            axes.plot(list(losses), list(losses.values()), style, color=colour, label=name)
         axes.set_title(f"learning rate {rate:g}, then a cosine to 0", fontsize=12)
         axes.set_ylabel("loss on held-out text\n(nats a character)")
         axes.grid(alpha=0.3)

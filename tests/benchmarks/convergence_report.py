@@ -21,7 +21,11 @@ import palette
 Row = dict[str, Any]
 
 CLOSE = 0.1  # a rate is good if its median score is within this of the best of all optimizers, relatively
-SUBS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)  # ticks of less than a decade
+SUBS = {  # ticks of a decade, where the upper end of an axis is more than so many times the lower one
+    4.0: (1.0, 2.0, 5.0),
+    2.0: (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0),
+    0.0: (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0),
+}
 LOOKS: dict[str, dict[str, Any]] = {  # a marker and a dash of its own for each
     "ACProp": {"marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 5},
     "AdamW": {"marker": "s", "linestyle": "--"},
@@ -130,7 +134,8 @@ def finish(figure: Any, axes: Any, file: Path) -> None:
 
     for ax in axes:
         low, high = ax.get_ylim()
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high / low > 4.0 else SUBS, numticks=20))
+        subs = next(subs for ratio, subs in SUBS.items() if high / low > ratio)
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=20))
         ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     handles, labels = axes[0].get_legend_handles_labels()
@@ -194,7 +199,7 @@ def draw_curves(result: Row, file: Path) -> None:
             bands = [summary(list(losses), math.inf) for losses in zip(*row["losses"], strict=True)]
             least = min(least, *(low for _, low, _ in bands))
             line(ax, name, LOOKS[name], row["steps"], bands, top, markevery=(i % 4, 4))
-        ax.set(xlabel="step", ylabel=about["loss"], ylim=(least / 1.05, top))
+        ax.set(xlabel="step", ylabel=about["loss"].replace(" Frechet", "\nFrechet"), ylim=(least / 1.05, top))
     finish(figure, axes, file)
 
 

@@ -50,18 +50,18 @@ def shape_of(row: dict[str, Any]) -> str:
 
 def steps(result: Result) -> Iterator[list[str]]:
     """Yield a line for each pair, in microseconds."""
-    yield ["", "compared with", "arrays", "microseconds", "the other", "ratio (quartiles)", "goal", "steps"]
+    yield ["", "compared with", "arrays", "microseconds", "the other", "ratio (quartiles)", "steps"]
     for row in sorted(result["rows"], key=lambda row: [row["contender"], row["peer"]]):
         own, other = (digits(1e6 * row[key][1]) for key in ("seconds", "peer seconds"))
-        numbers = [own, other, spread(row["to peer"]), f"{row['wanted']:g}", str(row["rounds"])]
+        numbers = [own, other, spread(row["to peer"]), str(row["rounds"])]
         yield [row["contender"], row["peer"], shape_of(row), *numbers]
 
 
 def first_steps(result: Result) -> Iterator[list[str]]:
     """Yield the seconds of first steps."""
-    yield ["", "import of Numba, s", "then our imports and a step, s", "goal"]
+    yield ["", "import of Numba, s", "then our imports and a step, s"]
     for row in result["rows"]:
-        yield [row["contender"], spread(row["numba"]), spread(row["seconds"]), f"{row['wanted']:g}"]
+        yield [row["contender"], spread(row["numba"]), spread(row["seconds"])]
 
 
 def markdown(rows: Iterator[list[str]]) -> str:
