@@ -55,7 +55,7 @@ from torch_ranks import (
 
 TESTS = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(torch_version() < (2, 6), reason="torch before 2.6: FSDP2 needs CUDA")
+pytestmark = pytest.mark.skipif(torch_version() < (2, 7), reason="torch before 2.7: FSDP2 needs CUDA")
 
 
 def each(check: Any, *args: Any) -> dict[str, Any]:

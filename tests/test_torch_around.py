@@ -517,7 +517,7 @@ def test_distributed_state_dicts(one_process: Any, flags: dict[str, bool]) -> No
     assert_equal(model, twin)
 
 
-@pytest.mark.skipif(torch_version() < (2, 6), reason="torch before 2.6: FSDP2 needs CUDA")
+@pytest.mark.skipif(torch_version() < (2, 7), reason="torch before 2.7: FSDP2 needs CUDA")
 @ways
 def test_sharded_parameters(one_process: Any, flags: dict[str, bool]) -> None:
     """FSDP2: parameters, gradients and moments are DTensors, whose local shards the rule runs on; steps are plain."""
