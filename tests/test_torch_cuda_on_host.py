@@ -173,7 +173,7 @@ def parts() -> Iterator[list[tuple[Any, ...]]]:
     with (
         mock.patch.object(_cuda, "has_numba_cuda", lambda device: device.type != "cpu"),
         mock.patch.object(_cuda, "Part", Part),
-        mock.patch.object(_numba, "_program", lambda kind: kind),
+        mock.patch.object(_numba, "_launcher", lambda kind: kind),
         mock.patch.object(_numba, "_overlap", return_value=False),
     ):
         yield made
