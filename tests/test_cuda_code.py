@@ -92,7 +92,11 @@ VECTORS = {"float32": r"v4\.f32", "float64": r"v2\.f64"}
 VECTORS.update(dict.fromkeys(("bfloat16", "float16"), r"(v4\.[ub]16|v2\.[ub]32|[ub]64)"))
 
 
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(kernel, marks=[pytest.mark.slow] if i % 4 else []) for i, kernel in enumerate(KERNELS.values())],
+    ids=KERNELS,
+)
 def test_the_code_of_a_step(kernel: Any) -> None:
     """One rounding an operation, correct roots and quotients, nothing wider than it must be, whole vectors."""
     text = ptx(cuda.step_kernel_of, *kernel)

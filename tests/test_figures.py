@@ -56,6 +56,7 @@ def test_convergence_area(tmp_path: Path) -> None:
     assert found["first step"]["first"]["AdaShift, first step taken"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", convergence_area.PROBLEMS)
 def test_a_larger_exponent_gives_back_what_the_clip_takes(problem: str) -> None:
     axes = {"first": range(11, 21, 3), "sparse": range(32, 41, 4)}[problem]
@@ -144,6 +145,7 @@ DIRECTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "optimizer"), counterexamples.OPTIMIZERS.items())
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_point_of_the_grid_is_the_optimizer_itself(

@@ -111,6 +111,7 @@ def test_one_character_of_a_source_compiles_anew(core: Path) -> None:
     assert run(core, CHECK)[0] == "1"
 
 
+@pytest.mark.slow
 def test_a_change_of_the_arithmetic_is_compiled(core: Path) -> None:
     old = run(core, STEP, "a")
     source = core / "acprop_core" / "rule.py"

@@ -340,6 +340,7 @@ def test_16_bit_parameters_train_with_injected_hyperparameters(dtype: str, hyper
     assert state.inner_state[0].nu.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inject", [False, True])
 def test_a_drop_in_noise_is_followed_in_bfloat16(inject: bool) -> None:
     # optax's own keeps b2 = 1 in bfloat16: its update is 125 times too small 20,000 steps after the drop

@@ -244,7 +244,7 @@ def _check(way: Way, name: str) -> None:
 def _parameters() -> Iterator[Any]:
     for way in WAYS.values():
         for i, name in enumerate(way.cases):
-            slow = [pytest.mark.slow] if i >= 2 else []
+            slow = [pytest.mark.slow] if i else []
             yield pytest.param(way, name, id=f"{way.backend}-{name}", marks=[*marks_of(way.backend), *slow])
 
 
