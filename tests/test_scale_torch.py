@@ -145,7 +145,8 @@ def test_two_processes(tmp_path: Path) -> None:
         **each(portable_adamw, tmp_path),
         **{f"portable {name}": (portable_16_bits, (name, tmp_path)) for name in OF_16_BITS},
         **{f"zero {name}": (zero, (name, tmp_path, o, torch.bfloat16)) for name, o in OF_16_BITS.items()},
-        "portable complex": (portable_complex, ()),
+        # gloo of torch 2.8 sends no complex numbers
+        **({"portable complex": (portable_complex, ())} if torch_version() > (2, 8) else {}),
         "network": (fsdp_of_a_network, ()),
         "refusals": (refusals, (tmp_path,)),
     }
