@@ -2,6 +2,7 @@
 
 import pytest
 
+pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 import itertools
