@@ -53,7 +53,7 @@ html_theme_options = {
         "color-brand-content": "#ff9d5c",
     },
 }
-pygments_style = "friendly"
+pygments_style = "default"  # comments and numbers have a contrast of 4.5 or more
 pygments_dark_style = "monokai"
 
 _tex = math_core.LatexToMathML()
