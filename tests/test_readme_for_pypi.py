@@ -96,7 +96,7 @@ def test_a_release_rewrites_the_readme_after_the_tests_and_before_it_builds() ->
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]["build"]["steps"]
     runs = [step.get("run", "") for step in steps]
     rewrites = runs.index('python tests/readme_for_pypi.py "$REPOSITORY" "$TAG"')
-    assert runs.index("python -m nox -s lint typecheck tests wheel") < rewrites
+    assert runs.index("python -m nox -s lint typecheck tests tests_slow docs wheel") < rewrites
     assert rewrites < runs.index("python -m hatchling build")
     assert steps[rewrites]["env"] == {"REPOSITORY": "${{ github.repository }}", "TAG": "${{ github.ref_name }}"}
 
