@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -48,8 +48,7 @@ def prepare(batch: Batch, count: int) -> Callable[[], None]:
         torch.autograd.graph.increment_version(batch.columns.param)
         for block in blocks(batch.rows, tile=sys.maxsize):
             program = programs[min(block.row.mu.numel(), 2)]
-            with _as_on_cpu():
-                program([map_row(_memory, block.row)], numbers, step.flags, None)
+            program([map_row(_memory, block.row)], numbers, step.flags, None)
             for i in (0, 2, 3) if block.members else ():
                 bring([block.row[i]], i, [block], foreach_copy_)
         _rows.count_steps(batch.steps)
@@ -112,18 +111,24 @@ def _compile(row: Row, size: int, numbers: Numbers, flags: Flags, skip: Tensor |
             # were equal as it was compiled.
             sizes = [max(sizes[0], together + 1) + i for i in range(together)]
         columns = Row(*([None] * together if x is None else [x.new_zeros(n) for n in sizes] for x in row))
-        with _as_on_cpu() if row.mu.device.type == "cpu" else nullcontext():
-            program(_rows.rows_of(columns), numbers, flags, skip)
+        if row.mu.is_cpu:
+            program = _with_constants_on_a_cpu(program)
+        program(_rows.rows_of(columns), numbers, flags, skip)
         _programs[key] = program
     return program
 
 
-def _as_on_cpu() -> AbstractContextManager[Any]:
-    """Return a context in which new tensors are on a CPU, if torch.set_default_device has asked for other ones.
+def _with_constants_on_a_cpu(program: Program) -> Program:
+    """Return the program, to be compiled and called as if torch.set_default_device had not been called.
 
-    Inductor of torch 2.8 would make constants of a CPU's program there, and the program would crash.
+    Inductor of torch 2.8 would make the constants of the program on that device, and the process would crash.
     """
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+    def call(*args: Any) -> None:
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            program(*args)
+
+    return call
 
 
 def _step_rows(rows: Sequence[Row], numbers: Numbers, flags: Flags, skip: Tensor | None) -> None:
