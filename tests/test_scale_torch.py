@@ -55,7 +55,10 @@ from torch_ranks import (
 
 TESTS = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(torch_version() < (2, 7), reason="torch before 2.7: FSDP2 needs CUDA")
+pytestmark = pytest.mark.skipif(
+    torch_version() < (2, 9),
+    reason="FSDP2 of torch 2.6 needs CUDA; that of 2.8 on CPUs takes no mean of gradients",
+)
 
 
 def each(check: Any, *args: Any) -> dict[str, Any]:
@@ -145,8 +148,7 @@ def test_two_processes(tmp_path: Path) -> None:
         **each(portable_adamw, tmp_path),
         **{f"portable {name}": (portable_16_bits, (name, tmp_path)) for name in OF_16_BITS},
         **{f"zero {name}": (zero, (name, tmp_path, o, torch.bfloat16)) for name, o in OF_16_BITS.items()},
-        # gloo of torch 2.8 sends no complex numbers
-        **({"portable complex": (portable_complex, ())} if torch_version() > (2, 8) else {}),
+        "portable complex": (portable_complex, ()),
         "network": (fsdp_of_a_network, ()),
         "refusals": (refusals, (tmp_path,)),
     }
