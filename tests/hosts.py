@@ -644,7 +644,8 @@ class Backend:
 
     def is_slow(self, case: Case) -> bool:
         """Return whether this case takes long here, and is like others or like those of faster backends."""
-        return (self.slow_start and (case.random or case.steps > 15)) or (case.steps >= 10_000 and self.name != "numpy")
+        compiles = self.slow_start or self.name.startswith("torch_fused")  # these for each new set of flags
+        return (compiles and (case.random or case.steps > 15)) or (case.steps >= 10_000 and self.name != "numpy")
 
 
 def _is_scheduled(case: Case) -> bool:
@@ -693,9 +694,8 @@ def _rows() -> Iterator[Backend]:
     complexes = ("complex64", "complex128")  # AdamW does not fuse these either
     yield of_torch(name="torch_optimizer", begin=part(TorchOptimizer, foreach=False))
     yield of_torch(name="torch_foreach", begin=part(TorchOptimizer, foreach=True))
-    yield of_torch(name="torch_fused", begin=fused, needs=("torch", "numba"), slow_start=True, lacks=complexes)
-    by_inductor = part(of_torch, around=lambda _: without_numba(), slow_start=True)
-    yield by_inductor(name="torch_fused_by_inductor", begin=fused, lacks=complexes)
+    yield of_torch(name="torch_fused", begin=fused, needs=("torch", "numba"), lacks=complexes)
+    yield of_torch(name="torch_fused_by_inductor", begin=fused, around=lambda _: without_numba(), lacks=complexes)
     yield of_torch(name="torch_differentiable", begin=part(TorchOptimizer, differentiable=True), slow_steps=True)
     for name, foreach in (("torch_capturable", False), ("torch_capturable_foreach", True)):
         begin = part(TorchOptimizer, capturable=True, foreach=foreach)
