@@ -202,7 +202,7 @@ def expected_dtypes(case: Case, leaf: str) -> dict[str, str]:
 
 
 def unit_of(dtypes: dict[str, str], quantity: str) -> str:
-    """Return the real dtype whose epsilon is the unit: an update is no better than the moments it comes from."""
+    """Return the real dtype whose epsilon is the unit: an update cannot be better than the moments it comes from."""
     coarse = ("bfloat16", "float16", "float32", "float64")
     names = {dtypes["nu"]} if quantity in ("mu", "nu") else {dtypes["update"], dtypes["nu"]}
     real = {{"complex64": "float32", "complex128": "float64"}.get(name, name) for name in names}

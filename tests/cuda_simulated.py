@@ -1,7 +1,7 @@
 """The kernels of CUDA devices in Numba's simulator, which runs them as Python, thread by thread, in memory of the host.
 
 Run by test_cuda.py in a process with NUMBA_ENABLE_CUDASIM=1: prints a line for each finding, and at the end how many
-cases it has run. A CPU stands in for the device, so that all of the adapter's code for CUDA runs but the driver.
+cases it has run. A CPU is used in place of the device, so that all of the adapter's code for CUDA runs but the driver.
 """
 
 import contextlib

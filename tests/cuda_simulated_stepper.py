@@ -1,4 +1,4 @@
-"""The stepper's engine "cuda" with the kernel in Numba's simulator: NumPy's arrays stand in for CuPy's.
+"""The stepper's engine "cuda" with the kernel in Numba's simulator: NumPy's arrays replace CuPy's.
 
 Run by test_cupy.py in a process with NUMBA_ENABLE_CUDASIM=1: prints a line for each finding, and at the end how many
 cases it has run.

@@ -3,7 +3,7 @@
     python tests/on_device.py [--seconds 330] [--out out/on_device] [--wheels .wheels] [--jobs 6] [NAME ...]
 
 First the tests marked `gpu` (torch, CuPy, JAX), several processes at a time, then `tests/benchmarks/bench_cuda.py` by
-itself. The packages are those of the tree. Pure Python wheels in the folder of `--wheels` stand in for packages that
+itself. The packages are those of the tree. Pure Python wheels in the folder of `--wheels` replace packages that
 are missing; CONTRIBUTING.md says which. Results are written as they come: `NAME.jsonl` has a line for each test,
 `NAME.log` what the part printed, `summary.json` what became of each part. NAME chooses parts.
 
@@ -179,7 +179,7 @@ def run(part: Part, out: Path, env: dict[str, str], until: float) -> Outcome:
             options = ["--seconds", str(max(round(until - begun - 20.0), 1)), "--out", str(out)]
             status, _ = python(*part.arguments, *options, env=env, until=until, log=log)
         else:
-            # warnings are shown and are no errors: the versions here are not those that the suite pins
+            # warnings are shown and do not fail: the versions here are not those that the suite pins
             options = ["-q", "-m", "gpu", "-p", "on_device", "-p", "no:cacheprovider", "-W", "default", "--tb=short"]
             own = env | {RESULTS: str(results)}
             status, _ = python("-m", "pytest", *part.arguments, *options, env=own, until=until, log=log)

@@ -170,7 +170,7 @@ def test_other_parameters_are_as_without() -> None:
             assert x[name].tobytes() == y[name].tobytes()
 
 
-# what stands in the state
+# what is in the state
 
 
 def steps_of_torch(optimizer: Any, p: Any, start: int, stop: int) -> None:
@@ -202,7 +202,7 @@ def test_torch_state_dicts_hold_the_carry(flags: dict[str, bool], tmp_path: Path
         steps_of_torch(follower, parameter, 30, 60)
         assert torch.equal(parameter, p)
         assert torch.equal(follower.state[parameter]["carry"], optimizer.state[p]["carry"])
-    assert torch.equal(saved["state"][0]["carry"], before)  # it is a copy that went on
+    assert torch.equal(saved["state"][0]["carry"], before)  # it is a copy that continued
 
 
 def test_torch_takes_up_and_gives_up_the_carry_with_the_option() -> None:

@@ -1,4 +1,4 @@
-"""The ends of the number line, on every backend: what the equations say there, or what stands in their place."""
+"""The ends of the number line, on every backend: what the equations say there, or what replaces them."""
 
 from typing import Any
 
@@ -136,7 +136,7 @@ def test_equal_gradients_leave_no_residual(backend: Backend, eps_root: float) ->
 @every_backend
 @pytest.mark.parametrize("count", [2**24 - 1, 2**31 - 2, 2**31 - 1])
 def test_after_two_billion_steps(backend: Backend, count: int) -> None:
-    # An int goes on; an int32 array stays at 2**31 - 1; torch's own count is a float32, which rounds beyond 2**24. None
+    # An int grows; an int32 array stays at 2**31 - 1; torch's own count is a float32, which rounds beyond 2**24. None
     # of that is seen in the update: the bias correction is 1 by then, and t^p is that of the neighbouring numbers.
     rng = np.random.default_rng(0)
     g, mu, nu = rng.normal(size=(3, 7)), rng.normal(size=7), rng.uniform(1e-3, 1.0, 7)

@@ -147,7 +147,7 @@ MUTANTS = {
         "        return grad - new_mu\n",
         "numpy",
     ),
-    "carry not given back": ("rule.py", "wanted = carry + update", "wanted = update", "numpy"),
+    "carry not added later": ("rule.py", "wanted = carry + update", "wanted = update", "numpy"),
     "no dither": ("rule.py", "lost / place + numbers.dither", "lost / place", "numpy"),
 }
 

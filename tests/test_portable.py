@@ -1,4 +1,4 @@
-"""Every host of ACProp goes on from every other, and refuses what does not fit it."""
+"""Every host of ACProp continues from every other, and refuses what does not fit it."""
 
 import pytest
 
@@ -24,7 +24,7 @@ from cases import Case
 from hosts import Functional, Host, Optax, Stepper, TorchOptimizer, from_torch
 from test_checkpoint import HYPER, assert_same_bits, schedule, state_of, without
 
-# every host goes on from every other
+# every host continues from every other
 
 
 HOSTS: list[type[Host]] = [Functional, Stepper, Optax, TorchOptimizer]

@@ -2,7 +2,7 @@
 
 `CASES` are runs on leaves of all dtypes and of several shapes, with zeros of both signs, subnormal, huge and infinite
 numbers and NaN. The options of any two of their columns meet in some case. A `Way` is a line of the table in
-docs/guarantees.md: a backend of the harness, and the cases that it runs. Backends that are not in the table stand in
+docs/guarantees.md: a backend of the harness, and the cases that it runs. Backends that are not in the table are in
 `OTHERS`, with the reason. A NaN equals any NaN, because IEEE 754 does not say which of two operands' it is.
 """
 

@@ -34,7 +34,7 @@ def all_of(dtype: str) -> np.ndarray:
 
 
 def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
-    """Hold that two arrays have the same bits, but for those of NaN."""
+    """Hold that two arrays have the same bits, except those of NaN."""
     assert got.dtype == wanted.dtype
     nan = np.isnan(wanted.astype(np.float32))
     assert np.array_equal(np.isnan(got.astype(np.float32)), nan)

@@ -835,7 +835,7 @@ def test_a_real_signal_leaves_the_old_or_the_new(engine: str) -> None:
 def test_a_handler_that_looks_in_the_middle_sees_the_new_and_may_not_write(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The main thread waits meanwhile; a tile sends it a signal, and goes on when the handler has begun."""
+    """The main thread waits meanwhile; a tile sends it a signal, and continues when the handler has begun."""
     stepper_tiles(monkeypatch, 64)
     stepper, grads, _before, after = stepper_and_outcomes("tiles", 1)
     main, calls, begun, seen = threading.get_ident(), itertools.count(), threading.Event(), []
@@ -1005,7 +1005,7 @@ def test_a_thread_that_comes_late_touches_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_threads_that_last_hold_no_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads are made once, whatever the number of steps, and keep nothing of a stepper that is gone."""
+    """Threads are made once, for any number of steps, and keep nothing of a stepper that is gone."""
     pytest.importorskip("numba")
     stepper_tiles(monkeypatch, 64, 64)
     monkeypatch.setattr("acprop_stepper._stepper.cores", lambda: 3)

@@ -38,7 +38,7 @@ FRAMEWORKS = {
     "acprop_stepper": {"array_api_compat", "ctypes", "numba", "numpy"},  # ctypes: the addresses of arrays
     "acprop_torch": {"array_api_compat", "numpy", "torch"},
 }
-# Imports by a name that is computed: each a choice among names that stand in the code next to it.
+# Imports by a name that is computed: each a choice among names in the code next to it.
 COMPUTED_IMPORTS = {
     ("adapters/acprop_stepper/_matching.py", "importlib.import_module(name)"),  # numpy or cupy
 }

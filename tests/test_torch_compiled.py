@@ -208,7 +208,7 @@ def test_a_number_for_a_rate_may_change_without_end() -> None:
 
 
 def test_no_combination_of_options_is_left_uncompiled() -> None:
-    """Past a limit on programs torch would go on uncompiled, without a word."""
+    """Past a limit on programs torch would continue uncompiled, without a word."""
     x = torch.ones(5, requires_grad=True)
     with without_numba():
         for decay, l2, clip, (centering, asynchronous) in itertools.product(
@@ -247,7 +247,7 @@ def test_an_optimizer_may_be_made_inside_a_compiled_function(flags: dict[str, bo
         twin = run(cls, outside)
         torch.testing.assert_close(inside, outside, rtol=1e-5, atol=0.0)
         assert made.state[inside]["step"] == 3
-        made.step()  # and goes on outside
+        made.step()  # and continues outside
         twin.step()
         torch.testing.assert_close(inside, outside, rtol=1e-5, atol=0.0)
         assert {*vars(made)} == {*vars(twin)} or cls is not ACProp

@@ -229,7 +229,7 @@ def portable_complex() -> Results:
 
 
 def from_a_file(path: Path) -> Results:
-    """Go on with what another number of processes exported, from the parameters that it had."""
+    """Continue with what another number of processes exported, from the parameters that it had."""
     model = Model()
     train(model, optimizer_of(model), range(HALF))
     sharded(model=model)

@@ -309,7 +309,7 @@ def rows_of(task: Task, framework: Framework, shapes: Shapes, peak: float | None
             contenders[name] = make()
             contenders[name].step()
             framework.finish()
-        except Exception as error:  # the first steps on a device: whatever it is, the other figures count
+        except Exception as error:  # the first steps on a device: the other figures count in any case
             contenders.pop(name, None)
             failed.append({**common, "contender": name, "error": f"{type(error).__name__}: {error}"[:500]})
     steps = {name: contender.step for name, contender in contenders.items()}

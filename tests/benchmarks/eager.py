@@ -11,7 +11,7 @@ import torch
 
 
 class EagerACProp(torch.optim.Optimizer):
-    """ACProp by a loop over the parameters, with the equations as they stand in the paper."""
+    """ACProp by a loop over the parameters, with the equations of the paper."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import acprop_core
 
 TURN = 1e-3  # seconds: a shorter step is repeated within its turn until this is filled
-REST = 5e-3  # seconds before each turn, in which what the step before gave back in the background is gone
+REST = 5e-3  # seconds before each turn, in which what the step before frees in the background is freed
 LEAST, MOST = 5, 30  # rounds
 
 
