@@ -360,7 +360,7 @@ def test_16_bit_gradients_may_vanish_and_awake(dtype: str) -> None:
         (params, state), updates = scan(acprop(1e-3), jnp.ones(3, dtype), grads)
         for x in (params, updates, state[0].mu, state[0].nu):
             assert jnp.isfinite(x).all()
-    # rounded once, after the learning rate: d_4 = 1 / sqrt(1e-16 / 0.001 * ...) = 3e6 is above float16, 1e-3 of it is not
+    # rounded once, after the learning rate: d_4 = 1 / sqrt(1e-16 / 0.001 * ...) = 3e6 is above float16, and 3e3 is not
     assert 1e3 < -updates[3, 0] < 1e4
 
 
