@@ -19,6 +19,7 @@ from acprop_torch import ACProp
 from hosts import (
     called,
     capturable_on_cpu,
+    forget_compiled_torch_step,
     fused_as_on_an_accelerator,
     interrupted_kernel,
     lists_on_a_cpu,
@@ -328,6 +329,29 @@ def test_the_default_device_does_not_matter(way: dict[str, bool], dtype: torch.d
         optimizer.step()
     assert x.tolist() == [0.5] * 3
     assert optimizer.state[x]["step"].item() == 1
+
+
+def test_a_program_for_a_cpu_sees_a_cpu_as_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def compile(function: Any, **options: Any) -> Any:
+        def run(*args: Any) -> None:
+            seen.append(torch.empty(0).device.type)
+            function(*args)
+
+        return run
+
+    forget_compiled_torch_step()
+    monkeypatch.setattr(torch, "compile", compile)
+    x = torch.ones(3, requires_grad=True)
+    optimizer = ACProp([x], fused=True)
+    with without_numba():
+        for device in ("meta", "cpu", "meta"):
+            x.grad = torch.ones(3)
+            with torch.device(device):
+                optimizer.step()
+    forget_compiled_torch_step()
+    assert seen == ["cpu"] * 4  # the first is the call that compiles
 
 
 @pytest.mark.parametrize("way", ["for-loop", "foreach", "fused", "fused by inductor"], indirect=True)

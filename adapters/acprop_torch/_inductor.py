@@ -119,13 +119,14 @@ def _compile(row: Row, size: int, numbers: Numbers, flags: Flags, skip: Tensor |
 
 
 def _with_constants_on_a_cpu(program: Program) -> Program:
-    """Return the program, to be compiled and called as if torch.set_default_device had not been called.
+    """Return the program, to be compiled and called as if a CPU were the default device.
 
-    Inductor of torch 2.8 would make the constants of the program on that device, and the process would crash.
+    Inductor of torch 2.8 would make the constants of the program on another one, and the process would crash.
     """
 
     def call(*args: Any) -> None:
-        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        # torch.get_default_device of 2.6 does not know of `with torch.device(...)`
+        with nullcontext() if torch.empty(0).is_cpu else torch.device("cpu"):
             program(*args)
 
     return call
