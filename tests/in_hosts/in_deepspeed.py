@@ -37,9 +37,8 @@ def train(stage: int, steps: int, resume: Path | None, save: Path) -> Run:
     options = {"lr": 3e-2, "weight_decay": 0.01, "clip_exponent": 0.25}
     optimizer = ACProp(model.parameters(), **options)
     schedule = LinearLR(optimizer, 1.0, 0.1, total_iters=40)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
-    )
+    parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+    engine, *_ = deepspeed.initialize(**parts, config=config)
     # end
     if resume is not None:
         engine.load_checkpoint(str(resume))
@@ -52,7 +51,7 @@ def train(stage: int, steps: int, resume: Path | None, save: Path) -> Run:
     engine.save_checkpoint(str(save))
     moments = sorted(next(iter(optimizer.state.values())).keys() - {"step"})
     arrays = []
-    for p in engine.module.parameters():  # whole, whatever part of them this process holds
+    for p in engine.module.parameters():  # whole, though a process holds a part of each
         arrays += [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in moments)]
     return Run(losses, [a.numpy().copy() for a in arrays])
 
