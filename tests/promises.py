@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
-ROW = re.compile(r"^(\| \*\*(.+?)\*\*: .+?) \| (.*) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", re.MULTILINE)
+ROW = re.compile(r"^(\| \*\*(.+?)\*\*: .+?) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| (.*) \|$", re.MULTILINE)
 
 
 class Try(NamedTuple):
@@ -50,9 +50,9 @@ def counted(page: str, tries: Iterable[Try]) -> str:
 
     def row(match: re.Match[str]) -> str:
         mine = [x for x in tries if x.promise == match[2]]
-        tests = ", ".join(f"`{test}`" for test in sorted({x.test for x in mine})) or "none"
+        tests = "<br>".join(f"`{test}`" for test in sorted({x.test for x in mine})) or "none"
         backends, held = len({x.backend for x in mine}), sum(x.held for x in mine)
-        return f"{match[1]} | {tests} | {backends} | {len(mine):,} | {held:,} |"
+        return f"{match[1]} | {backends} | {len(mine):,} | {held:,} | {tests} |"
 
     return ROW.sub(row, page)
 

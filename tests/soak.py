@@ -152,7 +152,7 @@ def main() -> None:
     for name in arguments.hosts or HOSTS:
         report = soak(HOSTS[name], round(arguments.steps * PARTS.get(name, 1.0)))
         drift = " | ".join(f"{x:.1f}" for x in report.drift.values())
-        print(f"| {name} | {report.steps:,} | {report.slope:+.3f} | {drift} |", flush=True)
+        print(f"| {name} | {report.steps:,} | {report.slope:+z.3f} | {drift} |", flush=True)
         print(f"{name}: {report.seconds:.0f} s, {report.blocks:+.5f} blocks a step", file=sys.stderr, flush=True)
         failed |= any(x > DRIFT[q] for q, x in report.drift.items()) or (
             report.slope > GROWTH and report.steps >= 10**5

@@ -187,7 +187,7 @@ def test_published_bounds_are_those_tested() -> None:
         cells = [str(bounds.get(quantity, "as float32")) for quantity in ("update", "param", "mu", "nu")]
         assert f"| {name} | {' | '.join(cells)} |" in text
     for name, bound in CONSTANT_BOUNDS.items():
-        assert f"| {name} | {bound} | {NOISE_BOUNDS[name]} sqrt(n) |" in text
+        assert f"| {name} | {bound} | {NOISE_BOUNDS[name]} $\\sqrt n$ |" in text
         page = (ROOT / "docs" / "sixteen-bit.md").read_text()
         assert f"| {name} | {bound} | {NOISE_BOUNDS[name]} $\\sqrt n$ |" in page
     assert f"the same {len(CASES)} cases" in text
