@@ -91,8 +91,8 @@ def _mathml(
     raise nodes.SkipNode
 
 
-# 1e-8, ZeRO-1, 1,000 x 1,000 and the quartiles of a ratio
-_WHOLE = re.compile(r"\d[\d.]*e-\d+|ZeRO-\d|[\d,]+ x [\d,]+M?|\([\d.]+, [\d.]+\)")
+# 1e-8, ZeRO-1, 1,000 x 1,000, 8 + 8/D and the quartiles of a ratio
+_WHOLE = re.compile(r"\d[\d.]*e-\d+|ZeRO-\d|[\d,]+ x [\d,]+M?|\d+ \+ \d+/D|\([\d.]+, [\d.]+\)")
 _LONG = 28  # letters of code, of which a phone has 44 in a line
 
 

@@ -65,10 +65,10 @@ class Configuration(NamedTuple):
 
 CONFIGURATIONS = (
     Configuration("ACProp, float32", 4, 4, 8),
-    Configuration("ACProp, bfloat16, float32 moments", 2, 2, 8),
-    Configuration("ACProp, the same with `compensate=True`", 2, 2, 10),
+    Configuration("ACProp, bfloat16", 2, 2, 8),
+    Configuration("ACProp, bfloat16, compensate", 2, 2, 10),
     Configuration("AdamW, float32", 4, 4, 8),
-    Configuration("AdamW, bfloat16, bfloat16 moments", 2, 2, 4),
+    Configuration("AdamW, bfloat16", 2, 2, 4),
 )
 PLACEMENTS = ("replicated", "ZeRO-1", "ZeRO-2", "ZeRO-3")  # the last is also called FSDP
 
@@ -114,7 +114,7 @@ def gigabytes() -> Iterator[Sequence[str]]:
             for placement in PLACEMENTS:
                 sizes = [placed(c, placement, devices) * model.parameters for c in CONFIGURATIONS]
                 cells = [f"{size / 1e9:.3g}" if size <= MEMORY else f"*{size / 1e9:.4g}*" for size in sizes]
-                yield model.name, f"{devices:,}", placement, *cells
+                yield f"{model.name} on {devices:,}", placement, *cells
 
 
 def traffic() -> Iterator[Sequence[str]]:
@@ -135,7 +135,7 @@ def shares() -> Iterator[Sequence[str]]:
                     cell = f"{1e3 * seconds:.3g} ms, {100 * seconds / (seconds + passes):.2g}%"
                     fits = placed(c, placement, devices) * model.parameters <= MEMORY
                     cells.append(cell if fits else f"*{cell}*")
-                yield model.name, f"{devices:,}", f"{passes:.3g} s", name, *cells
+                yield f"{model.name} on {devices:,}", f"{passes:.3g} s", name, *cells
 
 
 def network() -> Iterator[Sequence[str]]:
@@ -150,12 +150,12 @@ def main() -> None:
     names = [c.name for c in CONFIGURATIONS]
     head = ["", "parameters", "gradients", "state", *PLACEMENTS]
     print(table("Bytes kept for each parameter; the last four on each of D accelerators", head, per_parameter()))
-    head = ["model", "accelerators", "placement", *names]
-    print(table("Gigabytes on each accelerator, without activations", head, gigabytes()))
+    head = ["model", "placement", *names]
+    print(table("Gigabytes on each of 64 or 1,024 accelerators, without activations", head, gigabytes()))
     head = ["", "moved in a step", *(f"sent: {placement}" for placement in CONFIGURATIONS[0].sent())]
     print(table("Bytes moved and sent for each parameter", head, traffic()))
-    head = ["model", "accelerators", "forward and backward", "placement", *names]
-    print(table("Time of a step of the optimizer, and its share of the whole", head, shares()))
+    head = ["model", "passes", "placement", *names]
+    print(table("Time of the passes and of a step of the optimizer, and its share of the whole", head, shares()))
     head = ["model", "", *CONFIGURATIONS[0].sent()]
     print(table("Time on the network, if nothing hides it", head, network()))
 
