@@ -37,8 +37,10 @@ smartquotes = False  # they would turn the quotes of "current", too
 numpydoc_show_class_members = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
-python_maximum_signature_line_length = 40  # one option a line, so that a phone breaks none
-highlight_options = {"python": {"stripnl": True}}  # an excerpt up to a mark ends in empty lines
+# longer signatures have one option a line, which fits a phone
+python_maximum_signature_line_length = 40
+# an excerpt up to a mark ends in empty lines
+highlight_options = {"python": {"stripnl": True}}
 copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"
@@ -91,8 +93,13 @@ def _mathml(
     raise nodes.SkipNode
 
 
-# 1e-8, ZeRO-1, 1,000 x 1,000, 8 + 8/D and the quartiles of a ratio
-_WHOLE = re.compile(r"\d[\d.]*e-\d+|ZeRO-\d|[\d,]+ x [\d,]+M?|\d+ \+ \d+/D|\([\d.]+, [\d.]+\)")
+# What a line must not break, though browsers do: after a hyphen, and on both sides of
+# a formula. These are 1e-8, ZeRO-1, 1 x 16M, 8 + 8/D and the quartiles of a ratio.
+_WHOLE = re.compile(
+    r"(\d[\d.]*e-\d+|ZeRO-\d|[\d,]+ x [\d,]+M?|\d+ \+ \d+/D|\([\d.]+, [\d.]+\))"
+)
+_BEFORE = re.compile(r"(.*(?<!\S))(\S{1,2})", re.DOTALL)  # a bracket before it
+_AFTER = re.compile(r"(\S{1,3})(?!\S)(.*)", re.DOTALL)  # a comma after it
 _LONG = 28  # letters of code, of which a phone has 44 in a line
 
 
@@ -100,33 +107,36 @@ def _nobr(*children: nodes.Node) -> nodes.inline:
     return nodes.inline("", "", *children, classes=["nobr"])
 
 
+def _join(math: nodes.math) -> None:
+    """Join a formula and what touches it."""
+    parent, whole = math.parent, [math]
+    i = parent.index(math)
+    before, after = parent[:i], parent[i + 1 :]
+    text = before[-1] if before else None
+    if isinstance(text, nodes.Text) and (found := _BEFORE.fullmatch(text)):
+        before[-1] = nodes.Text(found[1])
+        whole.insert(0, nodes.Text(found[2]))
+    text = after[0] if after else None
+    if isinstance(text, nodes.Text) and (found := _AFTER.fullmatch(text)):
+        after[0] = nodes.Text(found[2])
+        whole.append(nodes.Text(found[1]))
+    if len(whole) > 1:
+        parent[:] = [*before, _nobr(*whole), *after]
+
+
 def _keep_together(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Mark what a line must not break, which browsers do after a hyphen and on both sides of a formula."""
+    """Mark what a line must not break."""
     for code in doctree.findall(nodes.literal):
         if all(len(word) <= _LONG for word in code.astext().split()):
             code["classes"].append("nobr-words")
     for math in list(doctree.findall(nodes.math)):
-        parent, i = math.parent, math.parent.index(math)
-        around: list[nodes.Node] = [math]
-        for j, ends in ((i + 1, r"(\S{1,3})(?!\S)(.*)"), (i - 1, r"(.*(?<!\S))(\S{1,2})")):
-            beside = parent[j] if 0 <= j < len(parent) else None
-            if isinstance(beside, nodes.Text) and (found := re.fullmatch(ends, beside, flags=re.DOTALL)):
-                near, rest = found.groups() if j > i else found.groups()[::-1]
-                around = [*around, nodes.Text(near)] if j > i else [nodes.Text(near), *around]
-                parent[j] = nodes.Text(rest)
-        if len(around) > 1:
-            parent[parent.index(math)] = _nobr(*around)
+        _join(math)
+    code = (nodes.literal, nodes.math, nodes.raw, nodes.FixedTextElement)
     for text in list(doctree.findall(nodes.Text)):
-        parent = text.parent
-        if isinstance(parent, (nodes.literal, nodes.FixedTextElement, nodes.math, nodes.raw)):
-            continue
-        parts: list[nodes.Node] = []
-        end = 0
-        for match in _WHOLE.finditer(text):
-            parts += [nodes.Text(text[end : match.start()]), _nobr(nodes.Text(match[0]))]
-            end = match.end()
-        if parts:
-            parent.replace(text, [*parts, nodes.Text(text[end:])])
+        if not isinstance(text.parent, code) and _WHOLE.search(text):
+            parts = [nodes.Text(part) for part in _WHOLE.split(text)]
+            parts[1::2] = map(_nobr, parts[1::2])
+            text.parent.replace(text, parts)
 
 
 def setup(app: Sphinx) -> None:
