@@ -93,8 +93,8 @@ def _mathml(
     raise nodes.SkipNode
 
 
-# What a line must not break, though browsers do: after a hyphen, and on both sides of
-# a formula. These are 1e-8, ZeRO-1, 1 x 16M, 8 + 8/D and the quartiles of a ratio.
+# What a line must not break, though browsers do: after a hyphen, and on both sides
+# of a formula. These are 1e-8, ZeRO-1, 1 x 16M, 8 + 8/D, quartiles of a ratio.
 _WHOLE = re.compile(
     r"(\d[\d.]*e-\d+|ZeRO-\d|[\d,]+ x [\d,]+M?|\d+ \+ \d+/D|\([\d.]+, [\d.]+\))"
 )

@@ -214,21 +214,22 @@ def draw(stayed: list[float], moved: list[float], borders: tuple[int, int], file
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 12, "legend.frameon": False})  # for the width of a phone
-    figure, (above, below) = plt.subplots(2, figsize=(6, 6.4), layout="constrained", sharex=True, height_ratios=(2, 1))
+    figure, (above, below) = plt.subplots(2, figsize=(6, 7.0), layout="constrained", sharex=True, height_ratios=(2, 1))
     smooth = [np.convolve(losses, np.full(10, 0.1), "valid") for losses in (stayed, moved)]
     steps = np.arange(10, len(stayed) + 1)
     above.plot(steps, smooth[0], color="0.7", linewidth=5, label="PyTorch, without a stop")
     above.plot(steps, smooth[1], color="#D55E00", linewidth=1.5, label="PyTorch, then JAX, then PyTorch")
     above.set_ylabel("loss (nats a character)")
     above.set_title("An AdamW run that moves: a transformer in float64", fontsize=12)
-    above.legend()
+    above.set_ylim(top=5.1)  # room for the names
+    figure.legend(loc="outside lower center")
     below.plot(np.arange(1, len(stayed) + 1), np.subtract(moved, stayed), color="#D55E00")
     below.set(xlabel="step", ylabel="moved minus stayed")
     for axes in (above, below):
         for border in borders:
             axes.axvline(border, color="0.4", linestyle=":")
         axes.grid(alpha=0.3)
-    for border, name in zip(borders, ("optax.adamw", "torch.optim.AdamW"), strict=True):
+    for border, name in zip((0, *borders), ("torch.optim.AdamW", "optax.adamw", "torch.optim.AdamW"), strict=True):
         above.annotate(
             f"  {name}", (border, 0.97), xycoords=("data", "axes fraction"), va="top", color="0.3", fontsize=10
         )

@@ -142,15 +142,15 @@ def text(numbers: dict[str, Any]) -> str:
         rows.append(
             [f"{ONLY_ADASHIFT}, of {numbers[problem]['points']}", *map(str, numbers[problem][ONLY_ADASHIFT].values())]
         )
-        header = [f"{problem} problem: area in %, beta1 =", *next(iter(area.values()))]
-        parts.append(table(header, rows))
+        parts.append(f"**{problem.capitalize()} problem: area in %**")
+        parts.append(table([r"$\beta_1$", *next(iter(area.values()))], rows))
     settings = numbers["first problem by setting"]
     rows = [[name, *(_percent(shares[name]) for shares in settings.values())] for name in OPTIMIZERS]
-    parts.append(table([f"first problem: area in %, beta1 = {DRAWN}", *settings], rows))
+    parts += [rf"**First problem: area in %,** $\beta_1 = {DRAWN}$", table(["", *settings], rows)]
     by_problem = numbers["first step"]
     rows = [[name, *(_percent(shares[name]) for shares in by_problem.values())] for name in by_problem["first"]]
-    header = [f"area in %, beta1 = {DRAWN}", *(f"{problem} problem" for problem in by_problem)]
-    parts.append(table(header, rows))
+    parts.append(rf"**Both problems: area in %,** $\beta_1 = {DRAWN}$")
+    parts.append(table(["", *(f"{problem} problem" for problem in by_problem)], rows))
     return "\n\n".join(parts)
 
 

@@ -100,7 +100,7 @@ def draw(runs: dict[str, dict[str, Run]]) -> Figure:
             style = {"color": COLOURS[COLOUR_OF[name]], "linestyle": "--" if name == "Adam" else "-", "linewidth": 1.6}
             top.loglog(t, run.losses, label=name, **style)
             bottom.loglog(t, run.largest, **style)
-        bottom.loglog(t, RATES[problem] * t**CLIP, ":", color="black", label=f"bound of the clip, lr · t^{CLIP}")
+        bottom.loglog(t, RATES[problem] * t**CLIP, ":", color="black", label=f"bound of the clip, lr · $t^{{{CLIP}}}$")
         top.set_title(f"{TITLES[problem]}\nlr = {RATES[problem]:g}")
         bottom.set_xlabel("step t")
         for axes in (top, bottom):
@@ -137,7 +137,7 @@ def main() -> None:
     }
     for name, run in runs["digits"].items():
         numbers["digits"][name]["test accuracy"] = data.accuracy(run.params)
-    header = ["", "largest loss", "loss, last tenth", "largest step", "at t =", "test accuracy"]
+    header = ["", "largest loss", "loss, last tenth", "largest step", "at step", "test accuracy"]
     rows = [
         [
             f"{TITLES[problem]}: {name}",

@@ -52,7 +52,6 @@ CONTENDERS = {
     "Stepper, Numba, compensate": "#00A0C6",
     "eager ACProp": "#767676",  # ACProp of others
     "optax.contrib.acprop": "#767676",
-    "eager torch, textbook form": "#767676",
     "AdamW, fused": COLOURS["AdamW"],
     "optax.adamw": COLOURS["AdamW"],
     "scikit-learn Adam": COLOURS["Adam"],
@@ -63,6 +62,7 @@ CONTENDERS = {
     "optimi AdamW, Kahan": "#6B2E0B",
     "optax.adabelief": COLOURS["AdaBelief"],
     "pytorch_optimizer AdaBelief": COLOURS["AdaBelief"],
+    "eager torch, textbook form": "#333333",  # the last shade: markers go by their order
 }
 
 

@@ -60,7 +60,7 @@ def draw(found: dict[str, dict[str, np.ndarray]]) -> Figure:
             axes.plot(t, periods.mean(axis=1), linewidth=2.0, label=name, **LOOKS[name])
         low, high = problem.interval
         axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel="x")
-        axes.set_title(f"{title} problem: {problem.formula}\nP = {period}, beta1 = {b1}, beta2 = {b2}")
+        axes.set_title(f"{title} problem: {problem.formula}\nP = {period}, $\\beta_1$ = {b1}, $\\beta_2$ = {b2}")
         axes.axhline(problem.optimum, color="black", linewidth=0.8)
         axes.grid(alpha=0.3)
         on_line = {"xycoords": axes.get_yaxis_transform(), "xytext": (-4, 4), "textcoords": "offset points"}

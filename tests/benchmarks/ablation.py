@@ -90,6 +90,7 @@ def draw(result: Row, file: Path) -> None:
     rows = len(result["tasks"])
     size = (palette.WIDTH, 0.8 + 2.55 * rows)
     figure, panels = plt.subplots(rows, 2, figsize=size, sharex=True, sharey="row", squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)  # or the last number of a panel touches the first of the next
     for row, (task, about) in zip(panels, result["tasks"].items(), strict=True):
         grouped = convergence_report.of(result, task)
         bands, least, top = convergence_report.over_rates(grouped, about)

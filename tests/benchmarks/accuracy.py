@@ -160,13 +160,16 @@ def compare(steps: int) -> Iterator[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the worst errors in Markdown."""
     found = {(row["contender"], row["quantity"], row["b2"]): row["epsilons"] for row in rows}
-    columns = [(quantity, b2) for quantity in QUANTITIES for b2 in DECAY_RATES]
-    text = "| | compared with | " + " | ".join(f"{QUANTITIES[q]}, b2 = {b2}" for q, b2 in columns) + " |\n"
-    text += "|---|---|" + "---|" * len(columns) + "\n"
-    for name, (formula, _) in CONTENDERS.items():
-        cells = [found.get((name, *column)) for column in columns]
-        text += f"| {name} | {formula} | " + " | ".join("" if x is None else f"{x:,.3g}" for x in cells) + " |\n"
-    return text
+    tables = []
+    for b2 in DECAY_RATES:
+        text = f"**b2 = {b2}**\n\n| | compared with | {' | '.join(QUANTITIES.values())} |\n"
+        text += "|---|---|" + "---|" * len(QUANTITIES) + "\n"
+        for name, (formula, _) in CONTENDERS.items():
+            cells = [found.get((name, quantity, b2)) for quantity in QUANTITIES]
+            numbers = ["" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in cells]
+            text += f"| {name} | {formula} | {' | '.join(numbers)} |\n"
+        tables.append(text)
+    return "\n".join(tables)
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -193,7 +196,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 if (name := row["contender"]) in dashes:
                     style = {"color": palette.CONTENDERS[name], "linestyle": dashes[name], "linewidth": 2.0}
                     ax.plot(row["steps"], row["epsilons so far"], label=name, **style)
-            ax.set(xscale="log", yscale="log", title=f"{QUANTITIES[quantity]}, b2 = {b2}")
+            ax.set(xscale="log", yscale="log", title=f"{QUANTITIES[quantity]},\nb2 = {b2}")
             ax.grid(alpha=0.25)
     for ax in grid.flat:
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))

@@ -85,9 +85,8 @@ def table(result: Row) -> str:
         text += (
             ":\n\n" if about["reference"] is None else f" (the training data themselves: {about['reference']:.3f}):\n\n"
         )
-        text += (
-            "| optimizer | best rate | median | lowest | highest | diverged at it | good rates | diverged at all |\n"
-        )
+        text += "| optimizer | best rate | median | lowest | highest "
+        text += "| diverged, best rate | good rates | diverged, all rates |\n"
         text += "|---|---|---|---|---|---|---|---|\n"
         for name, rows in grouped.items():
             row = chosen[name]
@@ -146,8 +145,12 @@ def finish(figure: Any, axes: Any, file: Path) -> None:
 def line(ax: Any, name: str, look: Row, x: list[float], bands: Any, top: float, **options: Any) -> None:
     """Draw medians, and from the lowest to the highest a band; what is beyond the `top`, or infinite, just above it."""
     middle, low, high = np.minimum(np.asarray(list(bands)), 2.0 * top).T
+    within = low < top
+    within[1:-1] &= within[:-2] | within[2:]  # a band of one rate would be a scrap
     look = {"linewidth": 1.7, "markersize": 5, "color": palette.COLOURS[name], **look, **options}
-    ax.fill_between(x, low, high, color=look["color"], alpha=0.06 if "without" in name else 0.14, linewidth=0)
+    ax.fill_between(
+        x, low, high, color=look["color"], alpha=0.06 if "without" in name else 0.14, linewidth=0, where=within
+    )
     ax.plot(x, middle, label=name, **look)
 
 
@@ -199,7 +202,7 @@ def draw_curves(result: Row, file: Path) -> None:
             bands = [summary(list(losses), math.inf) for losses in zip(*row["losses"], strict=True)]
             least = min(least, *(low for _, low, _ in bands))
             line(ax, name, LOOKS[name], row["steps"], bands, top, markevery=(i % 4, 4))
-        ax.set(xlabel="step", ylabel=about["loss"].replace(" Frechet", "\nFrechet"), ylim=(least / 1.05, top))
+        ax.set(xlabel="step", ylabel=about["loss"].replace(" Fréchet", "\nFréchet"), ylim=(least / 1.05, top))
     finish(figure, axes, file)
 
 

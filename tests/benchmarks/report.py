@@ -17,7 +17,7 @@ import numpy as np
 
 import small_report
 from record import arguments, load
-from small_report import digits, markdown, spread
+from small_report import digits, machine_of, markdown, spread
 from steps import SIZES, Shape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "figures"))
@@ -88,19 +88,25 @@ def one_table(results: dict[str, Result]) -> Iterator[list[str]]:
             yield from ([f"{TITLES[name]}, {dtype}", *line] for line in cells)
 
 
-def memory(results: dict[str, Result]) -> Iterator[list[str]]:
-    """Yield what a parameter takes: with its state, and at the peak of a step beside it."""
-    yield ["", "", "dtype", "arrays", "parameter and state, bytes", "more at the peak of a step, bytes"]
+def memory(results: dict[str, Result]) -> str:
+    """Return the bytes of a parameter, a table a framework and dtype: with its state, and at the peak of a step."""
+    found = "Bytes a parameter: what it takes with its state, and what a step needs more at its peak.\n"
     for name, result in results.items():
-        for row in result["rows"]:
-            if "extra bytes" in row:
-                extra, own = (f"{row[key]:.2f}" for key in ("extra bytes", "bytes"))
-                yield [TITLES[name], row["contender"], row["dtype"], shape_of(row), own, extra]
+        rows = [row for row in result["rows"] if "extra bytes" in row]
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
+            here = [row for row in rows if row["dtype"] == dtype]
+            kept = {row["contender"]: f"{row['bytes']:.2f}" for row in here}
+            shapes = list(dict.fromkeys((row["arrays"], row["size"]) for row in here))
+            (_, *head), *lines = sized(here, shapes, lambda row: f"{row['extra bytes']:.2f}")
+            table = [["", "with state", *(f"more, {shape}" for shape in head)]]
+            table += [[contender, kept[contender], *cells] for contender, *cells in lines]
+            found += f"\n**{TITLES[name]}, {dtype}**\n\n{markdown(iter(table))}"
+    return found
 
 
 def starts(results: dict[str, Result]) -> Iterator[list[str]]:
     """Yield the seconds of imports and of first steps."""
-    yield ["", "", "import of the framework, s", "then of the package, s", "first step, s"]
+    yield ["", "optimizer", "framework, s", "package, s", "first step, s"]
     for name, result in results.items():
         for row in result["starts"]:
             seconds = (f"{row[key]:.3f}" for key in ("framework", "package", "first step"))
@@ -127,7 +133,7 @@ def slope(x: list[int], seconds: list[float]) -> float:
 
 def growth(results: dict[str, Result]) -> Iterator[list[str]]:
     """Yield the slopes."""
-    yield ["", "", "with the size of one array", "with the number of arrays"]
+    yield ["", "optimizer", "size of one array", "number of arrays"]
     for name, result in results.items():
         by_size, by_number = grown(result, "size"), grown(result, "arrays")
         for contender, line in by_size.items():
@@ -140,7 +146,8 @@ def growth(results: dict[str, Result]) -> Iterator[list[str]]:
 
 def measured(result: Result) -> str:
     """Say on what machine, and with which versions."""
-    machine, used = (", ".join(f"{k} {v}" for k, v in result[key].items()) for key in ("machine", "versions"))
+    machine = machine_of(result["machine"])
+    used = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     kind = "A short run (`quick`): the ratios are rough. " if result["quick"] else ""
     return f"{kind}Machine: {machine}. Versions: {used}.\n"
 
@@ -157,8 +164,11 @@ def sections(results: dict[str, Result]) -> dict[str, str]:
                 f"Stepper with Numba, 1 x {threads['size']:,}: two threads on {threads['cores']} cores are"
                 f" {digits(threads['ratio'][1])} times as fast as one.\n"
             )
-    tables = {"Memory": memory, "Growth": growth, "Import and first step": starts}
-    found |= {heading: markdown(rows(results)) for heading, rows in tables.items()}
+    found["Memory"] = memory(results)
+    found["Growth"] = f"Slopes of the time of a step:\n\n{markdown(growth(results))}"
+    found["Import and first step"] = (
+        "Seconds to import the framework, then the package, and of the first step:\n\n" + markdown(starts(results))
+    )
     return found | {f"{TITLES[name]}, machine and versions": measured(result) for name, result in results.items()}
 
 
@@ -235,6 +245,7 @@ def draw_growth(results: dict[str, Result], file: Path) -> None:
     plt = palette.pyplot()
     axes_of = {"size": "parameters in one array", "arrays": "arrays of 1,000"}
     figure = plt.figure(figsize=(palette.WIDTH, 5.2 * len(results)), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.1)  # or the last number of a panel touches the first of the next
     parts = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
     for part, (name, result) in zip(parts, results.items(), strict=True):
         part.suptitle(TITLES[name], fontweight="bold")
@@ -252,11 +263,23 @@ def draw_growth(results: dict[str, Result], file: Path) -> None:
 def draw_ratios(results: dict[str, Result], file: Path) -> None:
     """Draw the ratios to the limit at each size, with their quartiles."""
     plt = palette.pyplot()
-    figure = plt.figure(figsize=(palette.WIDTH, 6.4 * len(results)), layout="constrained")
-    parts = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
-    for part, (name, result) in zip(parts, results.items(), strict=True):
-        rows = [row for row in result["rows"] if row["dtype"] == "float32" and row["arrays"] * row["size"] >= 10**5]
-        rows.sort(key=lambda row: (row["arrays"], row["size"]))
+    drawn = {
+        name: sorted(
+            (row for row in result["rows"] if row["dtype"] == "float32" and row["arrays"] * row["size"] >= 10**5),
+            key=lambda row: (row["arrays"], row["size"]),
+        )
+        for name, result in results.items()
+    }
+    # as many lines as there are contenders at all sizes, and their legend
+    heights = [
+        0.11 * len({(row["contender"], shape_of(row)) for row in rows})
+        + 0.12 * len({row["contender"] for row in rows})
+        + 1.2
+        for rows in drawn.values()
+    ]
+    figure = plt.figure(figsize=(palette.WIDTH, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (name, rows) in zip(parts, drawn.items(), strict=True):
         shapes = list(dict.fromkeys(map(shape_of, rows)))
         names = list(dict.fromkeys(row["contender"] for row in rows))
         ax = part.subplots()

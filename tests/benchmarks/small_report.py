@@ -48,13 +48,17 @@ def shape_of(row: dict[str, Any]) -> str:
     return f"{row['arrays']:,} x {size}" + (f", {row['where']}" if row["where"].endswith("groups") else "")
 
 
-def steps(result: Result) -> Iterator[list[str]]:
-    """Yield a line for each pair, in microseconds."""
-    yield ["", "compared with", "arrays", "microseconds", "the other", "ratio (quartiles)", "steps"]
-    for row in sorted(result["rows"], key=lambda row: [row["contender"], row["peer"]]):
-        own, other = (digits(1e6 * row[key][1]) for key in ("seconds", "peer seconds"))
-        numbers = [own, other, spread(row["to peer"]), str(row["rounds"])]
-        yield [row["contender"], row["peer"], shape_of(row), *numbers]
+def steps(result: Result) -> str:
+    """Return a table for each pair."""
+    tables = []
+    for contender, peer in sorted({(row["contender"], row["peer"]) for row in result["rows"]}):
+        lines = [["arrays", "ratio (quartiles)", "ours, µs", "the other, µs"]]
+        for row in result["rows"]:
+            if (row["contender"], row["peer"]) == (contender, peer):
+                own, other = (digits(1e6 * row[key][1]) for key in ("seconds", "peer seconds"))
+                lines.append([shape_of(row), spread(row["to peer"]), own, other])
+        tables.append(f"**{contender}**, compared with {peer}\n\n{markdown(iter(lines))}")
+    return "\n".join(tables)
 
 
 def first_steps(result: Result) -> Iterator[list[str]]:
@@ -62,6 +66,12 @@ def first_steps(result: Result) -> Iterator[list[str]]:
     yield ["", "import of Numba, s", "then our imports and a step, s"]
     for row in result["rows"]:
         yield [row["contender"], spread(row["numba"]), spread(row["seconds"])]
+
+
+def machine_of(about: dict[str, Any]) -> str:
+    """Say on what machine."""
+    cores = f"{about['cores']} cores" + (f" ({about['cores used']} used)" if about["cores used"] else "")
+    return f"{about['cpu']}, {cores}, {about['memory, GiB']} GiB of memory, {about['system']}"
 
 
 def markdown(rows: Iterator[list[str]]) -> str:
@@ -74,12 +84,9 @@ def page(results: dict[str, Result]) -> str:
     """Return the tables by their headings, and on what they were measured."""
     sections = []
     for name, result in results.items():
-        table = markdown(first_steps(result) if name == "small_first" else steps(result))
+        table = markdown(first_steps(result)) if name == "small_first" else steps(result)
         sections.append(f"### {TITLES[name]}\n\n{table}")
-    machines = {
-        ", ".join(f"{k} {v}" for k, v in result["machine"].items() if k != "cores used"): 0
-        for result in results.values()
-    }
+    machines = {machine_of({**result["machine"], "cores used": None}): 0 for result in results.values()}
     used = {k: v for result in results.values() for k, v in result["versions"].items()}
     versions = ", ".join(f"{k} {v}" for k, v in used.items())
     return "\n".join([*sections, f"Machine: {'; '.join(machines)}. Versions: {versions}.\n"])
@@ -95,7 +102,8 @@ def draw(results: dict[str, Result], file: Path) -> None:
         for name, result in chosen.items()
     }
     heights = [0.34 * len(shapes_of[name]) + 0.24 * len(pairs_of[name]) + 1.0 for name in chosen]
-    figure = plt.figure(figsize=(palette.WIDTH, sum(heights)), layout="constrained")
+    figure = plt.figure(figsize=(palette.WIDTH, sum(heights) + 0.6), layout="constrained")
+    figure.suptitle("Time of our step over the other's;\nleft of the line ours is faster", fontsize=12)
     parts = figure.subfigures(len(chosen), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, name in zip(parts, chosen, strict=True):
         shapes, pairs = shapes_of[name], pairs_of[name]
@@ -108,14 +116,13 @@ def draw(results: dict[str, Result], file: Path) -> None:
             ax.errorbar(middle, y, **bars, label=f"{contender} / {peer}")
         ax.axvline(1.0, color="0.5", lw=1, ls="--")
         ticks = [0.1, 0.2, 0.5, 1.0, 2.0, 4.0]
-        ax.set(xscale="log", xlim=(0.1, 4.0), xticks=ticks, xticklabels=[f"{x:g}" for x in ticks])
+        ax.set(xscale="log", xlim=(0.1, 5.0), xticks=ticks, xticklabels=[f"{x:g}" for x in ticks])
         ax.minorticks_off()
         ax.set_title(TITLES[name], fontweight="bold")
         ax.set_yticks(range(len(shapes)), shapes)
         ax.set_ylim(len(shapes) - 0.5, -0.5)
         ax.grid(axis="x", alpha=0.25)
         part.legend(*ax.get_legend_handles_labels(), loc="outside lower left")
-    figure.supxlabel("time of our step over the other's;\nleft of the line ours is faster")
     palette.save(figure, file)
 
 

@@ -205,7 +205,7 @@ def transformer() -> Task:
 
 
 def frechet(x: jax.Array, mean: jax.Array, root: jax.Array) -> jax.Array:
-    """Return the squared Frechet distance of two normal distributions, with the moments of `x` and `mean`, `root` ** 2.
+    """Return the squared Fréchet distance of two normal distributions, with the moments of `x` and `mean`, `root` ** 2.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C2^1/2 C1 C2^1/2)^1/2), Dowson and Landau 1982.
     """
@@ -219,7 +219,7 @@ def frechet(x: jax.Array, mean: jax.Array, root: jax.Array) -> jax.Array:
 def gan() -> Task:
     """Return two small networks against each other: one draws digits, the other tells them from scikit-learn's.
 
-    The score is the squared Frechet distance to held-out digits in the first 16 principal components of the training
+    The score is the squared Fréchet distance to held-out digits in the first 16 principal components of the training
     images. Both networks have the same optimizer and rate, and step at the same time.
     """
     images, _ = digits()
@@ -284,9 +284,9 @@ def gan() -> Task:
 
     return Task(
         "digits, GAN",
-        "test Frechet distance",
+        "test Fréchet distance",
         False,
-        "validation Frechet distance",
+        "validation Fréchet distance",
         0.5,  # as in the paper's GANs, and usual there
         4800,
         start,
