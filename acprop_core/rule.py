@@ -195,7 +195,7 @@ def step(
 
     Notes
     -----
-    ::
+    .. code-block:: text
 
         m_t = b1 m_{t-1} + (1 - b1) g_t
         r_t = g_t - m_t, g_t - m_{t-1} or g_t                     by centering
