@@ -98,7 +98,7 @@ def minimums(session: nox.Session) -> None:
 @nox.session(python="3.11")
 @nox.parametrize("torch", TORCHES)
 def torch_versions(session: nox.Session, torch: str) -> None:
-    """Run the part of the suite that needs torch on each of its versions (3 GB and some minutes a version)."""
+    """Run the part of the suite that needs torch on each of its versions (6 GB and some minutes a version)."""
     install(session, "suite", "jax", "fast", "optax_hosts", "examples")
     # A constraints file of the system may hold torch back; what is asked for here is exact. Inductor of 2.5 imports
     # setuptools, which not every tool puts into an environment.

@@ -92,9 +92,9 @@ class ACProp:
         Which parameters decay. A bool may stand for a whole sub-container. A callable makes it from the parameters.
     clip_exponent : float, optional
         :math:`p`, at least 0; None for no clip. With a clip no element moves by more than :math:`\alpha_t t^p`.
-        Use 0.25 unless you must follow the published recurrence to the letter: without a clip, an element takes a
-        step millions of times too large at its first nonzero gradient after zeros, and likewise where its moments are
-        zeros at a count above 0, as those of elements that were added during training.
+        It does not clip gradients. Use 0.25 unless you must follow the published recurrence to the letter: without a
+        clip, an element takes a step millions of times too large at its first nonzero gradient after zeros, and
+        likewise where its moments are zeros at a count above 0, as those of elements that were added during training.
     centering : {"current", "previous", "none"}
         "current" centres the second moment on :math:`m_t`, as the paper and its authors' code do; "previous" on
         :math:`m_{t-1}`, as the code of ``optax.contrib.acprop`` does. With "none" it is the average of

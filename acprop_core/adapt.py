@@ -1,7 +1,7 @@
 """For authors of adapters: rows of leaves, their checks, and the step with its casts.
 
 An adapter walks its framework's containers, makes a `Row` of the leaves of each parameter, checks it with `check_row`,
-and calls the `Step` that `step_at` returns. docs/howto-backend.md shows one.
+and calls the `Step` that `step_at` returns. CONTRIBUTING.md has an example.
 """
 
 import copy

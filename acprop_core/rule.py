@@ -131,7 +131,7 @@ class Flags(NamedTuple):
     centering : Centering
         What the second moment is centred on.
     asynchronous : bool
-        Whether the direction is made from g_t and s_{t-1}, or else from m_t and s_t.
+        Whether the direction is made from ``g_t`` and ``s_{t-1}``, or else from ``m_t`` and ``s_t``.
     decay : Decay
         Whether this parameter decays, and in which form.
     clipped : bool
@@ -168,13 +168,13 @@ def step(
     Parameters
     ----------
     param, grad, mu : array
-        x_{t-1}, g_t and m_{t-1}, of one shape and dtype: float32, float64, complex64 or complex128. The values of
-        `param` matter only with decay or compensation.
+        ``x_{t-1}``, ``g_t`` and ``m_{t-1}``, of one shape and dtype: float32, float64, complex64 or complex128. The
+        values of `param` matter only with decay or compensation.
     nu : real array
-        s_{t-1}, in their shape and real dtype.
+        ``s_{t-1}``, in their shape and real dtype.
     carry : array or None
-        c_{t-1}, the amount that a 16-bit parameter has lost to rounding so far, in the dtype of `param`; None without
-        compensation.
+        ``c_{t-1}``, the amount that a 16-bit parameter has lost to rounding so far, in the dtype of `param`; None
+        without compensation.
     numbers : Numbers
         The numbers of the step, `cast` to this dtype.
     flags : Flags
@@ -187,7 +187,7 @@ def step(
     update : array
         u_t, to be added to `param`, in the dtype of `grad`.
     mu : array
-        m_t, in the shape and dtype of m_{t-1}.
+        ``m_t``, in the shape and dtype of ``m_{t-1}``.
     nu : real array
         s_t, likewise.
     carry : array or None
@@ -195,7 +195,7 @@ def step(
 
     Notes
     -----
-    ::
+    .. code-block:: text
 
         m_t = b1 m_{t-1} + (1 - b1) g_t
         r_t = g_t - m_t, g_t - m_{t-1} or g_t                     by centering
@@ -329,9 +329,9 @@ class Hyperparameters(NamedTuple):
     clip_exponent : float, 0-d array or None
         p: at step t no element of the direction exceeds t**p; None for no clip.
     centering : {"current", "previous", "none"}
-        What the second moment is centred on: m_t, m_{t-1} or 0.
+        What the second moment is centred on: ``m_t``, ``m_{t-1}`` or 0.
     asynchronous : bool
-        Whether the direction is made from g_t and s_{t-1}, or else from mhat_t and shat_t.
+        Whether the direction is made from ``g_t`` and ``s_{t-1}``, or else from ``mhat_t`` and ``shat_t``.
     compensate : bool
         Whether 16-bit parameters keep a carry.
     l2 : bool

@@ -13,6 +13,7 @@ WORDS = {
     "In a clone of this repository:": "From PyPI:",
     "pip install .`": "pip install acprop-core`",
     '".[': '"acprop-core[',
+    "In a clone, try it": "In a clone of [the repository](https://github.com/REPOSITORY), try it",
 }
 CODE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(!\[[^\]]*\]\(|\]\()([^)\s]+)")  # of a picture or a link, the last part of [![...](...)](...) too
@@ -28,6 +29,7 @@ def for_pypi(text: str, repository: str, tag: str) -> str:
         path, hash_sign, anchor = url.partition("#")
         if re.match(r"\w+:", url):
             return match[0]
+        path = re.sub(r"^docs/examples/loop_(\w+)\.py$", r"docs/howto-loop-\1.md", path)  # the page shows it
         if page := re.fullmatch(r"docs/([\w-]+)\.md", path):
             return f"{opening}https://{owner.lower()}.github.io/{name}/{page[1]}.html{hash_sign}{anchor}"
         if opening.startswith("!"):
@@ -35,7 +37,7 @@ def for_pypi(text: str, repository: str, tag: str) -> str:
         return f"{opening}https://github.com/{repository}/blob/{tag}/{path or 'README.md'}{hash_sign}{anchor}"
 
     for words, others in WORDS.items():
-        text = text.replace(words, others)
+        text = text.replace(words, others.replace("REPOSITORY", repository))
     parts = CODE.split(text)  # code is in every second one
     if relative := [a or b for part in parts[::2] for a, b in OTHER.findall(part) if not re.match(r"\w+:", a or b)]:
         raise ValueError(f"links to {relative} are not of the form [text](address)")

@@ -34,7 +34,9 @@ def test_every_link_of_the_readme_is_absolute_and_leads_somewhere() -> None:
     urls = links(before)
     assert len(urls) > 20
     assert {*pictures} <= {*urls}
-    for url, new in zip(urls, links(rewritten(before)), strict=True):
+    now = links(rewritten(before))
+    now.remove("https://github.com/Someone/Some.where")
+    for url, new in zip(urls, now, strict=True):
         if url.startswith("https://"):
             assert new == url
             continue
@@ -43,7 +45,7 @@ def test_every_link_of_the_readme_is_absolute_and_leads_somewhere() -> None:
         if new.startswith(SITE):
             page, _, anchor = new.removeprefix(SITE).partition("#")
             source = ROOT / "docs" / f"{page.removesuffix('.html')}.md"
-            assert source == ROOT / path
+            assert source == ROOT / path or f"{{literalinclude}} {path.removeprefix('docs/')}" in source.read_text()
             # Sphinx's anchor of a heading; GitHub's is another one where the heading has an apostrophe
             titles = re.findall(r"^#+ (.*)$", source.read_text(), flags=re.MULTILINE)
             assert anchor in {"", *(re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") for title in titles)}
@@ -75,6 +77,7 @@ def test_code_and_absolute_links_stay() -> None:
         ("[a\nb](docs/b-c.md#d-e)", f"[a\nb]({SITE}b-c.html#d-e)"),
         ("[a](docs/benchmarks/b.md)", f"[a]({BLOB}docs/benchmarks/b.md)"),
         ("[a](docs/b.py#L3)", f"[a]({BLOB}docs/b.py#L3)"),
+        ("[a](docs/examples/loop_b.py)", f"[a]({SITE}howto-loop-b.html)"),
         ("[a](LICENSE)", f"[a]({BLOB}LICENSE)"),
         ("[a](#b)", f"[a]({BLOB}README.md#b)"),
         ("![a](docs/b.png)", f"![a]({RAW}docs/b.png)"),

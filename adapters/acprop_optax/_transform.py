@@ -88,10 +88,10 @@ def acprop(
         Which parameters decay; as in ``optax.add_decayed_weights``.
     clip_exponent : float, optional
         No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
-        clip. 0.25 is recommended.
+        clip. 0.25 is recommended. It does not clip gradients: chain ``optax.clip_by_global_norm`` before for that.
     centering : {"current", "previous", "none"}
-        Centre the second moment on m_t as the paper does, on m_{t-1} as the code of ``optax.contrib.acprop``, or not
-        at all, as Adam.
+        Centre the second moment on ``m_t`` as the paper does, on ``m_{t-1}`` as the code of ``optax.contrib.acprop``,
+        or not at all, as Adam.
     asynchronous : bool
         Divide the gradient by the root of the previous second moment, or else the mean of gradients by that of the new
         one, as Adam and AdaBelief. `acprop_core.ACProp` says which combination is which published optimizer.
@@ -216,7 +216,7 @@ def scale_by_acprop(
     asynchronous: bool = True,
     moment_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    """Return the transformation of gradients g_t into d_t = g_t / (sqrt(shat_{t-1}) + eps), clipped.
+    """Return the transformation of gradients into directions, ``g_t / (sqrt(shat_{t-1}) + eps)``, clipped.
 
     Parameters
     ----------
@@ -226,7 +226,8 @@ def scale_by_acprop(
     eps, eps_root : float or 0-d array
         Added to the root of the second moment, and to the second moment at every step; at least 0.
     clip_exponent : float, optional
-        No element of d_t exceeds ``t**clip_exponent``; None for no clip. 0.25 is recommended.
+        No element of d_t exceeds ``t**clip_exponent``; None for no clip. 0.25 is recommended. It does not clip
+        gradients.
     centering, asynchronous, moment_dtype : str, bool, and dtype or its name
         As in `acprop`.
 

@@ -70,9 +70,9 @@ class Stepper:
         Which parameters decay; as in `acprop_core.ACProp`, but read only once, by the constructor.
     clip_exponent : float, optional
         No element moves by more than ``learning_rate * t**clip_exponent`` at step t, weight decay aside; None for no
-        clip. 0.25 is recommended.
+        clip. 0.25 is recommended. It does not clip gradients: `clip_norm` does.
     centering : {"current", "previous", "none"}
-        What the second moment is centred on: m_t as in the paper, m_{t-1} as in optax, or nothing, as in Adam.
+        What the second moment is centred on: ``m_t`` as in the paper, ``m_{t-1}`` as in optax, or nothing, as in Adam.
     asynchronous : bool
         False makes synchronous steps, as those of Adam and AdaBelief; `acprop_core.ACProp` says what the two make.
     moment_dtype : dtype or its name, optional

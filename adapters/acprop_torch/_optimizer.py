@@ -60,9 +60,9 @@ class ACProp(torch.optim.Optimizer):
         one launch for all parameters), or by torch.compile.
     clip_exponent : float, optional
         Weight decay aside, no element moves by more than ``lr * t**clip_exponent`` at step t; None for no clip. 0.25 is
-        recommended.
+        recommended. It does not clip gradients: call ``torch.nn.utils.clip_grad_norm_`` for that.
     centering : {"current", "previous", "none"}
-        What the second moment is centred on: m_t as in the paper, m_{t-1} as in optax, or nothing, as in Adam.
+        What the second moment is centred on: ``m_t`` as in the paper, ``m_{t-1}`` as in optax, or nothing, as in Adam.
     asynchronous : bool
         False makes synchronous steps, as those of Adam and AdaBelief; `acprop_core.ACProp` says what the two make.
     moment_dtype : torch.dtype, optional

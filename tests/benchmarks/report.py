@@ -179,8 +179,8 @@ def page(results: dict[str, Result]) -> str:
 
 # Rows of the README's table: how it is said, the result file and names of the pair at 12 x 10,000, and at 1 x 16M.
 README = [
-    ("PyTorch, default options", "torch.optim.AdamW", "small_torch", "default flags", "small_torch_large"),
-    ("PyTorch, `fused=True`", "the same, `fused=True`", "small_torch", "fused", "small_torch_large"),
+    ("PyTorch with Numba, default options", "torch.optim.AdamW", "small_torch", "default flags", "small_torch_large"),
+    ("PyTorch with Numba, `fused=True`", "the same, `fused=True`", "small_torch", "fused", "small_torch_large"),
     ("optax, jitted", "optax.adamw", "small_jax", "acprop_optax", "steps_jax"),
     ("`Stepper`, compiled", "scikit-learn's Adam", "small_numpy", "Stepper, Numba", "steps_numpy"),
     ("core on NumPy", "Adam in NumPy, a line an equation", "small_numpy", "functional core", ""),
