@@ -94,9 +94,10 @@ def _mathml(
 
 
 # What a line must not break, though browsers do: after a hyphen, and on both sides
-# of a formula. These are 1e-8, ZeRO-1, 1 x 16M, 8 + 8/D, quartiles of a ratio.
+# of a formula. These are 1e-8, ZeRO-1, 1 x 16M, 7B on 64, 8 + 8/D, quartiles.
 _WHOLE = re.compile(
-    r"(\d[\d.]*e-\d+|ZeRO-\d|[\d,]+ x [\d,]+M?|\d+ \+ \d+/D|\([\d.]+, [\d.]+\))"
+    r"(\d[\d.]*e-\d+|ZeRO-\d|[\d,]+ x [\d,]+M?|\d+B on [\d,]+|\d+ \+ \d+/D"
+    r"|\([\d.]+, [\d.]+\))"
 )
 _BEFORE = re.compile(r"(.*(?<!\S))(\S{1,2})", re.DOTALL)  # a bracket before it
 _AFTER = re.compile(r"(\S{1,3})(?!\S)(.*)", re.DOTALL)  # a comma after it

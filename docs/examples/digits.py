@@ -336,7 +336,7 @@ def _draw(runs: list[Run], exploded: Run, given: dict[str, list[float]], folder:
         return np.convolve(losses, np.ones(window) / window, mode="valid")
 
     plt.rcParams.update({"font.size": 12, "legend.frameon": False})  # for the width of a phone
-    heights = (3, 2.4, 1.8) if given else (3, 2.4)
+    heights = (3, 2.4, 2.2) if given else (3, 2.4)
     figure, (top, middle, *bottom) = plt.subplots(
         len(heights), 1, figsize=(6, 1.6 + sum(heights)), sharex=True, height_ratios=heights, layout="constrained"
     )
@@ -361,8 +361,8 @@ def _draw(runs: list[Run], exploded: Run, given: dict[str, list[float]], folder:
         axes.set_yscale("symlog", linthresh=1e-9)
         axes.set_ylim(-5e-10, 1e-6)
         axes.set_yticks([0.0, 1e-9, 1e-8, 1e-7, 1e-6], ["0", "", "$10^{-8}$", "", "$10^{-6}$"])
-        axes.set_ylabel("... of parameters,\nfloat32, with\nNumPy's gradients")
-        axes.legend(loc="center right")
+        axes.set_ylabel("distance of parameters,\nfloat32, with\nNumPy's gradients")
+        axes.legend(loc="center right", fontsize=10)
     (bottom or [middle])[-1].set_xlabel("step")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "digits.png"

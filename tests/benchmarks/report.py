@@ -106,7 +106,7 @@ def memory(results: dict[str, Result]) -> str:
 
 def starts(results: dict[str, Result]) -> Iterator[list[str]]:
     """Yield the seconds of imports and of first steps."""
-    yield ["", "optimizer", "framework, s", "package, s", "first step, s"]
+    yield ["", "optimizer", "framework", "package", "first step"]
     for name, result in results.items():
         for row in result["starts"]:
             seconds = (f"{row[key]:.3f}" for key in ("framework", "package", "first step"))
