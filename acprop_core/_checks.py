@@ -264,9 +264,13 @@ def check_carry(name: str, carry: Any, param: Any) -> None:
             )
 
 
-def check_compensation(compensate: bool, carry: Any) -> None:
-    """Refuse a state without carry for an optimizer with `compensate`, and the reverse."""
-    if compensate and carry is None:
+def check_compensation(compensate: bool, carry: Any, like: Any) -> None:
+    """Refuse a state without carry for an optimizer with `compensate`, and the reverse.
+
+    `like` is what the carry belongs to. One array that has not 16 bits has no carry: its container of carries is None.
+    """
+    is_container = isinstance(like, dict | list | tuple)
+    if compensate and carry is None and (is_container or (hasattr(like, "dtype") and is_compensated(like))):
         raise ValueError(
             "compensate is True, but the state was made without it and has no carry; begin with "
             "state._replace(carry=optimizer.init(params).carry)"

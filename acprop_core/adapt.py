@@ -107,8 +107,8 @@ def rows_of(trees: Row, compensate: bool) -> tuple[list[Row], Any]:
     TypeError, ValueError
         If containers or leaves do not match.
     """
-    check_compensation(compensate, trees.carry)
     like = trees.mu if trees.param is None else trees.param
+    check_compensation(compensate, trees.carry, like)
     present = [align(tree, like, what) for tree, what in zip(trees[1:4], _CONTAINERS[1:4], strict=True)]
     nothing = [None] * len(present[0])
     param = nothing if trees.param is None else align(trees.param, like, _CONTAINERS.param)

@@ -153,6 +153,11 @@ def test_names_of_every_character(tmp_path: Path) -> None:
         assert list(load(tmp_path / "a")[1].mu) == [name]
 
 
+def test_the_longest_name_of_a_file(tmp_path: Path) -> None:
+    save(tmp_path / ("a" * 255), ACProp(), state_of({"w": np.ones(1)}))
+    assert [path.name for path in tmp_path.iterdir()] == ["a" * 255]
+
+
 @pytest.mark.parametrize("count", [0, 2**31, 2**53 + 1, 2**63 - 1])
 def test_counts(count: int, tmp_path: Path) -> None:
     for given in (count, np.asarray(count)):

@@ -21,7 +21,7 @@ import torch
 import acprop_optax
 import acprop_stepper
 import acprop_torch
-from acprop_core import ACProp, State, rule
+from acprop_core import ACProp, State, load, rule, save
 from agreement import Record
 from cases import DTYPES, Case, prescribed
 from hosts import Host, compensated
@@ -168,6 +168,31 @@ def test_other_parameters_are_as_without() -> None:
     for name in ("w", "d", "c"):
         for x, y in ((plain, same), (before.mu, after.mu), (before.nu, after.nu)):
             assert x[name].tobytes() == y[name].tobytes()
+
+
+def test_one_array_that_needs_no_carry_goes_on(tmp_path: Path) -> None:
+    param, grad, optimizer = np.ones(3, np.float32), np.full(3, 0.5, np.float32), ACProp(**HYPER)
+    state = optimizer.init(param)
+    for _ in range(2):
+        update, state = optimizer.update(grad, state, param)
+        param = optimizer.apply(param, update)
+    own = np.ones(3, np.float32)
+    stepper = acprop_stepper.Stepper(own, **HYPER)
+    stepper.step(grad)
+    own, stepper = copy.deepcopy((own, stepper))
+    stepper.load_state(stepper.state)
+    stepper.step(grad)
+    assert own.tobytes() == param.tobytes()
+    transform = acprop_optax.acprop(**HYPER)
+    theirs = transform.init(jnp.ones(3))
+    for saved in ((optimizer, state), acprop_stepper.export_state(stepper)):
+        save(tmp_path / "a", *saved)
+        assert load(tmp_path / "a", param)[1].mu.tobytes() == state.mu.tobytes()
+        theirs = acprop_optax.import_state(theirs, optimizer, *load(tmp_path / "a"))
+        assert acprop_optax.export_state(theirs, optimizer)[1].mu[""].tobytes() == state.mu.tobytes()
+    half = np.ones(3, np.float16)
+    with pytest.raises(ValueError, match="the state was made without it and has no carry"):
+        optimizer.update(half, ACProp().init(half), half)
 
 
 # what is in the state

@@ -506,6 +506,9 @@ def test_optax_numbers_that_are_injected() -> None:
     taken = acprop_optax.import_state(fresh, ACProp(**HYPER), *saved, prefer="saved")
     assert taken.hyperparams["learning_rate"] == 0.5
     assert taken.hyperparams["learning_rate"].dtype == fresh.hyperparams["learning_rate"].dtype
+    whole = optax.inject_hyperparams(acprop_optax.acprop)(**HYPER | {"learning_rate": 0}).init(params)
+    with pytest.raises(ValueError, match="learning_rate is 0.0 here and 0.5 in the saved state"):
+        acprop_optax.import_state(whole, saved[0], *saved)  # an int32 there, of which 0.5 would be 0
     plain = acprop_optax.acprop(**HYPER).init(params)
     with pytest.raises(ValueError, match="learning_rate is 0.1 here and 0.5 .* make it from the saved ones"):
         acprop_optax.import_state(plain, ACProp(**HYPER), *saved, prefer="saved")
@@ -622,6 +625,13 @@ def test_optax_leaves_that_are_not_optimized_are_left_out() -> None:
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True))
 
 
+@pytest.mark.parametrize("mask", [True, {"i": False, "key": False, "w": True}, {"i": 0, "key": 0, "w": np.array(1)}])
+def test_optax_masks_of_leaves_that_are_not_optimized(mask: Any) -> None:
+    params = {"w": jnp.ones(3), "i": jnp.arange(2), "key": jax.random.key(0)}
+    state = acprop_optax.acprop(**HYPER, mask=mask).init(params)
+    assert acprop_optax.export_state(state, ACProp(**HYPER, mask=mask))[0].mask == {"w": True}
+
+
 def test_optax_refuses_a_state_after_updates_that_were_not_finite() -> None:
     params, optimizer = {"w": jnp.ones(3)}, ACProp(**HYPER)
     transform = optax.apply_if_finite(acprop_optax.acprop(**HYPER), 3)
@@ -648,9 +658,9 @@ def test_names_of_flax_and_equinox() -> None:
         def __init__(self) -> None:
             self.layers = nnx.List([nnx.Linear(3, 2, rngs=nnx.Rngs(0))])
 
-    def names(params: Any, mask: Any = None) -> list[str]:
-        transform = acprop_optax.acprop(**HYPER, mask=mask)
-        optimizer = ACProp(**HYPER, mask=mask)
+    def names(params: Any, mask: Any = None, **options: Any) -> list[str]:
+        transform = acprop_optax.acprop(**HYPER, mask=mask, **options)
+        optimizer = ACProp(**HYPER, mask=mask, **options)
         grads = jax.tree.map(jnp.ones_like, params)
         _, state = transform.update(grads, transform.init(params), params)
         saved = acprop_optax.export_state(state, optimizer)
@@ -671,6 +681,11 @@ def test_names_of_flax_and_equinox() -> None:
     assert names([mlp, mlp], [True, False]) == [f"{i}.{name}" for i in range(2) for name in expected]
     state = nnx.state(Net(), nnx.Param)
     assert sorted(names(state)) == ["layers.0.bias", "layers.0.kernel"]
+    state["layers"][0]["kernel"] = state["layers"][0]["kernel"].replace(jnp.ones((3, 2), jnp.bfloat16))
+    assert sorted(names(state, compensate=True)) == [
+        "layers.0.bias",
+        "layers.0.kernel",
+    ]  # one carry is None
 
 
 def test_from_torch_to_flax(tmp_path: Path) -> None:

@@ -1058,6 +1058,31 @@ def test_one_program_serves_all_decays_and_scales() -> None:
 # threads, processes
 
 
+def test_a_count_is_refused_from_which_a_stepper_cannot_go_on() -> None:
+    params = {"w": np.ones(3)}
+    stepper = Stepper(params, clip_exponent=0.25)
+    stepper.load_state(stepper.state._replace(count=2**62 - 1))
+    assert stepper.step({"w": np.ones(3)}).count == 2**62
+    with pytest.raises(ValueError, match=r"is 4611686018427387904, too large for a stepper; pass one below 2\*\*62"):
+        stepper.load_state(stepper.state)
+    assert stepper.state.count == 2**62
+
+
+def test_the_thread_of_all_steppers_survives_an_error_between_tasks() -> None:
+    errors = [OSError("first"), OSError("second")]
+
+    def count() -> None:
+        if errors:
+            raise errors.pop(0)
+
+    work = _work.Work([], count)
+    for text in ("first", "second"):
+        with pytest.raises(OSError, match=text):
+            work.finish()
+    work.finish()
+    assert work.finished
+
+
 def test_a_stepper_is_shown_with_its_hyperparameters() -> None:
     stepper = Stepper({"a": np.ones((2, 3)), "b": [None, np.ones(())]}, 0.5, clip_exponent=0.25)
     stepper.step({"a": np.ones((2, 3)), "b": [None, np.ones(())]})

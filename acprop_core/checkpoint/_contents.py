@@ -62,7 +62,7 @@ def to_tensors(optimizer: ACProp, state: State) -> tuple[dict[str, Any], dict[st
         raise TypeError(f"the optimizer is a {type(optimizer).__name__}; pass an acprop_core.ACProp")
     if not isinstance(state, State):
         raise TypeError(f"the state is a {type(state).__name__}; pass a State, or the one that export_state returned")
-    check_compensation(optimizer.compensate, state.carry)
+    check_compensation(optimizer.compensate, state.carry, state.mu)
     mu = by_name(flatten(state.mu))
     nu = align(state.nu, state.mu, "the container of second moments")
     carry = [None] * len(mu) if state.carry is None else align(state.carry, state.mu, "the container of carries")

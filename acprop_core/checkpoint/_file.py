@@ -59,9 +59,10 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
         kind = next((kind for kind, is_kind in _KINDS.items() if is_kind(replaced.st_mode)), "special file")
         error = IsADirectoryError if kind == "directory" else OSError
         raise error(f"{os.fsdecode(path)!r} is a {kind}, which save does not replace; pass the path of a regular file")
-    folder, name = os.path.split(real)
-    # In the same folder, because a rename is atomic only within one file system. Each writer has its own name.
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    # In the same folder, because a rename is atomic only within one file system. Each writer has its own name, which is
+    # short: the name of the file may already be as long as the system allows.
+    folder = os.path.dirname(real)
+    temporary = os.path.join(folder, f".acprop-{os.getpid()}-{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode if replaced is None else replaced.st_mode
@@ -74,7 +75,7 @@ def save(path: str | os.PathLike[str], optimizer: ACProp, state: State) -> None:
         os.chmod(temporary, stat.S_IMODE(mode))
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, os.path.join(folder, name))
+        os.replace(temporary, real)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

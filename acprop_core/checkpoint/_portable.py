@@ -174,7 +174,7 @@ def check_portable(saved: ACProp, state: State) -> ACProp:
                 raise TypeError(f"{called(what, str(name))} is a {type(x).__name__} ({x!r:.40}); pass an array")
     if not isinstance(check_count(state.count), int):
         raise TypeError(f"the step count (state.count) is {state.count!r}; pass an int")
-    check_compensation(saved.compensate, state.carry)
+    check_compensation(saved.compensate, state.carry, state.mu)
     return to_portable(saved, state.mu)
 
 

@@ -25,7 +25,7 @@ from acprop_optax._states import (
     value_of,
 )
 from acprop_optax._transform import CarryState
-from acprop_optax._trees import name_of
+from acprop_optax._trees import is_bool, name_of
 
 # What a ScaleByAdamState says of the hyperparameters. `acprop` keeps a ScaleByBeliefState, in every corner.
 _ADAM = {"asynchronous": False, "centering": "none", "eps_root": 0.0, "clip_exponent": None}
@@ -97,9 +97,10 @@ def export_state(state: optax.OptState, optimizer: ACProp) -> tuple[ACProp, Stat
         for tree in (moments.mu, moments.nu)
     )
     nu = {name: x.real for name, x in nu.items()}  # optax's own are complex where the parameter is; the rule's are real
-    hyperparameters, carry = _hyperparameters(state, optimizer), carry_of(state)
-    if carry is not None:
-        carry = {name: checkpoint.to_numpy("carry", name, x) for name, x in _named(carry).items() if name in mu}
+    hyperparameters, carry = _hyperparameters(state, optimizer), None
+    if hyperparameters.compensate:
+        carries = _named(carry_of(state)).items()
+        carry = {name: checkpoint.to_numpy("carry", name, x) for name, x in carries if name in mu}
     return hyperparameters, State(count, mu, nu, carry)
 
 
@@ -169,7 +170,7 @@ def import_state(
         if isinstance(x, MOMENTS):
             return type(x)(_counted(x.count, saved_state.count), mu, nu)
         if isinstance(x, CarryState):
-            return CarryState(*carry)
+            return CarryState(*carry or [None])  # as `init` made it for one array that has not 16 bits
         field = KINDS[type(x).__name__].counter
         return x if field is None else x._replace(**{field: _counted(getattr(x, field), saved_state.count)})
 
@@ -200,12 +201,15 @@ def _hyperparameters(state: Any, optimizer: ACProp) -> ACProp:
         for name in _numbers_in(x):
             given, now = getattr(optimizer, name), value_of(x.hyperparams[name])
             # inject_hyperparams rounds to its own dtype; the number that was passed is then the one that is meant
-            if callable(given) or given is None or jnp.asarray(given, now.dtype) != now:
+            dtype = now.dtype if jnp.issubdtype(now.dtype, jnp.inexact) else float
+            if callable(given) or given is None or jnp.asarray(given, dtype) != now:
                 values[name] = float(now)
     present = {name: x for name, x in _named(moments.mu).items() if x is not None}
     if optimizer.mask is not None and not callable(optimizer.mask):
+        names = [name for name, x in _leaves_of(moments.mu).items() if x is not None]
         marks = jax.tree.map(lambda mark, tree: [mark] * len(jax.tree.leaves(tree)), optimizer.mask, moments.mu)
-        values["mask"] = dict(zip(present, jax.tree.leaves(marks), strict=True))
+        marked = zip(names, jax.tree.leaves(marks), strict=True)
+        values["mask"] = {name: bool(mark) if is_bool(mark) else mark for name, mark in marked if name in present}
     portable = checkpoint.to_portable(with_values(optimizer, **values), present)
     check_options(state, portable)
     has = {name: getattr(portable, name) for name in _ADAM}
@@ -244,12 +248,15 @@ def _is_leaf(x: Any) -> bool:
     return x is None or any(c.__name__ == "Variable" and c.__module__.startswith("flax.nnx") for c in type(x).__mro__)
 
 
+def _leaves_of(tree: Any) -> dict[str, Any]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    return checkpoint.by_name((name_of(path), value_of(x)) for path, x in pairs)
+
+
 def _named(tree: Any) -> dict[str, Any]:
     """Return the leaves by name; None for integers, bools and keys, which are not optimized and have no moments."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    leaves = [value_of(x) for _, x in pairs]
-    floats = [x if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None for x in leaves]
-    return checkpoint.by_name((name_of(path), x) for (path, _), x in zip(pairs, floats, strict=True))
+    leaves = _leaves_of(tree).items()
+    return {name: x if x is not None and jnp.issubdtype(x.dtype, jnp.inexact) else None for name, x in leaves}
 
 
 def _filled(tree: Any, arrays: list[Any]) -> Any:

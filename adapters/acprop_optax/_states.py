@@ -132,7 +132,7 @@ def _check(tree: Any) -> None:
 
 def check_options(state: Any, optimizer: ACProp) -> None:
     """Refuse options that the state shows and the hyperparameters lack, or the reverse."""
-    rows = [("compensate", carry_of(state) is not None, optimizer.compensate)]
+    rows = [("compensate", _has(state, "CarryState"), optimizer.compensate)]
     chain = next(filter(_is_chain, jax.tree.leaves(state, is_leaf=_is_chain)), None)
     if chain is not None:
         *decay, rate = (x for x in chain[1:] if not isinstance(x, CarryState))
@@ -165,4 +165,4 @@ def _has(state: Any, kind: str) -> bool:
 
 
 def value_of(x: Any) -> Any:
-    return None if x is None else jax.tree.leaves(x)[0]
+    return next(iter(jax.tree.leaves(x)), None)

@@ -89,7 +89,7 @@ def marks(mask: Any, params: Any) -> Any:
     if leaves and all(map(callable, leaves)):  # asked as in optax, because a module that is a mask may be callable too
         mask = mask(params)
     for path, mark in jax.tree_util.tree_flatten_with_path(mask)[0]:
-        if not _is_bool(mark):
+        if not is_bool(mark):
             raise TypeError(f"{called('mask', name_of(path))} is {mark!r}; use True (decay) or False")
     try:
         return jax.tree.map(lambda mark, subtree: bool(mark), mask, params)
@@ -97,7 +97,8 @@ def marks(mask: Any, params: Any) -> Any:
         raise ValueError(f"the mask is not in the structure of the parameters: {error}") from None
 
 
-def _is_bool(mark: Any) -> bool:
+def is_bool(mark: Any) -> bool:
+    """Return whether a mark is True or False, as a bool, a 0-d array, or 1 or 0."""
     dtype = getattr(mark, "dtype", np.dtype(type(mark)))
     if np.ndim(mark) or (not jnp.issubdtype(dtype, np.bool_) and not jnp.issubdtype(dtype, np.integer)):
         return False

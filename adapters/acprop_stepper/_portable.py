@@ -40,8 +40,7 @@ def export_state(stepper: Stepper) -> tuple[ACProp, State]:
     state = stepper.state
     kept = (
         {name: to_numpy("moment", name, x) for name, x in by_name(flatten(tree)).items()}
-        for tree in state[1:]
-        if tree is not None
+        for tree in (state[1:] if stepper.functional.compensate else state[1:3])
     )
     return _hyperparameters(stepper), State(state.count, *kept)
 

@@ -284,6 +284,8 @@ class Stepper:
         count = adapt.check_count(state.count)
         if not isinstance(count, int):
             raise TypeError(f"the step count (state.count) is {count!r}; pass an int")
+        if count >= 2**62:
+            raise ValueError(f"the step count (state.count) is {count}, too large for a stepper; pass one below 2**62")
         like = self._matching.containers
         grads = unflatten(like, [None] * len(self._matching.names))
         rows, _ = adapt.rows_of(Row(like, grads, *state[1:]), self.functional.compensate)

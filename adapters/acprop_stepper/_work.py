@@ -64,6 +64,12 @@ class Work:
             raise interruption
 
     def _run(self) -> None:
+        try:
+            self._do_all()
+        except BaseException as error:  # `finish` raises it; here it would end the thread of all steppers
+            self._errors.append(error)
+
+    def _do_all(self) -> None:
         locks = [threading.Lock() for _ in range(min(self._threads, len(self._pending)) - 1)]
         if locks:
             call_beside(functools.partial(self._help, locks), len(locks))
