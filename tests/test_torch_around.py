@@ -477,6 +477,68 @@ def test_func_transforms_go_through_a_differentiable_step() -> None:
     )
 
 
+@ways
+@pytest.mark.parametrize("transform", ["grad", "functionalize"])
+def test_func_transforms_take_plain_steps(transform: str, flags: dict[str, bool]) -> None:
+    def trained(start: torch.Tensor) -> torch.Tensor:
+        p = torch.nn.Parameter(start.detach().clone())
+        optimizer = ACProp([p], lr=0.1, clip_exponent=0.25, **flags)
+        for _ in range(3):
+            p.grad = 2 * p.detach()
+            optimizer.step()
+        return p.detach()
+
+    start = torch.tensor([1.0, -2.0, 0.5])
+    of = {"grad": lambda x: (x * trained(x)).sum(), "functionalize": trained}  # the first has the same derivative
+    found = getattr(torch.func, transform)(of[transform])(start)
+    torch.testing.assert_close(found, trained(start), rtol=1e-6, atol=0)  # torch's own root may be the other neighbour
+
+
+@ways
+def test_a_mode_sees_what_a_step_changes(flags: dict[str, bool]) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = ACProp([p], lr=0.1, clip_exponent=0.25, **flags)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before = p.detach().clone()
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = p.square().sum()
+        optimizer.step()
+        p.grad = None
+        loss.backward()
+    assert torch.equal(p.grad, 2 * before)
+
+
+@pytest.mark.parametrize("flags", [{"foreach": False}, {"fused": True}, {}])
+def test_betas_may_be_integers_in_tensors(flags: dict[str, bool]) -> None:
+    ends = []
+    for betas in ((torch.tensor(0), torch.tensor(0.875)), (0.0, 0.875)):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = ACProp([{"params": [p], "betas": betas}], lr=0.1, clip_exponent=0.25, **flags)
+        p.grad = torch.tensor([1.0, -2.0, 0.5])
+        optimizer.step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
+@ways
+def test_what_would_lose_a_part_is_refused(flags: dict[str, bool]) -> None:
+    other, negated = torch.nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.complex64).conj().imag
+    optimizer = ACProp([other, torch.nn.Parameter(negated)], **flags)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match="parameter 1 .* is a lazily negated view"):
+        optimizer.step()
+    assert torch.equal(other, torch.ones(2))
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no gradients of another dtype")
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad_dtype = None
+    p.grad = torch.tensor([1 + 5j, 1j])
+    with pytest.raises(TypeError, match="parameter 0 .* is real and its gradient has dtype torch.complex64"):
+        ACProp([p], **flags).step()
+
+
 def test_a_step_that_wants_a_gradient_is_refused_in_differentiable_mode() -> None:
     x = torch.ones(1)
     optimizer = ACProp([x], differentiable=True)
@@ -493,6 +555,23 @@ def one_process() -> Any:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@ways
+def test_autograd_sees_the_step_of_a_sharded_parameter(one_process: Any, flags: dict[str, bool]) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    def sharded(x: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)])
+
+    p = torch.nn.Parameter(sharded(torch.arange(3.0)))
+    optimizer = ACProp([p], lr=1e-2, clip_exponent=0.25, **flags)
+    for _ in range(2):  # the second step is the first one, kept
+        loss = (p * p).sum()
+        p.grad = sharded(torch.ones(3))
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @ways

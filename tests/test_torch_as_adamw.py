@@ -559,7 +559,7 @@ def test_the_recipe_for_a_parameter_that_grows(clip: float | None, flags: dict[s
         optimizer.step()
     moments = optimizer.state[x]["exp_avg"].clone()
     names = {"optimizer": optimizer, "old": x, "rows": torch.ones(2)}
-    exec(recipe.split("# begin\n")[-1], {"torch": torch, **names})
+    exec("new = " + recipe.split("\nnew = ")[-1], {"torch": torch, **names})
     (grown,) = optimizer.param_groups[0]["params"]
     assert grown.shape == (5,)
     assert torch.equal(optimizer.state[grown]["exp_avg"], torch.cat([moments, torch.zeros(2)]))

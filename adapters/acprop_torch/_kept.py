@@ -18,7 +18,7 @@ from acprop_core.adapt import Row
 from acprop_torch._cuda import Scaling
 from acprop_torch._numba import Compiled, has_memory
 from acprop_torch._options import check_options, hyperparameters_of
-from acprop_torch._private import likeness_of
+from acprop_torch._private import is_intercepted, likeness_of
 from acprop_torch._rows import Batch, local_columns
 
 _NUMBERS = ("lr", "betas", "eps", "eps_root", "weight_decay", "clip_exponent")
@@ -29,7 +29,7 @@ _OTHERS = (
 _options_of = itemgetter(*_NUMBERS, *_OTHERS)
 # A view of freed memory has its offset as its address. Memory is seldom at so low an address, and is looked at then.
 _LOW = 2**32
-_CONSTANT = frozenset({float, int, bool, type(None), str, torch.dtype})
+_CONSTANT = float, int, bool, type(None), str, torch.dtype  # a number of NumPy is a float, too
 
 
 def _are_constant(options: Sequence[Any], compiled: Compiled) -> bool:
@@ -40,7 +40,7 @@ def _are_constant(options: Sequence[Any], compiled: Compiled) -> bool:
     values = [*betas, *options[:1], *options[2:]]
     if not compiled.reads_options:
         values = [x for x in values if not isinstance(x, Tensor) or x.is_cpu]
-    return _CONSTANT.issuperset(map(type, values))
+    return all(isinstance(x, _CONSTANT) for x in values)
 
 
 class Kept:
@@ -88,7 +88,7 @@ class Kept:
 
     def run(self, groups: list[dict[str, Any]], state: Any, scaling: Scaling) -> bool:
         """Step all groups if they are as they were; return False if they are not, and nothing has changed then."""
-        if self._compiled.reads_options and any(x is not None for x in scaling):
+        if is_intercepted() or (self._compiled.reads_options and any(x is not None for x in scaling)):
             return False
         try:
             if len(groups) != len(self._lengths) or not all(map(self._has_options, range(len(groups)), groups)):
@@ -107,7 +107,7 @@ class Kept:
                 if any(hasattr(p, "to_local") and p.placements != p.grad.placements for p in params):
                     return False  # such gradients are sent, by all processes alike, where the step is prepared
                 columns = local_columns(columns, has_complex=True)
-            params, grads, mus, nus, carries = columns
+            owners, (params, grads, mus, nus, carries) = params, columns
             kept = [*params, *mus, *nus, *(x for x in carries if x is not None), *(own["step"] for own in states)]
             if len(kept) != len(self._addresses) or not self._are_alike(*kept, *grads):
                 return False
@@ -121,6 +121,8 @@ class Kept:
         if not self._compiled.set_gradients(addresses):
             return False
         self._compiled.run(params, scaling)
+        if self._are_made:
+            torch.autograd.graph.increment_version(owners)
         return True
 
     def _has_options(self, i: int, group: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from acprop_core.adapt import Row, warn
 from acprop_core.kernels import openmp
 from acprop_core.rule import FORMATS, Decay, Flags, Hyperparameters, flags_of
 from acprop_torch import _cuda
-from acprop_torch._private import is_zerotensor
+from acprop_torch._private import is_intercepted, is_zerotensor
 from acprop_torch._rows import PLAIN, Batch, contiguous
 
 _MIN_PER_THREAD = 2**15  # elements: fewer are not worth a thread
@@ -52,7 +52,8 @@ def _are_plain(columns: Row, steps: Sequence[Tensor]) -> bool:
     own, moments = [*param, *grad, *carries], [*mu, *nu]
     tensors = [*own, *moments, *steps]
     return (
-        PLAIN.issuperset(map(type, tensors))
+        not is_intercepted()
+        and PLAIN.issuperset(map(type, tensors))
         and (all(map(attrgetter("is_cpu"), tensors)) or _are_on_one_cuda_device(tensors))
         and _COUNTS.issuperset(map(attrgetter("dtype"), steps))
         and _are_compiled({*map(attrgetter("dtype"), own)}, {*map(attrgetter("dtype"), moments)}, param[0].is_cpu)

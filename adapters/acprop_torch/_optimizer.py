@@ -252,6 +252,7 @@ class ACProp(torch.optim.Optimizer):
             run()
         if not compiling:
             self._kept = kept
+            states.note_sharded(self.param_groups)
 
     def _prepare(self, group: dict[str, Any]) -> tuple[Batch | None, _ways.Runs]:
         """Return the rows of a group for Numba, and the steps of the others; none if there are no gradients."""
@@ -311,6 +312,8 @@ class ACProp(torch.optim.Optimizer):
                 continue
             if grad.layout is not torch.strided or p.is_nested:
                 states.refuse_layout(called(group, p), p, grad)
+            if grad.is_complex() and not p.is_complex():
+                states.refuse_complex(called(group, p), grad)
             state = self.state[p]
             if not state:
                 states.check_parameter(called(group, p), p)

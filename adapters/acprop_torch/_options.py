@@ -154,7 +154,7 @@ def hyperparameters_of(group: dict[str, Any], traced: bool) -> Hyperparameters:
         if not isinstance(x, Tensor):
             return float(x)
         # a number on the host is read; on an accelerator that would synchronize with the device
-        return x.item() if x.is_cpu and not traced else _without_axes(x)
+        return float(x.item()) if x.is_cpu and not traced else _without_axes(x)
 
     b1, b2 = pair_of(group["betas"])
     return Hyperparameters(

@@ -62,6 +62,14 @@ def likeness_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
+def is_intercepted() -> bool:
+    """Return whether a transformation of torch.func or a dispatch mode takes torch's operations; otherwise False.
+
+    What writes to memory without an operation would pass it by, and the memory may not be that of the tensor.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
 def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
     """Refuse a step that a CUDA graph captures without capturable=True."""
     if hasattr(optimizer, "_accelerator_graph_capture_health_check"):

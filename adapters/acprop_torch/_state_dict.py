@@ -133,7 +133,23 @@ def check_parameter(name: str, p: Tensor) -> None:
             f"{name} has dtype {p.dtype}, which ACProp cannot use; use one of {', '.join(map(str, _DTYPES))}, or no "
             "gradient"
         )
+    if p.is_neg():
+        raise RuntimeError(
+            f"{name} is a lazily negated view, whose memory has the other sign and cannot be stepped; make its "
+            "resolve_neg() the parameter"
+        )
     refuse_expanded(name, p)
+
+
+def refuse_complex(name: str, grad: Tensor) -> NoReturn:
+    """Refuse a complex gradient of a real parameter, of which torch would drop the imaginary part."""
+    raise TypeError(f"{name} is real and its gradient has dtype {grad.dtype}; take the real part of the gradient")
+
+
+def note_sharded(groups: list[dict[str, Any]]) -> None:
+    """Tell autograd of the step of sharded parameters, of which it sees the local part alone."""
+    params = [p for group in groups for p in group["params"] if p.grad is not None]
+    torch.autograd.graph.increment_version([p for p in params if hasattr(p, "to_local")])
 
 
 def refuse_layout(name: str, p: Tensor, grad: Tensor) -> NoReturn:

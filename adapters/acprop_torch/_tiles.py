@@ -10,7 +10,7 @@ from torch import Tensor
 
 from acprop_core.adapt import Row, Step, rounded_root
 from acprop_core.kernels.calls import Operations, program_of
-from acprop_torch._private import foreach_add_, foreach_copy_
+from acprop_torch._private import foreach_add_, foreach_copy_, is_intercepted
 from acprop_torch._rows import PLAIN, Batch, as_tensor, blocks, bring, by_kind, count_steps, step_of, write
 
 
@@ -44,7 +44,7 @@ def _takes_outputs(rows: list[Row]) -> bool:
     first = rows[0]
     dtypes = {*map(attrgetter("dtype"), first[:4])}
     plain = all(PLAIN.issuperset(map(type, row[:4])) for row in rows)
-    return first.param.is_cpu and plain and dtypes in ({torch.float32}, {torch.float64})
+    return not is_intercepted() and first.param.is_cpu and plain and dtypes in ({torch.float32}, {torch.float64})
 
 
 def _by_program(rows: list[Row], step: Step, steps: list[Tensor]) -> None:
