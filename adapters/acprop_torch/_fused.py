@@ -90,7 +90,8 @@ def _prepare_kind(batch: Batch, count: int) -> list[Run]:
     """Return the steps of rows alike in dtypes without Numba: compiled by torch where they are plain memory."""
     # Other rows take the rule uncompiled. So do 16-bit tensors, because the rule rounds in between and torch's compiler
     # would leave that out.
-    plain = {i: contiguous(batch.rows[i]) for i in _numba.plain_members(batch)}
+    rows = batch.rows
+    plain = {i: contiguous(rows[i]) for i in _numba.plain_members(batch)}
     runs = []
     if plain:
         compiled = batch.choose(list(plain))._replace(columns=columns_of(list(map(_not_none, plain.values()))))
