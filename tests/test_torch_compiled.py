@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch._inductor.metrics
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from acprop_torch import ACProp
+from acprop_torch import ACProp, _rows
 from hosts import forget_compiled_torch_step, torch_version, without_numba
 
 OPTIONS = [
@@ -260,3 +261,25 @@ def test_options_are_refused_inside_a_compiled_function_too() -> None:
 
     with pytest.raises(ValueError, match="clip_exponent is -1.0"):
         make(torch.ones(3, requires_grad=True))
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_preparing_a_step_takes_time_in_proportion_to_the_parameters(
+    numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are made a few times, not once more for each row."""
+    calls = []
+
+    def rows_of(columns: Any) -> Any:
+        calls.append(len(columns.param))
+        return of(columns)
+
+    of = _rows.rows_of
+    monkeypatch.setattr(_rows, "rows_of", rows_of)
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(50)]
+    optimizer = ACProp(params, clip_exponent=0.25, fused=True)
+    for p in params:
+        p.grad = torch.ones(3)
+    with contextlib.nullcontext() if numba else without_numba():
+        optimizer._prepare(optimizer.param_groups[0])
+    assert sum(calls) <= 5 * len(params)
