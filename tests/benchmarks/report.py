@@ -223,7 +223,7 @@ def costs(folder: Path) -> str:
         ]
         return f"{digits(min(ratios))} to {digits(max(ratios))}"
 
-    torch = ("small_torch", "to peer"), ("small_torch_large", "to peer")
+    torch = ("small_torch", "to peer"), ("small_torch_large", "to peer"), ("steps_torch", "to unit")
     optax = ("small_jax", "to peer"), ("steps_jax", "to unit")
     numpy = [("small_numpy", "to peer")]
     return (
