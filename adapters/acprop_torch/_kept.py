@@ -19,7 +19,7 @@ from acprop_torch._cuda import Scaling
 from acprop_torch._numba import Compiled, has_memory
 from acprop_torch._options import check_options, hyperparameters_of
 from acprop_torch._private import is_intercepted, likeness_of
-from acprop_torch._rows import Batch, local_columns
+from acprop_torch._rows import Batch, local_columns, note_sharded
 
 _NUMBERS = ("lr", "betas", "eps", "eps_root", "weight_decay", "clip_exponent")
 _OTHERS = (
@@ -29,7 +29,7 @@ _OTHERS = (
 _options_of = itemgetter(*_NUMBERS, *_OTHERS)
 # A view of freed memory has its offset as its address. Memory is seldom at so low an address, and is looked at then.
 _LOW = 2**32
-_CONSTANT = float, int, bool, type(None), str, torch.dtype  # a number of NumPy is a float, too
+_CONSTANT = float, int, type(None), str, torch.dtype  # a number of NumPy is a float, too
 
 
 def _are_constant(options: Sequence[Any], compiled: Compiled) -> bool:
@@ -107,7 +107,7 @@ class Kept:
                 if any(hasattr(p, "to_local") and p.placements != p.grad.placements for p in params):
                     return False  # such gradients are sent, by all processes alike, where the step is prepared
                 columns = local_columns(columns, has_complex=True)
-            owners, (params, grads, mus, nus, carries) = params, columns
+            params, grads, mus, nus, carries = columns
             kept = [*params, *mus, *nus, *(x for x in carries if x is not None), *(own["step"] for own in states)]
             if len(kept) != len(self._addresses) or not self._are_alike(*kept, *grads):
                 return False
@@ -122,7 +122,7 @@ class Kept:
             return False
         self._compiled.run(params, scaling)
         if self._are_made:
-            torch.autograd.graph.increment_version(owners)
+            note_sharded(groups)
         return True
 
     def _has_options(self, i: int, group: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from acprop_torch._options import (
     plain_options,
     warn_of_no_residual,
 )
-from acprop_torch._rows import Batch, check_shapes, local_columns
+from acprop_torch._rows import Batch, check_shapes, local_columns, note_sharded
 
 
 class ACProp(torch.optim.Optimizer):
@@ -252,7 +252,7 @@ class ACProp(torch.optim.Optimizer):
             run()
         if not compiling:
             self._kept = kept
-            states.note_sharded(self.param_groups)
+            note_sharded(self.param_groups)
 
     def _prepare(self, group: dict[str, Any]) -> tuple[Batch | None, _ways.Runs]:
         """Return the rows of a group for Numba, and the steps of the others; none if there are no gradients."""

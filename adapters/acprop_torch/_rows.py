@@ -110,6 +110,12 @@ def _local_row(row: Row) -> Row:
     return map_row(lambda x: x.to_local(), row)
 
 
+def note_sharded(groups: list[dict[str, Any]]) -> None:
+    """Tell autograd of the step of sharded parameters, of which it sees the local part alone."""
+    params = [p for group in groups for p in group["params"] if p.grad is not None]
+    torch.autograd.graph.increment_version([p for p in params if hasattr(p, "to_local")])
+
+
 def check_shapes(columns: Row) -> None:
     """Refuse tensors of different shapes, which torch would broadcast, or refuse in the middle of a step."""
     shape = attrgetter("shape")

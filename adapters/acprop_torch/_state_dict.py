@@ -146,12 +146,6 @@ def refuse_complex(name: str, grad: Tensor) -> NoReturn:
     raise TypeError(f"{name} is real and its gradient has dtype {grad.dtype}; take the real part of the gradient")
 
 
-def note_sharded(groups: list[dict[str, Any]]) -> None:
-    """Tell autograd of the step of sharded parameters, of which it sees the local part alone."""
-    params = [p for group in groups for p in group["params"] if p.grad is not None]
-    torch.autograd.graph.increment_version([p for p in params if hasattr(p, "to_local")])
-
-
 def refuse_layout(name: str, p: Tensor, grad: Tensor) -> NoReturn:
     """Refuse a nested parameter, or a gradient that is not dense."""
     if p.is_nested or grad.is_nested:
