@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-CHECKED = ("acprop_core", "adapters", "docs", "tests", ".github", "noxfile.py", *TEXTS)
+CHECKED = ("acprop_core", "adapters", "docs", "tests", ".github", "noxfile.py", "pyproject.toml", *TEXTS)
 BETTER = {
     r"lest": "so that … not",
     r"whoever": "anyone who",
@@ -35,7 +35,7 @@ def main(paths: list[str]) -> int:
     root = Path(__file__).parents[1]
     files = []
     for path in map(root.joinpath, paths):
-        files += [path] if path.is_file() else [*path.glob("*.md"), *path.rglob("*.py")]
+        files += [path] if path.is_file() else [*path.rglob("*.md"), *path.rglob("*.py")]
     found = 0
     for path in sorted({*files} - {Path(__file__)}):  # which has the words themselves
         for number, line in enumerate(path.read_text().splitlines(), start=1):
